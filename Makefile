@@ -1,0 +1,57 @@
+# make          what can be made
+# make demo     the demo, in an environment of its own
+# make test     the tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
+	@echo "make test          run the tests; make test ARGS='-k merge -x' passes options on to pytest"
+	@echo "make lint          ruff check, ruff format --check and mypy"
+	@echo "make format        let ruff rewrite the sources"
+	@echo "make clean         remove the environment, caches and what the demo wrote"
+	@echo "Each target first makes $(VENV) and installs what it needs; PYTHON=python3.12 chooses another Python."
+
+demo: $(VENV)/.installed-demo
+	@echo "==> lora-ref demo $(ARGS)"
+	@$(BIN)/lora-ref demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	@echo "==> pytest $(ARGS)"
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@echo "==> ruff check, ruff format --check, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) lora_ref_demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "==> $(PYTHON) -m venv $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch comes first, alone: it is the large one, so a broken download is told apart from the rest.
+$(VENV)/.installed-torch: constraints.txt | $(BIN)/python
+	@echo "==> installing torch into $(VENV)"
+	@$(PIP) install --quiet -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.installed-torch
+	@echo "==> installing lora_ref[$*] into $(VENV)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,61 @@
+"""lora_ref: LoRA, exactly: a small reference on NumPy and PyTorch with PEFT's names and files.
+
+The concepts are pure functions on arrays (`scaling`, `decomposition`, `patterns`, `init`,
+`combination`), importable without torch; the names below load it when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, TaskType
+from .config import LoraConfig as PeftConfig
+
+if TYPE_CHECKING:
+    from .inject import explain
+    from .layers import LoraLayer
+    from .model import LoraModel
+    from .peft_model import (
+        PeftModel,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
+
+__version__ = "0.1.0"
+
+_WITH_TORCH = {
+    "LoraLayer": "layers",
+    "LoraModel": "model",
+    "PeftModel": "peft_model",
+    "explain": "inject",
+    "get_peft_model": "peft_model",
+    "get_peft_model_state_dict": "peft_model",
+    "set_peft_model_state_dict": "peft_model",
+}
+
+__all__ = [
+    "CordaConfig",
+    "EvaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraLayer",
+    "LoraModel",
+    "PeftConfig",
+    "PeftModel",
+    "TaskType",
+    "explain",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for."""
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WITH_TORCH[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,114 @@
+"""The decomposition: an update of a frozen weight as a product of two thin factors.
+
+    y = W x + s * B (A x)        W (out, in) frozen, A (r, in), B (out, r) trained
+
+Every function here runs on NumPy arrays and on torch tensors alike, and takes a *batch*
+of weights as well as one: leading dimensions (experts of a mixture, groups of a
+convolution) are carried along by `@`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+
+Array = Any  # a numpy.ndarray or a torch.Tensor
+
+
+class Factors(NamedTuple):
+    """What an initialisation returns: A (r, in), B (out, r), and the new base weight.
+
+    `residual` (out, in) is None where the base weight stays as it is, so that the adapted
+    weight at the start is W + s * B @ A; else it is what replaces W, and the adapted
+    weight is residual + s * B @ A.
+    """
+
+    A: Float[Array, "*batch r in"]
+    B: Float[Array, "*batch out r"]
+    residual: Float[Array, "*batch out in"] | None = None
+
+
+def delta(
+    A: Float[Array, "*batch r in"], B: Float[Array, "*batch out r"], scaling: float
+) -> Float[Array, "*batch out in"]:
+    """D = s * B @ A, the update in the orientation of the logical weight (out, in).
+
+    The rank of D is at most r: that is the whole assumption of LoRA.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+
+    >>> import numpy as np
+    >>> A, B = np.array([[1.0, 2.0]]), np.array([[3.0], [4.0]])  # r = 1
+    >>> delta(A, B, scaling=2.0)
+    array([[ 6., 12.],
+           [ 8., 16.]])
+    """
+    return scaling * (B @ A)  # (out, r) @ (r, in) -> (out, in)
+
+
+def adapted_forward(
+    x: Float[Array, "*tokens in"],
+    W: Float[Array, "out in"],
+    b: Float[Array, " out"] | None,
+    factors: Factors,
+    scaling: float,
+) -> Float[Array, "*tokens out"]:
+    """y = x W^T + b + s * (x A^T) B^T: one adapted linear layer, as a formula.
+
+    The brackets matter: (x A^T) B^T costs r * (in + out) multiplications a token, where
+    forming s * B @ A first costs in * out * r once and in * out a token.
+
+    >>> import numpy as np
+    >>> W, b = np.eye(2), np.zeros(2)
+    >>> factors = Factors(A=np.array([[1.0, 2.0]]), B=np.array([[3.0], [4.0]]))
+    >>> adapted_forward(np.array([1.0, 1.0]), W, b, factors, scaling=2.0)
+    array([19., 25.])
+    >>> (W + delta(*factors[:2], scaling=2.0)) @ np.array([1.0, 1.0])  # merged: the same
+    array([19., 25.])
+    """
+    A, B, residual = factors
+    y = x @ (W if residual is None else residual).T  # (*tokens, in) @ (in, out) -> (*tokens, out)
+    y = y if b is None else y + b
+    return y + scaling * ((x @ A.T) @ B.T)  # (*tokens, in) @ (in, r) @ (r, out) -> (*tokens, out)
+
+
+def parameter_count(shape: tuple[int, ...], r: int) -> int:
+    """r * (in + out) trained numbers for each weight of shape (..., out, in).
+
+    >>> parameter_count((768, 768), r=8), 768 * 768
+    (12288, 589824)
+    """
+    *batch, n_out, n_in = shape
+    return math.prod(batch) * r * (n_in + n_out)
+
+
+def pack_experts(
+    A: Float[Array, "experts r in"], B: Float[Array, "experts out r"]
+) -> tuple[Float[Array, "packed in"], Float[Array, "out packed"]]:
+    """The adapter file's layout of E experts: A (r*E, in) expert by expert, B (out, r*E) rank by rank.
+
+    Note the asymmetry: row e*r + k of A belongs to expert e, but in B it is column k*E + e.
+
+    >>> import numpy as np
+    >>> A, B = pack_experts(np.arange(4.0).reshape(2, 2, 1), np.arange(4.0).reshape(2, 1, 2))
+    >>> A.T, B
+    (array([[0., 1., 2., 3.]]), array([[0., 2., 1., 3.]]))
+    """
+    n_experts, r, n_in = A.shape
+    B = B.swapaxes(0, 1).swapaxes(1, 2)  # (E, out, r) -> (out, r, E)
+    return A.reshape(n_experts * r, n_in), B.reshape(B.shape[0], r * n_experts)
+
+
+def unpack_experts(
+    A: Float[Array, "packed in"], B: Float[Array, "out packed"], n_experts: int
+) -> tuple[Float[Array, "experts r in"], Float[Array, "experts out r"]]:
+    """The inverse of `pack_experts`: A (E, r, in), B (E, out, r).
+
+    >>> import numpy as np
+    >>> A, B = unpack_experts(np.zeros((6, 5)), np.zeros((4, 6)), n_experts=2)
+    >>> A.shape, B.shape
+    ((2, 3, 5), (2, 4, 3))
+    """
+    A = A.reshape(n_experts, -1, A.shape[-1])  # (E, r, in)
+    B = B.reshape(B.shape[0], -1, n_experts)  # (out, r, E)
+    return A, B.swapaxes(1, 2).swapaxes(0, 1)  # (out, r, E) -> (E, out, r)

@@ -1,0 +1,35 @@
+"""`init_lora_weights="orthogonal"`: both factors non-zero, their product zero."""
+
+from typing import Any
+
+from jaxtyping import Float
+
+from .. import linalg
+from ..decomposition import Array, Factors
+
+
+def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
+    """A = (X P)^T / 10, B = Y Q / 10, where P and Q share out the rows of a random orthogonal matrix.
+
+    P (r/2, r) has its even rows, Q (r/2, r) its odd rows, X (in, r/2) and Y (out, r/2) are standard
+    normal. Rows of an orthogonal matrix are orthogonal to each other, Q P^T = 0, so B A = 0: the start
+    is a no-op although both factors are non-zero and both get gradients at the first step. The
+    price: A and B have rank r/2. Neither of them is an orthogonal matrix.
+
+    Raises:
+        ValueError: r is odd.
+
+    Source: PEFT's LoraConfig, `init_lora_weights="orthogonal"` (there is no paper).
+
+    >>> import numpy as np
+    >>> A, B, _ = orthogonal(np.zeros((6, 8)), r=4, rng=np.random.default_rng(0))
+    >>> bool(abs(B @ A).max() < 1e-15), np.linalg.matrix_rank(A), np.linalg.matrix_rank(B)
+    (True, np.int64(2), np.int64(2))
+    """
+    if r % 2:
+        raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, r={r} is odd")
+    n_out, n_in = weight.shape
+    rows, _ = linalg.qr(linalg.normal((r, r), 1.0, weight, rng))
+    X = linalg.at_least_float32(linalg.normal((n_in, r // 2), 0.1, weight, rng))
+    Y = linalg.at_least_float32(linalg.normal((n_out, r // 2), 0.1, weight, rng))
+    return Factors(A=(X @ rows[0::2]).T, B=Y @ rows[1::2])  # (in, r/2) @ (r/2, r) -> (in, r); likewise (out, r)

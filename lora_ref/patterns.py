@@ -1,0 +1,183 @@
+"""Which modules, which rank, which alpha: pure functions on names.
+
+A name is a module's dotted path in the base model, "model.layers.0.self_attn.q_proj". A list
+of targets holds names or ends of names, taken literally; a string is a regular expression.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterable
+from typing import TypeVar
+
+import regex
+
+MAX_LENGTH = 100_000  # characters of one pattern
+MAX_REPEAT = 10_000  # product of its {n} counts, which the compiler unrolls
+TIME_LIMIT = 1.0  # seconds that one pattern may spend on all the names of a model
+
+Value = TypeVar("Value")
+
+
+class Pattern:
+    """A regular expression that cannot hang the process.
+
+    Patterns come out of downloaded files, and `(a|aa)+$` takes time exponential in the length of
+    the name. `regex` (unlike `re`) can stop a match that runs too long.
+
+    >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
+    True
+    >>> Pattern("(a|aa)+", "target_modules", limit=0.05).fullmatch("a" * 40 + "!")
+    Traceback (most recent call last):
+    ...
+    ValueError: target_modules: the regular expression '(a|aa)+' is too slow: it backtracks without end on \
+'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!'; write it without nested repetition
+    """
+
+    def __init__(self, text: str, option: str = "pattern", template: str = "{}", limit: float = TIME_LIMIT):
+        self.text, self.option, self.left = text, option, limit
+        try:
+            counts = [max(1, int(n)) for pair in re.findall(r"\{(\d*),?(\d*)\}", text) for n in pair if n]
+            if len(text) > MAX_LENGTH or math.prod(counts) > MAX_REPEAT:
+                raise OverflowError("it is too large")
+            re.compile(text)
+            self.compiled = regex.compile(template.format(text) if template != "{}" else text)
+        except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
+
+    def run(self, method: str, name: str) -> "regex.Match[str] | None":
+        """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""
+        started = time.perf_counter()
+        try:
+            match = getattr(self.compiled, method)(name, timeout=max(self.left, 1e-3))
+        except TimeoutError:
+            raise ValueError(
+                f"{self.option}: the regular expression {self.text[:80]!r} is too slow: it backtracks without end "
+                f"on {name[:80]!r}; write it without nested repetition"
+            ) from None
+        self.left -= time.perf_counter() - started
+        return match
+
+    def fullmatch(self, name: str) -> bool:
+        """Does the pattern match the whole name?"""
+        return self.run("fullmatch", name) is not None
+
+    def index(self, name: str) -> int | None:
+        """The number in the first group of a match at the start of name."""
+        match = self.run("match", name)
+        return int(match["lora_ref_index"]) if match else None
+
+
+def check(text: str, option: str) -> None:
+    """Raise ValueError unless text compiles as a pattern."""
+    Pattern(text, option)
+
+
+def ends_at_dot(item: str, name: str) -> bool:
+    """Is item the name, or a dotted end of it? The literal rule for lists.
+
+    >>> [ends_at_dot("q_proj", name) for name in ("q_proj", "attn.q_proj", "attn.xq_proj")]
+    [True, True, False]
+    """
+    return name == item or name.endswith("." + item)
+
+
+class Rule:
+    """One option of module names, a list or a string, that remembers which items were of use."""
+
+    def __init__(self, option: str, value: Iterable[str] | str | None):
+        self.option = option
+        self.pattern = Pattern(value, option) if isinstance(value, str) else None
+        self.items = [value] if isinstance(value, str) else list(value or [])
+        self.used: set[str] = set()
+        self._exact = set(self.items)
+
+    def match(self, name: str) -> str | None:
+        """The item that matches name (its full name first), or None."""
+        if self.pattern:
+            if not self.pattern.fullmatch(name):
+                return None
+            self.used.add(self.pattern.text)
+            return self.pattern.text
+        # the dotted ends of a name are few; the items may be hundreds
+        start, first = 0, None
+        while start >= 0:
+            end = name[start:]
+            if end in self._exact:
+                self.used.add(end)
+                first = first or end
+            start = name.find(".", start) + 1 or -1
+        return first
+
+    def ancestor(self, name: str) -> str | None:
+        """The item that matches name or a parent of it."""
+        while name:
+            if hit := self.match(name):
+                return hit
+            name = name.rpartition(".")[0]
+        return None
+
+    @property
+    def unused(self) -> list[str]:
+        return [item for item in self.items if item not in self.used]
+
+
+def layer_index(name: str, lists: Iterable[Pattern]) -> int | None:
+    """The index of the layer that a module lies in, or None; `lists` from `layer_lists`.
+
+    >>> any_list, layers = layer_lists(None), layer_lists("layers")
+    >>> layer_index("model.layers.3.experts.5.up", any_list)  # the first number counts
+    3
+    >>> layer_index("layers.3.up", any_list), layer_index("layers.3.up", layers)
+    (None, 3)
+    """
+    return next((index for pattern in lists if (index := pattern.index(name)) is not None), None)
+
+
+def layer_lists(layers_pattern: Iterable[str] | str | None) -> list[Pattern]:
+    """What a list of layers looks like in a name, followed by the layer's index.
+
+    Without layers_pattern: any number that follows two name segments ("model.layers.3.mlp");
+    with it: the number after a segment of that name, at the root too.
+    """
+    names = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
+    if not names:
+        return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
+    template = r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\."
+    return [Pattern(p, "layers_pattern", template) for p in names]
+
+
+class PatternDict:
+    """rank_pattern or alpha_pattern: {pattern: value}, first match wins, remembers the keys of use.
+
+    A key must reach the end of the name and may start at any dot; "^" ties it to the start.
+    """
+
+    def __init__(self, option: str, pattern: dict[str, Value]):
+        self.option, self.values = option, pattern
+        self.patterns = {key: Pattern(key, option, r"(.*\.)?({})$") for key in pattern}
+        self.used: set[str] = set()
+
+    def key(self, name: str) -> str | None:
+        """The first key that matches name, or None."""
+        for key, pattern in self.patterns.items():
+            if pattern.run("match", name):
+                self.used.add(key)
+                return key
+        return None
+
+    @property
+    def unused(self) -> list[str]:
+        return [key for key in self.values if key not in self.used]
+
+
+def lookup(pattern: dict[str, Value], name: str, default: Value) -> Value:
+    """The value of the first key of a rank_pattern or alpha_pattern that matches, or the default.
+
+    >>> lookup({r"layers\\.0\\..*": 32, "q_proj": 4}, "model.layers.0.q_proj", 8)
+    32
+    >>> lookup({"^model.layers.0": 32}, "model.layers.0.q_proj", 8)  # does not reach the end
+    8
+    """
+    key = PatternDict("pattern", pattern).key(name)
+    return default if key is None else pattern[key]

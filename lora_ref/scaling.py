@@ -1,0 +1,54 @@
+"""The scaling s of an update: how loudly an adapter speaks.
+
+s = lora_alpha / r            classic LoRA
+s = lora_alpha / sqrt(r)      rank-stabilised LoRA (rsLoRA)
+"""
+
+import math
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+
+    The update of a weight is s * B @ A. Raising r with lora_alpha fixed therefore
+    lowers s; rsLoRA lowers it by the square root only, which keeps the size of the
+    update's output (and of its gradients) independent of r.
+
+    Args:
+        r: the rank, an int > 0.
+        lora_alpha: any finite real number; 0 switches the update off, a negative one flips it.
+        use_rslora: divide by sqrt(r) instead of r.
+
+    Raises:
+        ValueError: r is not a positive int, or lora_alpha is not a finite number.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732, section 3.
+
+    >>> scaling(8, 16), scaling(16, 16), scaling(64, 16)
+    (2.0, 1.0, 0.25)
+    >>> scaling(16, 16, use_rslora=True), scaling(64, 16, use_rslora=True)
+    (4.0, 2.0)
+    """
+    check_rank(r)
+    check_alpha(lora_alpha)
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def check_rank(r: int, name: str = "r") -> None:
+    """Raise ValueError unless r is an int > 0.
+
+    >>> check_rank(0)
+    Traceback (most recent call last):
+    ...
+    ValueError: r=0: the rank must be an int > 0
+    """
+    if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+        raise ValueError(f"{name}={r!r}: the rank must be an int > 0")
+
+
+def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
+    """Raise ValueError unless lora_alpha is a finite real number."""
+    is_number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
+    # float() of a huge int overflows, so the size is compared before it is converted
+    if not is_number or not abs(lora_alpha) <= 1e300:
+        raise ValueError(f"{name}={lora_alpha!r}: must be a finite number (at most 1e300 in size)")

@@ -1,0 +1,75 @@
+"""`add_weighted_adapter`: the factors of several adapters, layer by layer, into those of a new one."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from .combination import COMBINATIONS
+from .config import LoraConfig
+from .decomposition import Factors
+from .layers import LoraLayer
+
+
+def combine(
+    layers: Mapping[str, LoraLayer],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+) -> dict[str, Factors]:
+    """{layer: A and B of the combination}, over the layers in which any of the adapters has a part.
+
+    Raises:
+        ValueError: unknown combination_type, not as many weights as adapters, a weight that is not
+            finite, or unequal ranks with "linear".
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, at least one")
+    if combination_type not in COMBINATIONS:
+        raise ValueError(f"combination_type={combination_type!r}: must be one of {', '.join(COMBINATIONS)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"weights={list(weights)}: must be finite")
+    combined = {}
+    largest = max(layer.r.get(name, 0) for layer in layers.values() for name in adapters)
+    for where, layer in layers.items():
+        parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
+        if not parents:
+            continue
+        As, Bs = zip(*([f.detach() for f in layer.factors(name)] for name, _ in parents), strict=True)
+        scales = [w * layer.scaling[name] for name, w in parents]
+        rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
+        try:
+            combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return combined
+
+
+def configure(
+    layers: Mapping[str, LoraLayer], combined: Mapping[str, Factors], parents: Sequence[LoraConfig]
+) -> LoraConfig:
+    """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
+
+    Raises:
+        ValueError: two parents save the same module whole.
+    """
+    whole = [module for config in parents for module in config.modules_to_save or []]
+    twice = sorted({module for module in whole if whole.count(module) > 1})
+    if twice:
+        raise ValueError(f"more than one of the adapters saves {', '.join(twice)} whole: they cannot be combined")
+    ranks = {name: factors.A.shape[-2] * layers[name].groups for name, factors in combined.items()}
+    r = max(ranks.values())
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=[name for name in combined if layers[name].kind != "parameter"],
+        target_parameters=[name for name in combined if layers[name].kind == "parameter"] or None,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        modules_to_save=whole or None,
+        lora_dropout=parents[0].lora_dropout,
+        fan_in_fan_out=parents[0].fan_in_fan_out,
+        task_type=parents[0].task_type,
+        base_model_name_or_path=parents[0].base_model_name_or_path,
+    )

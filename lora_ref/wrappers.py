@@ -1,0 +1,151 @@
+"""Modules that hold one variant for each named adapter, and a switch.
+
+`AdapterModule` is the switch: which adapters there are, which are active, whether all are off.
+`ModulesToSave` is its simplest use: a whole copy of a module for each adapter.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class AdapterModule(nn.Module):
+    """A wrapped module plus dicts keyed by adapter name.
+
+    Subclasses list the attributes that are such dicts in `by_adapter`; adding, renaming and
+    deleting an adapter then works on all of them alike.
+    """
+
+    by_adapter: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self.sample_adapters: Sequence[str] | None = None  # one name for each row of the batch
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that is wrapped."""
+        raise TypeError(f"{type(self).__name__} wraps nothing")
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters off, or on again as they were."""
+        self.disable_adapters = not enabled
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have a part here."""
+        return list(dict.fromkeys(name for attribute in self.by_adapter for name in getattr(self, attribute)))
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters that belong to one adapter."""
+        for attribute in self.by_adapter:
+            part = getattr(self, attribute)
+            if name in part and isinstance(part[name], nn.Parameter):
+                yield part[name]
+            elif name in part and isinstance(part[name], nn.Module):
+                yield from part[name].parameters()
+
+    def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
+        """Make these adapters active and trainable (not trainable with inference_mode), all others frozen."""
+        names = list(names)
+        self.active_adapters = [name for name in names if name in self.adapters()]
+        for name in self.adapters():
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(name in names and not inference_mode)
+
+    def state(self) -> dict[str, Any]:
+        """What switching changes, for `restore`."""
+        trained = [(p, p.requires_grad) for name in self.adapters() for p in self.adapter_parameters(name)]
+        return {"active": self.active_adapters, "off": self.disable_adapters, "trained": trained}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Switch back to an earlier state; adapters that were deleted since then stay deleted."""
+        self.active_adapters = [name for name in state["active"] if name in self.adapters()]
+        self.disable_adapters = state["off"]
+        for parameter, requires_grad in state["trained"]:
+            parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        for attribute in self.by_adapter:
+            if name in (part := getattr(self, attribute)):
+                del part[name]
+        self.active_adapters = [x for x in self.active_adapters if x != name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Call an adapter by another name."""
+        for attribute in self.by_adapter:
+            if old in (part := getattr(self, attribute)):
+                part[new] = part[old]
+                del part[old]
+        self.active_adapters = [new if x == old else x for x in self.active_adapters]
+
+    def rows(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each adapter of `sample_adapters` that has a part here, with the indices of its rows."""
+        names = list(self.sample_adapters or [])
+        if len(names) != batch:
+            raise ValueError(
+                f"adapter_names has {len(names)} names for a batch of {batch} samples at {type(self).__name__}"
+            )
+        for name in dict.fromkeys(names):
+            if name in self.adapters():
+                yield name, torch.tensor([i for i, other in enumerate(names) if other == name])
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not ours is the wrapped module's: weight, in_features, embed_scale, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # not set yet (the object is being made or unpickled), or Python's own protocol
+            if name in ("base", "base_layer", "original_module") or name.startswith("__"):
+                raise
+            return getattr(self.base, name)
+
+
+class ModulesToSave(AdapterModule):
+    """A module that is trained whole: the original, and a copy for each adapter.
+
+    The active adapter's copy answers; without one, or when disabled, the original does.
+    """
+
+    by_adapter = ("modules_to_save",)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.training = module.training
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that is wrapped."""
+        return self.original_module
+
+    def add_adapter(self, name: str) -> None:
+        """A fresh copy of the original for this adapter, frozen."""
+        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+
+    @property
+    def answering(self) -> nn.Module:
+        """The module whose forward is used now."""
+        if self.disable_adapters or not self.active_adapters:
+            return self.original_module
+        return self.modules_to_save[self.active_adapters[0]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sample_adapters is None or self.disable_adapters:
+            return self.answering(*args, **kwargs)
+        x, *rest = args
+        y = self.original_module(x, *rest, **kwargs).clone()
+        for name, rows in self.rows(x.shape[0]):
+            rows = rows.to(x.device)
+            y[rows] = self.modules_to_save[name](x[rows], *rest, **kwargs).to(y.dtype)
+        return y
+
+    def __repr__(self) -> str:
+        copies = ", ".join(self.modules_to_save) or "none"
+        return f"ModulesToSave(copies: {copies}; active: {', '.join(self.active_adapters) or 'original'}; {self.base})"

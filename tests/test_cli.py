@@ -1,0 +1,124 @@
+"""The lora-ref command: exit codes, help, and errors of one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lora_ref import cli
+
+
+def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from lora_ref.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
+
+
+def one_sentence(text: str) -> bool:
+    return text.startswith("lora-ref: error: ") and text.count("\n") == 1 and text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["demo", "inspect", "--version"]),
+        (["demo", "--help"], ["--out", "--seed", "--quick", "--r ", "--lora-alpha", "lora_ref_demo"]),
+        (["inspect", "--help"], ["DIR", "--json", "--figure"]),
+        (["--version"], ["lora-ref "]),
+    ],
+)
+def test_help_names_every_option(arguments, words, capsys):
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert [word for word in words if word not in printed] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["train"], ["inspect"], ["demo", "--seed", "-1"], ["demo", "--r"], ["demo", "--r", "two"], ["--colour"]],
+)
+def test_wrong_usage_is_2(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert "lora-ref" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from lora_ref.cli import main; main(['--help']);"
+        "print([name for name in ('matplotlib', 'sklearn', 'rich') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("error", [ValueError("a\n  b"), OSError("a b"), ImportError("a\x1b b")])
+def test_expected_errors_are_one_sentence(error, monkeypatch, capsys):
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "run_inspect", fail)
+    assert cli.main(["inspect", "anywhere"]) == 1
+    assert capsys.readouterr().err == "lora-ref: error: a b\n"
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch):
+    def fail(options: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "run_inspect", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["inspect", "anywhere"])
+
+
+def test_interrupt_is_130(monkeypatch, capsys):
+    def interrupt(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_demo", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "lora-ref: interrupted\n"
+
+
+def test_a_closed_pipe_is_quiet():
+    code = (
+        "import sys; from lora_ref import cli\n"
+        "cli.run_inspect = lambda options: print('line\\n' * 100_000)\n"
+        "sys.exit(cli.main(['inspect', 'anywhere']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    ran = command("inspect", str(tmp_path / "nowhere"))
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert one_sentence(ran.stderr) and "nowhere" in ran.stderr
+
+
+@pytest.mark.parametrize(("module", "arguments"), [("sklearn", ["demo"]), ("matplotlib", ["demo"])])
+def test_a_missing_extra_says_how_to_install_it(module, arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert one_sentence(error) and "pip install 'lora_ref[demo]'" in error and module in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--r", "0"], ["--r", "-2"], ["--lora-alpha", "nan"], ["--lora-alpha", "inf"]])
+def test_impossible_numbers_fail_before_training(arguments, capsys, tmp_path):
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 1
+    assert one_sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way_is_an_error(capsys, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert one_sentence(capsys.readouterr().err)
+    assert (tmp_path / "out").read_text() == "mine"
