@@ -7,12 +7,13 @@ The concepts are pure functions on arrays (`scaling`, `decomposition`, `patterns
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, TaskType
+from .config import LoraConfig, TaskType
 from .config import LoraConfig as PeftConfig
+from .options import CordaConfig, EvaConfig, LoftQConfig
 
 if TYPE_CHECKING:
     from .inject import explain
-    from .layers import LoraLayer
+    from .layer import LoraLayer
     from .model import LoraModel
     from .peft_model import (
         PeftModel,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WITH_TORCH = {
-    "LoraLayer": "layers",
+    "LoraLayer": "layer",
     "LoraModel": "model",
     "PeftModel": "peft_model",
     "explain": "inject",

@@ -10,7 +10,7 @@ original outputs back once such a bias has been trained.
 
 from torch import nn
 
-from .layers import LoraLayer
+from .layer import LoraLayer
 from .wrappers import ModulesToSave
 
 

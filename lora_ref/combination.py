@@ -18,7 +18,8 @@ from jaxtyping import Float
 from . import linalg
 from .decomposition import Array, Factors
 
-As, Bs = Sequence[Float[Array, "*batch _ in"]], Sequence[Float[Array, "*batch out _"]]
+As = Sequence[Float[Array, "*batch _ in"]]
+Bs = Sequence[Float[Array, "*batch out _"]]
 
 
 def cat(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:

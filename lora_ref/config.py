@@ -4,16 +4,21 @@ Options have PEFT's names, defaults and meaning, so that configurations move bot
 """
 
 import dataclasses
-import difflib
-import functools
-import inspect
-import math
 import warnings
-from collections.abc import Collection
 from enum import StrEnum
-from typing import Any
 
 from . import patterns
+from .options import (
+    SUB_CONFIGS,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    check_bools,
+    is_number,
+    name_list,
+    require,
+    strict,
+)
 from .scaling import check_alpha, check_rank
 
 
@@ -31,101 +36,8 @@ class TaskType(StrEnum):
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "corda", "eva", "mica", "lora_ga")
 
 
-def near(word: str, known: Collection[str]) -> str:
-    """The hint for a misspelt name: '; did you mean ...?', or nothing.
-
-    >>> near("lora_alhpa", ["lora_alpha", "r"])
-    "; did you mean 'lora_alpha'?"
-    """
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def options(cls: type) -> type:
-    """A keyword-friendly dataclass whose constructor names the nearest option when one is unknown."""
-    cls = dataclasses.dataclass(cls)
-    original = cls.__init__
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no option {name!r}{near(name, known)}")
-        original(self, *args, **kwargs)
-
-    __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[misc]
-    return cls
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        shown = repr(value)
-        raise ValueError(f"{name}={shown[:80]}{'...' if len(shown) > 80 else ''}: must be {allowed}")
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
-
-
-def _check_bools(config: object, *names: str) -> None:
-    for name in names:
-        _require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-
-
-@options
-class EvaConfig:
-    """Options of `init_lora_weights="eva"`. Source: arXiv 2410.07170.
-
-    rho >= 1: a layer's rank may grow to round(r * rho). 0 <= tau <= 1: the cosine between successive
-    components above which they count as converged.
-    """
-
-    rho: float = 2.0
-    tau: float = 0.99
-    use_label_mask: bool = True
-    label_mask_value: int = -100
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-
-    def __post_init__(self) -> None:
-        _require(_is_number(self.rho) and self.rho >= 1, "rho", self.rho, "a number >= 1")
-        _require(_is_number(self.tau) and 0 <= self.tau <= 1, "tau", self.tau, "a number in [0, 1]")
-        _require(type(self.label_mask_value) is int, "label_mask_value", self.label_mask_value, "an int")
-        _check_bools(self, "use_label_mask", "whiten", "adjust_scaling_factors")
-
-
-@options
-class LoftQConfig:
-    """Options of `init_lora_weights="loftq"`. Source: arXiv 2310.08659."""
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1
-
-    def __post_init__(self) -> None:
-        bits, steps = self.loftq_bits, self.loftq_iter
-        _require(type(bits) is int and bits in (2, 4, 8), "loftq_bits", bits, "2, 4 or 8")
-        _require(type(steps) is int and steps > 0, "loftq_iter", steps, "an int > 0")
-
-
-@options
-class CordaConfig:
-    """Options of `init_lora_weights="corda"`: "ipm" learns the task, "kpm" keeps world knowledge.
-
-    Source: arXiv 2406.05223.
-    """
-
-    corda_method: str = "ipm"
-
-    def __post_init__(self) -> None:
-        _require(self.corda_method in ("ipm", "kpm"), "corda_method", self.corda_method, "'ipm' or 'kpm'")
-
-
-SUB_CONFIGS = {"eva_config": EvaConfig, "loftq_config": LoftQConfig, "corda_config": CordaConfig}
-
-
-@options
+@strict
+@dataclasses.dataclass(repr=False)
 class LoraConfig:
     """How to adapt a model. Every option is checked when the object is made.
 
@@ -194,33 +106,33 @@ class LoraConfig:
         check_rank(self.r)
         check_alpha(self.lora_alpha)
         p = self.lora_dropout
-        _require(_is_number(p) and 0 <= p <= 1, "lora_dropout", p, "a number in [0, 1]")
-        _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "'none', 'all' or 'lora_only'")
-        _check_bools(self, "use_rslora", "fan_in_fan_out", "inference_mode")
+        require(is_number(p) and 0 <= p <= 1, "lora_dropout", p, "a number in [0, 1]")
+        require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "'none', 'all' or 'lora_only'")
+        check_bools(self, "use_rslora", "fan_in_fan_out", "inference_mode")
         self._check_targets()
         self._check_init()
         if self.task_type is not None:
-            _require(self.task_type in list(TaskType), "task_type", self.task_type, f"one of {', '.join(TaskType)}")
+            require(self.task_type in list(TaskType), "task_type", self.task_type, f"one of {', '.join(TaskType)}")
         for name in ("base_model_name_or_path", "revision"):
             value = getattr(self, name)
-            _require(value is None or isinstance(value, str), name, value, "a string or None")
+            require(value is None or isinstance(value, str), name, value, "a string or None")
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str):
-                _require(value != "", name, value, "a non-empty string, a list or None")
+                require(value != "", name, value, "a non-empty string, a list or None")
                 patterns.check(value, name)
             elif value is not None:
-                setattr(self, name, _names(name, value))
+                setattr(self, name, name_list(name, value))
         for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else []:
             patterns.check(pattern, "layers_pattern")
         for name in ("target_parameters", "modules_to_save"):
             if getattr(self, name) is not None:
-                setattr(self, name, _names(name, getattr(self, name)))
+                setattr(self, name, name_list(name, getattr(self, name)))
         indices = self.layers_to_transform
         for index in indices if isinstance(indices, (list, tuple)) else [0 if indices is None else indices]:
-            _require(type(index) is int, "layers_to_transform", indices, "an int, a list of ints or None")
+            require(type(index) is int, "layers_to_transform", indices, "an int, a list of ints or None")
         self.layers_to_transform = list(indices) if isinstance(indices, tuple) else indices
         if indices not in (None, [], ()) and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules to be a list; put the layers into the regex")
@@ -228,9 +140,9 @@ class LoraConfig:
             raise ValueError("layers_pattern is given without layers_to_transform: say which layers")
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             value = {} if getattr(self, name) is None else getattr(self, name)
-            _require(isinstance(value, dict), name, value, "a dict {regular expression: value}")
+            require(isinstance(value, dict), name, value, "a dict {regular expression: value}")
             for key, number in value.items():
-                _require(isinstance(key, str), name, key, "a dict whose keys are strings")
+                require(isinstance(key, str), name, key, "a dict whose keys are strings")
                 patterns.check(key, name)
                 check(number, f"{name}[{key!r}]")
             setattr(self, name, dict(value))
@@ -247,13 +159,13 @@ class LoraConfig:
         niter = init.removeprefix("pissa_niter_") if isinstance(init, str) else ""
         known = isinstance(init, bool) or init in INITS or (niter != init and niter.isascii() and niter.isdigit())
         allowed = f"True, False, 'pissa_niter_<n>', {', '.join(map(repr, INITS))}"
-        _require(known, "init_lora_weights", init, allowed)
+        require(known, "init_lora_weights", init, allowed)
         for name, cls in SUB_CONFIGS.items():
             value = getattr(self, name)
             if isinstance(value, dict):
                 setattr(self, name, cls(**value) if value else None)
             else:
-                _require(value is None or isinstance(value, cls), name, value, f"a {cls.__name__}, a dict or None")
+                require(value is None or isinstance(value, cls), name, value, f"a {cls.__name__}, a dict or None")
         if self.loftq_config is not None and init != "loftq":
             warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=4)
         if init == "loftq" and self.loftq_config is None:
@@ -263,12 +175,3 @@ class LoraConfig:
         default = {f.name: f.default if f.default is not dataclasses.MISSING else {} for f in dataclasses.fields(self)}
         said = {name: value for name, value in vars(self).items() if name in default and value != default[name]}
         return f"LoraConfig({', '.join(f'{name}={value!r}' for name, value in said.items())})"
-
-
-def _names(option: str, value: Any) -> list[str]:
-    """A list of strings from any collection of strings, sets in sorted order."""
-    if isinstance(value, str):
-        raise TypeError(f"{option}={value!r}: must be a list of names; write [{value!r}]")
-    ok = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(x, str) and x for x in value)
-    _require(ok, option, value, "a list of non-empty strings")
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)

@@ -10,7 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .config import SUB_CONFIGS, LoraConfig, near
+from .config import LoraConfig
+from .options import SUB_CONFIGS, near
 
 MAX_BYTES = 10_000_000  # of JSON; real ones have a few thousand
 
@@ -58,9 +59,12 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
         raise ValueError(str(error)) from error
 
 
-OFF_IN_PEFT = """alora_invocation_tokens arrow_config ensure_weight_tying kasa_config layer_replication lora_bias
-    lora_ga_config megatron_config monteclora_config trainable_token_indices use_bdlora use_dora use_qalora
-    velora_config""".split()
+# options of PEFT that are known here only to be refused when they are on
+OFF_IN_PEFT = (
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
+    *("lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "trainable_token_indices"),
+    *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
+)
 
 
 def dumps(config: LoraConfig) -> str:

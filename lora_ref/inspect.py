@@ -20,9 +20,8 @@ from .decomposition import unpack_experts
 from .patterns import PatternDict, ends_at_dot
 from .scaling import scaling
 from .spectrum import bar, block_diagonal, singular_values
-from .storage import read_adapter
+from .storage import PREFIX, read_adapter
 
-PREFIX = "base_model.model."
 # <module>.lora_A.weight for layers, <module>.lora_embedding_A for embeddings
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_|lora_embedding_)(?P<factor>[AB])(\.weight)?")
 

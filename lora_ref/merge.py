@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import LoraLayer
+from .layer import LoraLayer
 
 
 def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:

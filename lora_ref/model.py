@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from . import inject, merge, targeting, weighted
+from . import checks, inject, merge, targeting, weighted
 from .atomic import transaction
 from .bias import biases
-from .config import LoraConfig, near
+from .config import LoraConfig
 from .decomposition import Factors
-from .layers import Init, LoraLayer
+from .layer import Init, LoraLayer
+from .options import near
 from .wrappers import AdapterModule, ModulesToSave
 
 
@@ -108,7 +109,7 @@ class LoraModel(nn.Module):
             config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
         )
         with transaction(self):
-            inject.check(self.model, config, plan, will_init=init is None)
+            checks.check(self.model, config, plan, will_init=init is None)
             inject.put_in(self.model, config, plan, adapter_name, init, autocast_adapter_dtype)
             self.peft_config[adapter_name] = config
             adapted = [layer for layer in self.layers().values() if adapter_name in layer.adapters()]

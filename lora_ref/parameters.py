@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import decomposition
-from .layers import LoraLayer
+from .layer import LoraLayer
 
 
 class Parameter(LoraLayer):

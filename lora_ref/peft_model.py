@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import storage
+from . import slots, storage
 from .atomic import transaction
 from .config import LoraConfig
 from .model import LoraModel
@@ -176,10 +176,10 @@ def get_peft_model(
 def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
     """{key as in the adapter file: live tensor} of one adapter."""
     model.base_model._known(adapter_name)
-    return {key: slot.tensor.detach() for key, slot in storage.slots(model.base_model, adapter_name).items()}
+    return {key: slot.tensor.detach() for key, slot in slots.slots(model.base_model, adapter_name).items()}
 
 
 def set_peft_model_state_dict(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str = "default") -> None:
     """The inverse of `get_peft_model_state_dict`: all tensors are checked before the first is written."""
     model.base_model._known(adapter_name)
-    storage.assign(model.base_model, adapter_name, dict(tensors))
+    slots.assign(model.base_model, adapter_name, dict(tensors))

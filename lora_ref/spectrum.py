@@ -23,8 +23,8 @@ def singular_values(
     >>> np.linalg.svd(2.0 * B @ A, compute_uv=False).round(6)  # the same, and zeros
     array([8., 6., 0., 0., 0.])
     """
-    R_B = np.linalg.qr(B, mode="r")  # (out, r) -> (min(out, r), r)
-    R_A = np.linalg.qr(A.mT, mode="r")  # (in, r) -> (min(in, r), r)
+    _, R_B = np.linalg.qr(B)  # (out, r) -> (min(out, r), r)
+    _, R_A = np.linalg.qr(A.mT)  # (in, r) -> (min(in, r), r)
     return np.linalg.svd(s * R_B @ R_A.mT, compute_uv=False)
 
 

@@ -14,26 +14,28 @@ from .config import LoraConfig, TaskType
 from .scaling import scaling
 
 # target_modules=None: the attention projections that PEFT picks for a transformers `config.model_type`
-_QV = ["q_proj", "v_proj"]
 ARCHITECTURES: dict[str, list[str] | str] = {
-    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), ["query_key_value"]),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ["query", "value"]),
-    "deberta-v2": ["query_proj", "value_proj"],
-    "deberta": ["in_proj"],
-    "mpt": ["Wqkv"],
-    "btlm": ["c_proj", "c_attn"],
-    "codegen": ["qkv_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-}
+    model_type: targets.split()
+    for targets, model_types in {
+        "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm "
+        "gemma gemma2 gemma3_text qwen2 qwen3",
+        "query value": "bert roberta xlm-roberta electra layoutlm",
+        "query_key_value": "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
+        "c_attn": "gpt2 gpt_bigcode",
+        "q v": "t5 mt5",
+        "q v q_proj v_proj": "blip-2",
+        "query_proj value_proj": "deberta-v2",
+        "in_proj": "deberta",
+        "Wqkv": "mpt",
+        "c_proj c_attn": "btlm",
+        "qkv_proj": "codegen",
+        "q_proj v_proj fc1 fc2": "phi",
+        "q_proj k_proj v_proj o_proj": "nemotron_h",
+        "key value receptance output": "rwkv",
+        "r_proj k_proj v_proj o_proj key value": "rwkv7",
+    }.items()
+    for model_type in model_types.split()
+} | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
 @dataclass(frozen=True)

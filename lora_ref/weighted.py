@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from .combination import COMBINATIONS
 from .config import LoraConfig
 from .decomposition import Factors
-from .layers import LoraLayer
+from .layer import LoraLayer
 
 
 def combine(

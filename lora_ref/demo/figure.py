@@ -23,9 +23,9 @@ def draw(done: Experiment, path: Path) -> None:
     figure = Figure(figsize=(9, 8), layout="constrained", facecolor="white")
     best = [run for run in done.runs if run.rank is not None][-1]
     figure.suptitle(title(best), fontsize=13, fontweight="bold", x=0.02, ha="left")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.0, 1.15])
-    draw_digits(done, best, top)
-    draw_curves(done.runs, bottom)
+    areas: Any = figure.subfigures(2, 1, height_ratios=[1.0, 1.15])
+    draw_digits(done, best, areas[0])
+    draw_curves(done.runs, areas[1])
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
 
 

@@ -1,0 +1,104 @@
+"""All that can go wrong in adapting a model, found before anything is changed."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from . import init as inits
+from . import targeting
+from .config import LoraConfig
+from .inject import kind_of, unwrapped, walk
+from .layer import LoraLayer
+from .layers import is_conv1d_of_transformers
+from .parameters import Parameter
+from .targeting import Targeting
+from .wrappers import ModulesToSave
+
+
+def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
+    """Raise ValueError for all that injection could trip over, warn of what looks unintended. Changes nothing."""
+    notes = targeting.check(plan, config)
+    places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
+    shared: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(tensor), []).append(name)
+    for match in plan.matches:
+        if not match.action:
+            continue
+        name, parameter = match.name, ""
+        if match.action == "adapt parameter":
+            name, _, parameter = match.name.rpartition(".")
+        if name not in places:
+            raise ValueError(f"{match.name}: belongs to the model itself; only a submodule's parameters can be adapted")
+        parent, attribute = places[name]
+        module = getattr(parent, attribute)
+        if match.action == "save":
+            refusal = _refuse_saving(module)
+        else:
+            refusal = _refuse_adapting(module, parent, attribute, parameter, match.r or 0)
+            if refusal is None and will_init:
+                refusal = _refuse_init(config.init_lora_weights, match.r or 0, parameter, unwrapped(module))
+        if refusal:
+            raise ValueError(f"{match.name}: {refusal}")
+        if match.action == "save":
+            continue
+        bare = unwrapped(module)
+        transposed = is_conv1d_of_transformers(bare)
+        if not parameter and kind_of(bare) == "linear" and config.fan_in_fan_out is not transposed and module is bare:
+            stores = f"{type(bare).__name__} stores {'(in, out)' if transposed else '(out, in)'}"
+            notes.append(f"fan_in_fan_out={config.fan_in_fan_out}, but {stores}: the layer's own storage is used")
+        holders = shared[id(getattr(bare, parameter or "weight"))]
+        if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
+            notes.append(
+                f"{match.name}: its weight is tied ({', '.join(holders)}); the adapter acts on {match.name} alone, "
+                "and merging it ends the tie"
+            )
+    for note in dict.fromkeys(notes):
+        warnings.warn(note, stacklevel=5)
+
+
+def _refuse_saving(module: nn.Module) -> str | None:
+    if any(isinstance(m, LoraLayer) for m in module.modules()):
+        return "modules_to_save covers layers that another adapter adapts"
+    return None
+
+
+def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, parameter: str, r: int) -> str | None:
+    """The reason why this module (or this parameter of it) cannot be adapted with rank r, or None."""
+    bare: Any = unwrapped(module)
+    kind = "parameter" if parameter else kind_of(bare)
+    if not kind:
+        return (
+            f"{type(bare).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d can, "
+            "and raw parameters with target_parameters"
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            f"nn.MultiheadAttention reads {attribute}.weight without calling {attribute}, so an adapter on it would "
+            "never run; leave it out with exclude_modules (target_parameters can adapt the attention's in_proj_weight)"
+        )
+    if isinstance(module, ModulesToSave):
+        return "another adapter saves this module whole (modules_to_save)"
+    if isinstance(module, LoraLayer) and isinstance(module, Parameter) is not bool(parameter):
+        return "it would be adapted as a module and as a raw parameter at once; target one of them"
+    weight = getattr(bare, parameter or "weight")
+    if not weight.dtype.is_floating_point:
+        return f"its weight is {weight.dtype}; quantised layers cannot be adapted"
+    if parameter and weight.ndim not in (2, 3):
+        return f"it has {weight.ndim} dimensions; a matrix (out, in) or a stack of them is needed"
+    if kind == "embedding" and bare.max_norm is not None:
+        return "an embedding with max_norm rewrites its rows as it looks them up, which an update cannot follow"
+    if kind == "conv" and r % bare.groups:
+        return f"r={r} must be divisible by the convolution's groups={bare.groups}"
+    return None
+
+
+def _refuse_init(init_lora_weights: bool | str, r: int, parameter: str, bare: nn.Module) -> str | None:
+    try:
+        method = inits.find(init_lora_weights, "parameter" if parameter else kind_of(bare))
+    except ValueError as error:
+        return str(error).removeprefix("this layer: ")
+    if method is inits.orthogonal and r % 2:
+        return f"init_lora_weights='orthogonal' needs an even rank, r={r} is odd"
+    return None

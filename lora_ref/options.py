@@ -1,0 +1,119 @@
+"""How options are declared and checked, and the small groups of options that some inits have."""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def near(word: str, known: Collection[str]) -> str:
+    """The hint for a misspelt name: '; did you mean ...?', or nothing.
+
+    >>> near("lora_alhpa", ["lora_alpha", "r"])
+    "; did you mean 'lora_alpha'?"
+    """
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def strict(cls: type[T]) -> type[T]:
+    """A dataclass whose constructor names the nearest option when one is unknown."""
+    original: Any = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r}{near(name, known)}")
+        original(self, *args, **kwargs)
+
+    __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError that says what was given and what is allowed, unless ok."""
+    if not ok:
+        shown = repr(value)
+        raise ValueError(f"{name}={shown[:80]}{'...' if len(shown) > 80 else ''}: must be {allowed}")
+
+
+def is_number(x: object) -> bool:
+    """A finite int or float; True and False are no numbers."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
+
+
+def check_bools(config: object, *names: str) -> None:
+    """Raise ValueError unless these options are True or False."""
+    for name in names:
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+
+
+@strict
+@dataclasses.dataclass
+class EvaConfig:
+    """Options of `init_lora_weights="eva"`. Source: arXiv 2410.07170.
+
+    rho >= 1: a layer's rank may grow to round(r * rho). 0 <= tau <= 1: the cosine between successive
+    components above which they count as converged.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        require(is_number(self.rho) and self.rho >= 1, "rho", self.rho, "a number >= 1")
+        require(is_number(self.tau) and 0 <= self.tau <= 1, "tau", self.tau, "a number in [0, 1]")
+        require(type(self.label_mask_value) is int, "label_mask_value", self.label_mask_value, "an int")
+        check_bools(self, "use_label_mask", "whiten", "adjust_scaling_factors")
+
+
+@strict
+@dataclasses.dataclass
+class LoftQConfig:
+    """Options of `init_lora_weights="loftq"`. Source: arXiv 2310.08659."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        bits, steps = self.loftq_bits, self.loftq_iter
+        require(type(bits) is int and bits in (2, 4, 8), "loftq_bits", bits, "2, 4 or 8")
+        require(type(steps) is int and steps > 0, "loftq_iter", steps, "an int > 0")
+
+
+@strict
+@dataclasses.dataclass
+class CordaConfig:
+    """Options of `init_lora_weights="corda"`: "ipm" learns the task, "kpm" keeps world knowledge.
+
+    Source: arXiv 2406.05223.
+    """
+
+    corda_method: str = "ipm"
+
+    def __post_init__(self) -> None:
+        require(self.corda_method in ("ipm", "kpm"), "corda_method", self.corda_method, "'ipm' or 'kpm'")
+
+
+SUB_CONFIGS = {"eva_config": EvaConfig, "loftq_config": LoftQConfig, "corda_config": CordaConfig}
+
+
+def name_list(option: str, value: Any) -> list[str]:
+    """A list of strings from any collection of strings, sets in sorted order."""
+    if isinstance(value, str):
+        raise TypeError(f"{option}={value!r}: must be a list of names; write [{value!r}]")
+    ok = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(x, str) and x for x in value)
+    require(ok, option, value, "a list of non-empty strings")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)

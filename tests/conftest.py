@@ -1,0 +1,21 @@
+"""What every test runs under: no network, one thread, Hypothesis profiles, and array shapes checked at run time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# `Float[Array, "out in"]` in these modules' signatures is checked, shapes and all, at every call. Not in
+# `lora_ref.scaling`: it has to answer a rank of the wrong type with its own ValueError, not with beartype's.
+CHECKED = ("decomposition", "linalg", "combination", "init")
+install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
+
+torch.set_num_threads(1)
+
+slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=25, **slow_is_fine)
+settings.register_profile("deep", max_examples=1000, **slow_is_fine)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
