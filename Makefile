@@ -8,13 +8,14 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
 	@echo "make test          run the tests; make test ARGS='-k merge -x' passes options on to pytest"
-	@echo "make lint          ruff check, ruff format --check and mypy"
+	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
+	@echo "make readme        renew the tables and outputs of the README"
 	@echo "make format        let ruff rewrite the sources"
 	@echo "make clean         remove the environment, caches and what the demo wrote"
 	@echo "Each target first makes $(VENV) and installs what it needs; PYTHON=python3.12 chooses another Python."
@@ -32,6 +33,11 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@echo "==> cog: do the README's tables and outputs agree with the code?"
+	@COLUMNS=120 $(BIN)/cog -P --check --diff README.md
+
+readme: $(VENV)/.installed-dev
+	@COLUMNS=120 $(BIN)/cog -P -r README.md
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .

@@ -37,6 +37,8 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
             refusal = _refuse_saving(module)
         else:
             refusal = _refuse_adapting(module, parent, attribute, parameter, match.r or 0)
+            if refusal is None and parameter:
+                refusal = _refuse_twice(name, plan)
             if refusal is None and will_init:
                 refusal = _refuse_init(config.init_lora_weights, match.r or 0, parameter, unwrapped(module))
         if refusal:
@@ -91,6 +93,15 @@ def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, param
         return "an embedding with max_norm rewrites its rows as it looks them up, which an update cannot follow"
     if kind == "conv" and r % bare.groups:
         return f"r={r} must be divisible by the convolution's groups={bare.groups}"
+    return None
+
+
+def _refuse_twice(owner: str, plan: Targeting) -> str | None:
+    """The reason why the same configuration cannot adapt a parameter of this module as well, or None."""
+    if owner in plan.names("adapt"):
+        return "it would be adapted as a module and as a raw parameter at once; target one of them"
+    if any(f"{owner}.".startswith(f"{saved}.") for saved in plan.names("save")):
+        return "it belongs to a module that is saved whole (modules_to_save)"
     return None
 
 

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="adapt a small network to rotated digits, next to full fine-tuning (about ten seconds)",
+        help="adapt a small network to rotated digits, next to full fine-tuning (ten seconds or so)",
         description="Train a small network on handwritten digits, watch it fail on digits turned by 90 degrees, "
         "and adapt it with LoRA at several ranks and with full fine-tuning. The adapter of the highest rank is "
         "saved, loaded again and merged. Needs pip install 'lora_ref[demo]'; no network, no GPU.",

@@ -6,6 +6,8 @@ Options have PEFT's names, defaults and meaning, so that configurations move bot
 import dataclasses
 import warnings
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
 from . import patterns
 from .options import (
@@ -122,11 +124,11 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 require(value != "", name, value, "a non-empty string, a list or None")
-                patterns.check(value, name)
+                patterns.check([value], name)
             elif value is not None:
                 setattr(self, name, name_list(name, value))
-        for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else []:
-            patterns.check(pattern, "layers_pattern")
+        if isinstance(self.layers_pattern, list):
+            patterns.check(self.layers_pattern, "layers_pattern")
         for name in ("target_parameters", "modules_to_save"):
             if getattr(self, name) is not None:
                 setattr(self, name, name_list(name, getattr(self, name)))
@@ -143,8 +145,8 @@ class LoraConfig:
             require(isinstance(value, dict), name, value, "a dict {regular expression: value}")
             for key, number in value.items():
                 require(isinstance(key, str), name, key, "a dict whose keys are strings")
-                patterns.check(key, name)
-                check(number, f"{name}[{key!r}]")
+                check(number, f"{name}[{key[:80]!r}]")
+            patterns.check(value, name)
             setattr(self, name, dict(value))
         if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
             raise ValueError(
@@ -170,6 +172,19 @@ class LoraConfig:
             warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=4)
         if init == "loftq" and self.loftq_config is None:
             raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON's types, under PEFT's keys: see `lora_ref.config_file`."""
+        from . import config_file  # it reads and writes this class, so it cannot be imported above
+
+        return config_file.to_dict(self)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LoraConfig":
+        """Read the adapter_config.json of a folder; ValueError or OSError if there is no valid one."""
+        from . import config_file
+
+        return config_file.read(Path(directory) / "adapter_config.json")
 
     def __repr__(self) -> str:
         default = {f.name: f.default if f.default is not dataclasses.MISSING else {} for f in dataclasses.fields(self)}

@@ -43,10 +43,11 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
         if key in known or key in NOTES or key == "peft_type":
             continue
         if value:
-            raise ValueError(f"the option {key}={str(value)[:80]!r} is not supported{near(key, known)}")
+            raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{near(key[:80], known)}")
         if key not in OFF_IN_PEFT:
             warnings.warn(
-                f"unknown option {key}={value!r} in the adapter's configuration: it is off, and ignored", stacklevel=3
+                f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored",
+                stacklevel=3,
             )
     options = {key: value for key, value in data.items() if key in known}
     for key, cls in SUB_CONFIGS.items():

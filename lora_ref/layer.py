@@ -6,7 +6,7 @@ This class holds what all layers share. A layer type (`layers.py`, `parameters.p
 and B look in storage (`build`, `factors`, `packed`, `stored`) and how a branch is computed (`add_branch`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -94,11 +94,11 @@ class LoraLayer(AdapterModule):
     def state(self) -> dict[str, Any]:
         return super().state() | {"merged": self.merged_adapters, "weight": self.base_weight, "spare": self.spare}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        if all(name in self.adapters() for name in state["merged"]):
+    def restore(self, state: dict[str, Any], names: Mapping[str, str]) -> None:
+        super().restore(state, names)
+        if all(name in names for name in state["merged"]):
             self.put_weight(state["weight"])
-            self.merged_adapters, self.spare = state["merged"], state["spare"]
+            self.merged_adapters, self.spare = [names[name] for name in state["merged"]], state["spare"]
 
     # -- storage: what a layer type must say ---------------------------------------------------
 

@@ -1,245 +1,22 @@
-"""An adapted model: adapters are added, switched, merged, deleted; PEFT's methods by PEFT's names.
+"""An adapted model: all of `switch`, and merging, unloading, weighted combination.
 
 Every method is all-or-nothing: it checks first, then changes, and what fails changes nothing.
 """
 
-import copy
-import dataclasses
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
-from . import checks, inject, merge, targeting, weighted
+from . import inject, merge, weighted
 from .atomic import transaction
-from .bias import biases
-from .config import LoraConfig
 from .decomposition import Factors
-from .layer import Init, LoraLayer
-from .options import near
-from .wrappers import AdapterModule, ModulesToSave
+from .layer import Init
+from .switch import SwitchModel
+from .wrappers import ModulesToSave
 
 
-class LoraModel(nn.Module):
-    """A base model with named adapters in it. `PeftModel` is the same with saving and loading.
-
-    Attributes:
-        model: the base model, changed in place.
-        peft_config: {adapter name: LoraConfig}, copies of what was passed, targets spelt out.
-        active_adapters: the names of the adapters whose updates are added.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        if any(isinstance(m, AdapterModule) for m in model.modules()):
-            raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
-        self.model = model.requires_grad_(False)
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.active_adapters: list[str] = []
-
-    # -- looking -------------------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or the list of names if they are not exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
-
-    def wrappers(self) -> list[AdapterModule]:
-        """All modules that hold adapters."""
-        return [m for m in self.model.modules() if isinstance(m, AdapterModule)]
-
-    def layers(self) -> dict[str, LoraLayer]:
-        """{name: adapted layer}; a raw parameter goes by its own name."""
-        found = {}
-        for name, parent, attribute in inject.walk(self.model):
-            layer = getattr(parent, attribute)
-            while isinstance(layer, LoraLayer):
-                found[f"{name}.{layer.weight_name}" if layer.kind == "parameter" else name] = layer
-                layer = layer.base_layer
-        return found
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """The names of the modules that are adapted."""
-        return [name for name, layer in self.layers().items() if layer.kind != "parameter"]
-
-    def explain(self, adapter_name: str | None = None) -> targeting.Targeting:
-        """What an adapter (default: the first active one) adapts, and why: see `lora_ref.explain`."""
-        name = adapter_name or (self.active_adapters or list(self.peft_config))[0]
-        self._known(name)
-        return inject.explain(self.model, self.peft_config[name])
-
-    def _known(self, *names: str) -> None:
-        for name in names:
-            if name not in self.peft_config:
-                known = list(self.peft_config)
-                raise ValueError(f"there is no adapter {name!r}; there are {known}{near(str(name), known)}")
-
-    def _new(self, name: str) -> None:
-        if name in self.peft_config:
-            raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
-        check_adapter_name(name)
-
-    # -- adding, switching, deleting -----------------------------------------------------------
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: LoraConfig,
-        autocast_adapter_dtype: bool = True,
-        init: Callable[[str], Init] | None = None,
-    ) -> None:
-        """Add an adapter, inactive and frozen.
-
-        Raises:
-            ValueError: the name is taken or not usable, nothing is targeted, a layer cannot be
-                adapted as asked, or a second adapter has bias != "none".
-        """
-        self._new(adapter_name)
-        if not isinstance(peft_config, LoraConfig):
-            raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
-        config = copy.deepcopy(dataclasses.replace(peft_config))  # validated anew, and the user's own is not touched
-        self._check_second(config)
-        plan = inject.explain(self.model, config)
-        config.target_modules = plan.target_modules
-        config.base_model_name_or_path = (
-            config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
-        )
-        with transaction(self):
-            checks.check(self.model, config, plan, will_init=init is None)
-            inject.put_in(self.model, config, plan, adapter_name, init, autocast_adapter_dtype)
-            self.peft_config[adapter_name] = config
-            adapted = [layer for layer in self.layers().values() if adapter_name in layer.adapters()]
-            config.fan_in_fan_out = any(getattr(a, "fan_in_fan_out", False) and a.kind == "linear" for a in adapted)
-            whole = [name.rpartition(".")[2] for name in plan.names("save")]
-            if whole:
-                config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *whole]))
-
-    def _check_second(self, config: LoraConfig) -> None:
-        if config.bias != "none":
-            other = next((n for n, c in self.peft_config.items() if c.bias != "none"), None)
-            if other is not None:
-                raise ValueError(
-                    f"bias={config.bias!r}: adapter {other!r} already trains biases of the base model in place; "
-                    "only one adapter of a model can"
-                )
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several whose updates add, active and trainable; the others frozen.
-
-        Merged adapters are unmerged first.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(*names)
-        if len(set(names)) != len(names):
-            raise ValueError(f"an adapter is named twice: {names}")
-        wrappers = self.wrappers()
-        for wrapper in wrappers:
-            if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
-                raise ValueError(f"adapters {both} each save a module whole (modules_to_save): only one can be active")
-        merge.unmerge(w for w in wrappers if isinstance(w, LoraLayer))
-        for wrapper in wrappers:
-            wrapper.set_adapter(names, inference_mode)
-        self.active_adapters = names
-        for name, config in self.peft_config.items():
-            for bias in biases(self.model, config.bias, name).values():
-                bias.requires_grad_(name in names and not inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. If it was the only active one, the first that is left becomes active."""
-        self._known(adapter_name)
-        self._check_not_merged([adapter_name], "deleting")
-        with transaction(self):
-            for bias in biases(self.model, self.peft_config[adapter_name].bias, adapter_name).values():
-                bias.requires_grad_(False)
-            for wrapper in self.wrappers():
-                wrapper.delete_adapter(adapter_name)
-            del self.peft_config[adapter_name]
-            was_active = adapter_name in self.active_adapters
-            self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-            if was_active and not self.active_adapters and self.peft_config:
-                self.set_adapter(next(iter(self.peft_config)))
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Call an adapter by another name; its place among the others, and its state, stay."""
-        self._known(old)
-        self._new(new)
-        with transaction(self):
-            for wrapper in self.wrappers():
-                wrapper.rename_adapter(old, new)
-            renamed = {new if name == old else name: config for name, config in self.peft_config.items()}
-            self.peft_config = renamed
-            self.active_adapters = [new if name == old else name for name in self.active_adapters]
-
-    def set_scale(self, adapter_name: str, factor: float) -> None:
-        """s = factor * the scaling that the configuration gives, in every layer."""
-        self._known(adapter_name)
-        self._check_not_merged([adapter_name], "scaling")
-        for layer in self.layers().values():
-            if adapter_name in layer.adapters():
-                layer.set_scale(adapter_name, factor)
-
-    # -- switching off -------------------------------------------------------------------------
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """A `with` block in which the model is the base model, merged or not; afterwards all is as before."""
-        trained = [name for name in self.active_adapters if self.peft_config[name].bias != "none"]
-        if trained:
-            warnings.warn(
-                f"adapter {trained[0]!r} trains biases of the base model in place (bias != 'none'): "
-                "with the adapters disabled, trained biases stay, and the output is not the original's",
-                stacklevel=3,
-            )
-        wrappers = self.wrappers()
-        active, states = self.active_adapters, [(w, w.state()) for w in wrappers]
-        try:
-            for wrapper in wrappers:
-                wrapper.enable_adapters(False)
-            yield
-        finally:
-            for wrapper, state in states:
-                wrapper.restore(state)
-            self.active_adapters = [name for name in active if name in self.peft_config]
-
-    def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
-        for wrapper in self.wrappers():
-            wrapper.enable_adapters(False)
-
-    def enable_adapter_layers(self) -> None:
-        """Undo `disable_adapter_layers`."""
-        for wrapper in self.wrappers():
-            wrapper.enable_adapters(True)
-
-    @contextmanager
-    def sampled(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        """A `with` block in which row i of a batch uses adapter_names[i]; "__base__" means none."""
-        if adapter_names is None:
-            yield
-            return
-        self._known(*(name for name in dict.fromkeys(adapter_names) if name != "__base__"))
-        self._check_not_merged(list(self.peft_config), "mixing adapters in a batch")
-        if self.training:
-            raise ValueError("adapter_names mixes adapters for inference: call model.eval() first")
-        wrappers = self.wrappers()
-        try:
-            for wrapper in wrappers:
-                wrapper.sample_adapters = tuple(adapter_names)
-            yield
-        finally:
-            for wrapper in wrappers:
-                wrapper.sample_adapters = None
-
-    # -- merging -------------------------------------------------------------------------------
-
-    def _check_not_merged(self, names: Sequence[str], what: str) -> None:
-        merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
-        if merged:
-            raise ValueError(f"{what} is not possible while {', '.join(merged)} is merged: call unmerge_adapter first")
+class LoraModel(SwitchModel):
+    """A base model with named adapters in it. `PeftModel` is the same with saving and loading."""
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the updates of the active (or the named) adapters to the base weights, reversibly.
@@ -255,7 +32,8 @@ class LoraModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit. Adapters that were active still are."""
-        merge.unmerge(self.layers().values())
+        with transaction(self):
+            merge.unmerge(self.layers().values())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
@@ -310,7 +88,8 @@ class LoraModel(nn.Module):
         self._known(*adapters)
         parents = {name: self.peft_config[name] for name in adapters}
         combined = weighted.combine(self.layers(), adapters, weights, combination_type, svd_rank)
-        config = weighted.configure(self.layers(), combined, list(parents.values()))
+        modules = inject.describe(self.model).kinds
+        config = weighted.configure(self.layers(), combined, list(parents.values()), modules)
 
         def init(name: str) -> Init:
             A, B = self.layers()[name].packed(*combined[name][:2])
@@ -322,29 +101,3 @@ class LoraModel(nn.Module):
                 if isinstance(wrapper, ModulesToSave) and adapter_name in wrapper.adapters():
                     parent = next(name for name in parents if name in wrapper.adapters())
                     wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[parent].state_dict())
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model" or name.startswith("__"):  # not set yet: the object is being made or unpickled
-                raise
-            return getattr(self.model, name)
-
-
-def check_adapter_name(name: str) -> None:
-    """Raise ValueError unless name can be an attribute of a module and a folder of its own.
-
-    >>> check_adapter_name("../other")
-    Traceback (most recent call last):
-    ...
-    ValueError: adapter name '../other': must be letters, digits, '_', '-' or spaces, not the name of a method
-    """
-    reserved = name == "__base__" or hasattr(nn.ModuleDict, str(name)) or hasattr(nn.ParameterDict, str(name))
-    if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved or name in ("training",):
-        raise ValueError(
-            f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
-        )

@@ -7,16 +7,28 @@ of targets holds names or ends of names, taken literally; a string is a regular 
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 import regex
 
 MAX_LENGTH = 100_000  # characters of one pattern
-MAX_REPEAT = 10_000  # product of its {n} counts, which the compiler unrolls
-TIME_LIMIT = 1.0  # seconds that one pattern may spend on all the names of a model
+MAX_REPEAT = 10_000  # product of its {n} counts, which the compiler unrolls;
+MAX_UNROLLED = 1_000_000  # times the pattern's length, that is memory
+MAX_PATTERNS, MAX_CLASSES = 5_000, 300  # keys of one option, and [...] in them: some take 10 ms to compile
+TIME_LIMIT = 1.0  # seconds that a pattern may spend on all the names of a model; a dict or list of them: 3 times
+
+# `regex` reads more into a brace than `re`: fuzzy matches, counts with spaces in them
+NO_COUNT = re.compile(r"(\\N\{[^}]*\}|\\.|\{[0-9]*,?[0-9]*\})|\{", re.DOTALL)
 
 Value = TypeVar("Value")
+
+
+class Clock:
+    """The seconds that one pattern, or several together, may still spend."""
+
+    def __init__(self, left: float):
+        self.left = left
 
 
 class Pattern:
@@ -27,35 +39,42 @@ class Pattern:
 
     >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
     True
-    >>> Pattern("(a|aa)+", "target_modules", limit=0.05).fullmatch("a" * 40 + "!")
+    >>> Pattern("(a|aa)+", "target_modules", clock=Clock(0.05)).fullmatch("a" * 40 + "!")
     Traceback (most recent call last):
     ...
     ValueError: target_modules: the regular expression '(a|aa)+' is too slow: it backtracks without end on \
 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!'; write it without nested repetition
     """
 
-    def __init__(self, text: str, option: str = "pattern", template: str = "{}", limit: float = TIME_LIMIT):
-        self.text, self.option, self.left = text, option, limit
+    def __init__(self, text: str, option: str = "pattern", template: str = "{}", clock: Clock | None = None):
+        self.text, self.option, self.clock = text, option, clock or Clock(TIME_LIMIT)
         try:
-            counts = [max(1, int(n)) for pair in re.findall(r"\{(\d*),?(\d*)\}", text) for n in pair if n]
-            if len(text) > MAX_LENGTH or math.prod(counts) > MAX_REPEAT:
+            counts = [max(1, int(n)) for pair in re.findall(r"\{([0-9]*),?([0-9]*)\}", text) for n in pair if n]
+            repeat = math.prod(counts)
+            too_large = len(text) > MAX_LENGTH or repeat > MAX_REPEAT or len(text) * repeat > MAX_UNROLLED
+            if too_large or text.count("[") > MAX_CLASSES:
                 raise OverflowError("it is too large")
             re.compile(text)
+            text = NO_COUNT.sub(lambda found: found[1] or r"\{", text)
             self.compiled = regex.compile(template.format(text) if template != "{}" else text)
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
 
     def run(self, method: str, name: str) -> "regex.Match[str] | None":
         """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""
-        started = time.perf_counter()
+        left, started = self.clock.left, time.perf_counter()
+        if left <= 0:
+            raise ValueError(
+                f"{self.option}: its regular expressions are too slow for this model; write fewer or simpler"
+            )
         try:
-            match = getattr(self.compiled, method)(name, timeout=max(self.left, 1e-3))
+            match = getattr(self.compiled, method)(name, timeout=min(left, TIME_LIMIT))
         except TimeoutError:
             raise ValueError(
                 f"{self.option}: the regular expression {self.text[:80]!r} is too slow: it backtracks without end "
                 f"on {name[:80]!r}; write it without nested repetition"
             ) from None
-        self.left -= time.perf_counter() - started
+        self.clock.left = left - (time.perf_counter() - started)
         return match
 
     def fullmatch(self, name: str) -> bool:
@@ -68,9 +87,15 @@ class Pattern:
         return int(match["lora_ref_index"]) if match else None
 
 
-def check(text: str, option: str) -> None:
-    """Raise ValueError unless text compiles as a pattern."""
-    Pattern(text, option)
+def check(texts: Collection[str], option: str) -> None:
+    """Raise ValueError unless all texts compile as patterns, and soon."""
+    classes = sum(text.count("[") for text in texts)
+    if len(texts) > MAX_PATTERNS or classes > MAX_CLASSES or sum(map(len, texts)) > MAX_LENGTH:
+        raise ValueError(
+            f"{option}: {len(texts)} regular expressions with {classes} classes [...] are too large together"
+        )
+    for text in texts:
+        Pattern(text, option)
 
 
 def ends_at_dot(item: str, name: str) -> bool:
@@ -122,6 +147,19 @@ class Rule:
         return [item for item in self.items if item not in self.used]
 
 
+def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
+    """The target_modules for these names and no other known one: the list, or where that would also match
+    longer names with the same end, a regular expression.
+
+    >>> exactly(["fc"], ["fc", "act"]), exactly(["fc", "act.0"], ["fc", "act.0", "block.fc"])
+    (['fc'], 'fc|act\\\\.0')
+    """
+    rule, names = Rule("target_modules", wanted), set(wanted)
+    if any(name not in names and rule.match(name) for name in known):
+        return "|".join(map(re.escape, wanted))
+    return list(wanted)
+
+
 def layer_index(name: str, lists: Iterable[Pattern]) -> int | None:
     """The index of the layer that a module lies in, or None; `lists` from `layer_lists`.
 
@@ -144,7 +182,8 @@ def layer_lists(layers_pattern: Iterable[str] | str | None) -> list[Pattern]:
     if not names:
         return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
     template = r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\."
-    return [Pattern(p, "layers_pattern", template) for p in names]
+    clock = Clock(3 * TIME_LIMIT)
+    return [Pattern(p, "layers_pattern", template, clock) for p in names]
 
 
 class PatternDict:
@@ -155,7 +194,8 @@ class PatternDict:
 
     def __init__(self, option: str, pattern: dict[str, Value]):
         self.option, self.values = option, pattern
-        self.patterns = {key: Pattern(key, option, r"(.*\.)?({})$") for key in pattern}
+        clock = Clock(3 * TIME_LIMIT)
+        self.patterns = {key: Pattern(key, option, r"(.*\.)?({})$", clock) for key in pattern}
         self.used: set[str] = set()
 
     def key(self, name: str) -> str | None:

@@ -68,7 +68,9 @@ class PeftModel(nn.Module):
     def _prepare_gradient_checkpointing(self) -> None:
         """Reentrant checkpointing drops all gradients unless some input of a block wants one."""
         model: Any = self.base_model.model
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        # transformers renamed its flag; the older name, where both are there, only warns
+        flags = [f for f in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), f)]
+        if flags and getattr(model, flags[0]) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     def get_base_model(self) -> nn.Module:

@@ -5,6 +5,7 @@ s = lora_alpha / sqrt(r)      rank-stabilised LoRA (rsLoRA)
 """
 
 import math
+import sys
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -35,20 +36,26 @@ def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
 
 def check_rank(r: int, name: str = "r") -> None:
-    """Raise ValueError unless r is an int > 0.
+    """Raise ValueError unless r is an int > 0 (and of a size that a float can hold).
 
     >>> check_rank(0)
     Traceback (most recent call last):
     ...
     ValueError: r=0: the rank must be an int > 0
     """
-    if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
-        raise ValueError(f"{name}={r!r}: the rank must be an int > 0")
+    if not isinstance(r, int) or isinstance(r, bool) or not 0 < r < 2**53:
+        raise ValueError(f"{name}={_shown(r)}: the rank must be an int > 0")
 
 
 def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
     """Raise ValueError unless lora_alpha is a finite real number."""
     is_number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
     # float() of a huge int overflows, so the size is compared before it is converted
-    if not is_number or not abs(lora_alpha) <= 1e300:
-        raise ValueError(f"{name}={lora_alpha!r}: must be a finite number (at most 1e300 in size)")
+    if not is_number or not abs(lora_alpha) <= sys.float_info.max:
+        raise ValueError(f"{name}={_shown(lora_alpha)}: must be a finite number")
+
+
+def _shown(value: object) -> str:
+    """repr, cut short; Python refuses to print an int of more than 4300 digits."""
+    huge = isinstance(value, int) and abs(value) > 10**80
+    return "<an int of more than 80 digits>" if huge else repr(value)[:80]

@@ -126,7 +126,10 @@ def _is_redundant(key: str, model: LoraModel) -> bool:
 
 def is_finite(tensor: Tensor) -> bool:
     """No NaN, no infinity."""
-    return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    # torch cannot ask this of 8-bit types; float64 would overflow in float32
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
 
 
 def some(problems: list[str]) -> str:

@@ -3,29 +3,25 @@
 import numpy as np
 from jaxtyping import Float
 
+from . import linalg
+
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def singular_values(
     A: Float[np.ndarray, "*batch r in"], B: Float[np.ndarray, "*batch out r"], s: float
 ) -> Float[np.ndarray, "*batch k"]:
-    """The min(r, in, out) singular values of D = s*B@A, without forming D (out, in).
+    """The min(r, in, out) singular values of D = s*B@A, falling, without forming D (out, in).
 
-        B = Q_B R_B,   A^T = Q_A R_A   =>   D = Q_B (s R_B R_A^T) Q_A^T
-
-    Q_A and Q_B have orthonormal columns, so D has the singular values of the core s R_B R_A^T, which is r x r
-    (or smaller, where r exceeds a side of D). That costs O((in + out) r^2) instead of O(in * out * min(in, out)).
-    Leading dimensions, the experts of a mixture, are a batch. The values fall along the last axis.
+    Leading dimensions, the experts of a mixture, are a batch. See `linalg.svd_of_product`.
 
     >>> A, B = np.diag([3.0, 4.0]) @ np.eye(2, 5), np.eye(7, 2)
-    >>> singular_values(A, B, s=2.0)
+    >>> singular_values(A, B, s=-2.0)
     array([8., 6.])
-    >>> np.linalg.svd(2.0 * B @ A, compute_uv=False).round(6)  # the same, and zeros
+    >>> np.linalg.svd(-2.0 * B @ A, compute_uv=False).round(6)  # the same, and zeros
     array([8., 6., 0., 0., 0.])
     """
-    _, R_B = np.linalg.qr(B)  # (out, r) -> (min(out, r), r)
-    _, R_A = np.linalg.qr(A.mT)  # (in, r) -> (min(in, r), r)
-    return np.linalg.svd(s * R_B @ R_A.mT, compute_uv=False)
+    return abs(s) * linalg.svd_of_product(B, A)[1]
 
 
 def bar(values: list[float], width: int = 16) -> str:

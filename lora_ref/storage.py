@@ -125,12 +125,13 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        infinite = [key for key, tensor in tensors.items() if not is_finite(tensor)]  # a 4-bit type: RuntimeError
     except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from error
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
     problems = [f"{key}: does not begin with '{PREFIX}'" for key in tensors if not key.startswith(PREFIX)]
-    problems += [f"{key}: holds NaN or infinite numbers" for key, t in tensors.items() if not is_finite(t)]
+    problems += [f"{key}: holds NaN or infinite numbers" for key in infinite]
     if problems:
         raise ValueError(f"{path}: {some(problems)}")
     return config, tensors

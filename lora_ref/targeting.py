@@ -1,6 +1,6 @@
 """What becomes of every module: the decision that injection follows and `explain` prints.
 
-    exclude_modules  ->  modules_to_save  ->  target_modules        the first that matches wins
+    modules_to_save  ->  exclude_modules  ->  target_modules        the first that matches wins
 
 Pure functions on names: what is known of the model comes in as a `ModelNames`.
 """
@@ -121,7 +121,7 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
     """
     targets = _targets(names, config)
     target, exclude = patterns.Rule("target_modules", targets), patterns.Rule("exclude_modules", config.exclude_modules)
-    heads = ["classifier", "score"] if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
+    heads = saved_heads(config)
     save = patterns.Rule("modules_to_save", [*(config.modules_to_save or []), *heads])
     parameter = patterns.Rule("target_parameters", config.target_parameters)
     ranks = patterns.PatternDict("rank_pattern", config.rank_pattern)
@@ -139,10 +139,11 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
         return Match(name, action, rule, r, alpha, scaling(r, alpha, config.use_rslora))
 
     def decide(name: str) -> Match:
-        if (hit := exclude.match(name)) is not None:
-            return Match(name, "", f"exclude_modules {hit!r}")
+        excluded = exclude.match(name)  # from being adapted; a module that is saved whole stays so
         if (hit := save.match(name)) is not None and save.ancestor(name.rpartition(".")[0]) is None:
             return Match(name, "save", f"modules_to_save {hit!r}")
+        if excluded is not None:
+            return Match(name, "", f"exclude_modules {excluded!r}")
         if (hit := save.ancestor(name)) is not None:
             return Match(name, "", f"inside modules_to_save {hit!r}")
         if (hit := target.match(name)) is None:
@@ -158,9 +159,17 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
     for name in names.parameters:
         if (hit := parameter.match(name)) is not None:
             matches.append(adapted(name, "adapt parameter", f"target_parameters {hit!r}"))
-    rules = (target, exclude, save, parameter, ranks, alphas)
+    # what the user did not spell out needs no warning
+    rules: list[patterns.Rule | patterns.PatternDict] = [exclude, save, parameter, ranks, alphas]
+    if targets is config.target_modules:
+        rules.insert(0, target)
     unused = {rule.option: [x for x in rule.unused if not (rule is save and x in heads)] for rule in rules}
     return Targeting(matches, targets, {option: items for option, items in unused.items() if items})
+
+
+def saved_heads(config: LoraConfig) -> list[str]:
+    """The names under which transformers' classifiers keep the head that a task needs trained."""
+    return ["classifier", "score"] if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
 
 
 def _targets(names: ModelNames, config: LoraConfig) -> list[str] | str:
@@ -176,7 +185,8 @@ def _targets(names: ModelNames, config: LoraConfig) -> list[str] | str:
             )
         return ARCHITECTURES[names.model_type]
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
+        linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
+        return patterns.exactly(linear, names.kinds)
     return targets
 
 
@@ -191,10 +201,12 @@ def check(targeting: Targeting, config: LoraConfig) -> list[str]:
         known = [m.name for m in targeting.matches]
         asked = config.target_modules or config.target_parameters or []
         ends = {name.rpartition(".")[2] for name in known}
-        near = {y for x in ([asked] if isinstance(asked, str) else asked) for y in difflib.get_close_matches(x, ends)}
+        near = {
+            y for x in ([asked] if isinstance(asked, str) else asked[:50]) for y in difflib.get_close_matches(x, ends)
+        }
         raise ValueError(
-            f"nothing to adapt: target_modules={config.target_modules!r}, target_parameters="
-            f"{config.target_parameters!r} match none of the model's {len(known)} modules"
+            f"nothing to adapt: target_modules={_cut(repr(config.target_modules))}, target_parameters="
+            f"{_cut(repr(config.target_parameters))} match none of the model's {len(known)} modules"
             + "".join(f"; {m.name}: {m.rule}" for m in removed[:5])
             + (f"; near names: {', '.join(sorted(near))}" if near else f"; the model has: {', '.join(known[:8])}")
             + ("; a string is a regular expression for the WHOLE name" if isinstance(asked, str) else "")
@@ -204,6 +216,11 @@ def check(targeting: Targeting, config: LoraConfig) -> list[str]:
         "alpha_pattern": " among the adapted modules (a key must reach the end of the name)",
     }
     return [
-        f"{option}: {', '.join(map(repr, items))} matched nothing{notes.get(option, '')}"
+        f"{option}: {_cut(', '.join(map(repr, items)))} matched nothing{notes.get(option, '')}"
         for option, items in targeting.unused.items()
     ]
+
+
+def _cut(text: str) -> str:
+    """Lists out of a file may be long; a message should not be."""
+    return text if len(text) <= 1000 else f"{text[:1000]}..."

@@ -2,12 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from . import patterns
 from .combination import COMBINATIONS
 from .config import LoraConfig
 from .decomposition import Factors
 from .layer import LoraLayer
+from .scaling import check_rank
 
 
 def combine(
@@ -27,6 +29,8 @@ def combine(
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, at least one")
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type={combination_type!r}: must be one of {', '.join(COMBINATIONS)}")
+    if svd_rank is not None:
+        check_rank(svd_rank, "svd_rank")
     if not all(math.isfinite(w) for w in weights):
         raise ValueError(f"weights={list(weights)}: must be finite")
     combined = {}
@@ -46,9 +50,14 @@ def combine(
 
 
 def configure(
-    layers: Mapping[str, LoraLayer], combined: Mapping[str, Factors], parents: Sequence[LoraConfig]
+    layers: Mapping[str, LoraLayer],
+    combined: Mapping[str, Factors],
+    parents: Sequence[LoraConfig],
+    modules: Collection[str],
 ) -> LoraConfig:
     """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
+
+    `modules` are the names of all modules of the model, for the targets to match none of the others.
 
     Raises:
         ValueError: two parents save the same module whole.
@@ -63,7 +72,7 @@ def configure(
     return LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=[name for name in combined if layers[name].kind != "parameter"],
+        target_modules=patterns.exactly([name for name in combined if layers[name].kind != "parameter"], modules),
         target_parameters=[name for name in combined if layers[name].kind == "parameter"] or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),

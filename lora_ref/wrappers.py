@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,15 +59,12 @@ class AdapterModule(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """What switching changes, for `restore`."""
-        trained = [(p, p.requires_grad) for name in self.adapters() for p in self.adapter_parameters(name)]
-        return {"active": self.active_adapters, "off": self.disable_adapters, "trained": trained}
+        return {"active": self.active_adapters, "off": self.disable_adapters}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Switch back to an earlier state; adapters that were deleted since then stay deleted."""
-        self.active_adapters = [name for name in state["active"] if name in self.adapters()]
+    def restore(self, state: dict[str, Any], names: Mapping[str, str]) -> None:
+        """Switch back to an earlier state; `names` says what its adapters are called now, deleted ones left out."""
+        self.active_adapters = [names[name] for name in state["active"] if name in names]
         self.disable_adapters = state["off"]
-        for parameter, requires_grad in state["trained"]:
-            parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter."""

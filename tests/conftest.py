@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import install_import_hook
 
 # `Float[Array, "out in"]` in these modules' signatures is checked, shapes and all, at every call. Not in
@@ -18,4 +18,5 @@ torch.set_num_threads(1)
 slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=25, **slow_is_fine)
 settings.register_profile("deep", max_examples=1000, **slow_is_fine)
+settings.register_profile("unshrunk", max_examples=25, phases=(Phase.explicit, Phase.generate), **slow_is_fine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import json
-import re
 
 import numpy as np
 import pytest
@@ -63,11 +62,11 @@ def test_the_table_prints_the_results(quick):
     assert max(map(len, lines[: lines.index(next(line for line in lines if "trainable params" in line))])) <= 80
     assert "…" not in printed
     for run in results["runs"]:
-        start = f" *{run['name']} +{run['rank'] or '–'} "
-        (line,) = [line for line in lines if re.match(start, line)]
-        keys = ("rotated_before", "rotated_after", "upright_adapted")
-        assert [f"{run[key]:.1%}" in line for key in keys] == [True] * 3
-        assert f" {run['trainable']:,} " in line
+        lora = [f"{run[key]:g}" if run[key] else "–" for key in ("rank", "alpha", "scaling")]
+        keys = ("rotated_before", "rotated_after", "upright_adapted", "upright_disabled")
+        shares = ["–" if run[key] is None else f"{run[key]:.1%}" for key in keys]
+        cells = [run["name"], *lora, f"{run['trainable']:,}", f"{run['percent']:.1f}%", *shares]
+        assert [line.split() for line in lines].count(cells) == 1
     assert str(out) in printed.replace("\n", "")
     assert {path.name for path in out.iterdir()} == {"demo.png", "results.json", "adapter"}
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -123,9 +122,13 @@ def test_the_same_seed_gives_the_same_numbers_over_the_same_files(quick, tmp_pat
     assert (tmp_path / "demo.png").exists()
 
 
-def test_the_global_random_generators_are_left_alone(tmp_path):
+def test_the_global_state_of_torch_and_numpy_is_left_alone(tmp_path):
     torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     demo.run(tmp_path, seed=1, quick=True, ranks=[1])
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])

@@ -204,11 +204,14 @@ def test_names_cannot_steer_the_terminal(tmp_path, capsys):
     write(tmp_path, r=4, target_modules=["q_proj"])
     path = tmp_path / "adapter_model.safetensors"
     tensors = {key.replace("q_proj", "[bold]q\x1b[2J$x$"): value for key, value in load_file(path).items()}
+    tensors["base_model.model.[bold]extra\x1b[2J"] = torch.zeros(1)
     save_file(tensors, path, metadata={"format": "pt"})
-    code = cli.main(["inspect", str(tmp_path), "--figure", str(tmp_path / "figure.png")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, on characters without a glyph
+        assert cli.main(["inspect", str(tmp_path), "--figure", str(tmp_path / "figure.png")]) == 0
     printed = capsys.readouterr()
-    assert "\x1b[2J" not in printed.out + printed.err
-    assert code == 1 or "[bold]q" in printed.out  # refused, or shown as it is
+    assert "\x1b" not in printed.out + printed.err
+    assert "[bold]q" in printed.out and "[bold]extra" in printed.out
 
 
 @pytest.mark.parametrize(("out", "r", "n"), [(20, 4, 12), (3, 4, 12), (20, 6, 5), (2, 9, 3), (1, 1, 1)])
