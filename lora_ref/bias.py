@@ -21,8 +21,10 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
     """
     if mode == "none":
         return {}
-    # a module that is saved whole brings its own bias along
-    whole = {id(m) for wrapper in model.modules() if isinstance(wrapper, ModulesToSave) for m in wrapper.modules()}
+    # a module that this adapter saves whole brings its own bias along; other adapters' copies are theirs
+    saved = [m for m in model.modules() if isinstance(m, ModulesToSave)]
+    mine = [w if adapter_name in w.adapters() else w.modules_to_save for w in saved]
+    whole = {id(m) for part in mine for m in part.modules()}
     adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.adapters()]
     bases = {id(layer.get_base_layer()) for layer in adapted}
     return {

@@ -50,7 +50,11 @@ class Parameter(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.sample_adapters is not None and not self.disable_adapters:
-            raise ValueError("adapter_names is not possible with target_parameters: one weight serves the whole batch")
+            if set(self.sample_adapters) & set(self.adapters()):
+                raise ValueError(
+                    "adapter_names is not possible with target_parameters: one weight serves the whole batch"
+                )
+            return self.base_layer(*args, **kwargs)
         running = [name for name in self.active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not running:
             return self.base_layer(*args, **kwargs)

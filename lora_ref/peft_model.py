@@ -38,6 +38,7 @@ class PeftModel(nn.Module):
         super().__init__()
         with transaction(model):
             self.base_model = LoraModel(model)
+            self.training = model.training
             self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
             self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self._prepare_gradient_checkpointing()
@@ -60,6 +61,7 @@ class PeftModel(nn.Module):
         nn.Module.__init__(self)
         with transaction(model):
             self.base_model = LoraModel(model)
+            self.training = model.training
             self.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
         self._prepare_gradient_checkpointing()

@@ -8,7 +8,7 @@
 The name of the adapter is not part of the key.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from .atomic import transaction
 from .bias import biases
 from .layer import LoraLayer
 from .model import LoraModel
-from .wrappers import ModulesToSave
+from .wrappers import AdapterModule, ModulesToSave
 
 PREFIX = "base_model.model."
 
@@ -34,7 +34,8 @@ class Slot(NamedTuple):
 def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
     """{key in the file: its place in the model} of all that belongs to one adapter."""
     found = {}
-    for name, module in model.model.named_modules():
+    for path, module in model.model.named_modules():
+        name = _alone(model.model, path, adapter_name)
         if isinstance(module, LoraLayer) and adapter_name in module.adapters():
             device = module.base_weight.device
             for part in ("lora_A", "lora_B"):
@@ -48,8 +49,19 @@ def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
             found |= _all_of(module.modules_to_save[adapter_name], f"{PREFIX}{name}")
     for name, bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).items():
         owner = model.model.get_submodule(name.rpartition(".")[0])
-        found[PREFIX + name] = Slot(owner, "bias", bias, bias.device)
+        found[PREFIX + _alone(model.model, name, adapter_name)] = Slot(owner, "bias", bias, bias.device)
     return found
+
+
+def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
+    """A path as it is when the model has this adapter only: without the wrappers that serve others."""
+    kept: list[str] = []
+    module: Any = model
+    for part in path.split(".") if path else []:
+        others = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
+        kept += [] if others and part in ("base_layer", "original_module") else [part]
+        module = getattr(module, part)
+    return ".".join(kept)
 
 
 def embedding_slots(model: LoraModel) -> dict[str, Slot]:

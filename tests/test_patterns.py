@@ -329,7 +329,7 @@ def test_a_brace_means_what_it_means_to_re(pattern: str, name: str, matches: boo
 # -- patterns that would hang ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["(a|aa)+", "(?:a|a?b|aa)+c", "((a{1,9}){1,9}){1,9}b", "(?i)(A|AA)+"])
+@pytest.mark.parametrize("text", ["(a|aa)+", "(?:a|a?b|aa)+", "((a{1,9}){1,9}){1,9}b", "(?i)(A|AA)+"])
 def test_a_slow_pattern_ends_at_its_limit_and_says_so(text: str) -> None:
     started = time.perf_counter()
     with pytest.raises(ValueError, match=r"target_modules: the regular expression .* is too slow"):

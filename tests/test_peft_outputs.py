@@ -69,10 +69,8 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         kernel_size=draw(st.integers(1, 3)),
         stride=stride,
         padding=draw(st.sampled_from([0, 1, "valid"] + ["same"] * (stride == 1))),
-        dilation=draw(st.integers(1, 2)),
         groups=draw(st.sampled_from([1, 1, 2])),
         bias=draw(st.booleans()),
-        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
     )
     return conv, torch.randn(2, 4, *(7, 6, 5)[:n])
 
@@ -80,6 +78,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     """A layer of any kind, and an input for it."""
+    torch.manual_seed(draw(st.integers(0, 9)))
     kind = draw(st.sampled_from(["linear", "conv1d of transformers", "embedding", "conv", "conv"]))
     event(kind)
     n_in, n_out = draw(st.sampled_from([(5, 5), (4, 7), (7, 3)]))
@@ -172,14 +171,13 @@ def assert_same(theirs: Any, ours: Any, x: Tensor, mergeable: bool = True) -> No
         torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
 
 
-@given(st.data(), layers(), st.integers(0, 9))
-def test_a_layer_of_any_kind_does_the_same(
-    data: st.DataObject, layer_and_x: tuple[nn.Module, Tensor], seed: int
-) -> None:
-    torch.manual_seed(seed)
+@given(st.data(), layers())
+def test_a_layer_of_any_kind_does_the_same(data: st.DataObject, layer_and_x: tuple[nn.Module, Tensor]) -> None:
     layer, x = layer_and_x
     groups = getattr(layer, "groups", 1)
     is_conv = hasattr(layer, "kernel_size")
+    # for the latter see test_a_conv3d_with_kernel_1_merges_where_peft_fails
+    mergeable = groups == 1 and getattr(layer, "kernel_size", None) != (1, 1, 1)
     model = Net(layer, 6 if is_conv else layer(x).shape[-1]).double()
     model.channels_first = is_conv
     x = x.double() if x.is_floating_point() else x
@@ -188,10 +186,10 @@ def test_a_layer_of_any_kind_does_the_same(
     for name, tensor in theirs.state_dict().items():
         if "lora_" in name:
             assert bool(ours.state_dict()[name].any()) == bool(tensor.any()), name
-    assert_same(theirs, ours, x, mergeable=groups == 1)
+    assert_same(theirs, ours, x, mergeable)
 
 
-@given(options(), st.sampled_from([0, 1, 3]), st.booleans(), st.sampled_from([["up"], ["down"], ["up", "down"]]))
+@given(options(), st.sampled_from([0, 2, 3]), st.booleans(), st.sampled_from([["up"], ["down"], ["up", "down"]]))
 def test_raw_parameters_do_the_same(asked: dict[str, Any], n: int, is_transposed: bool, which: list[str]) -> None:
     model = Net(Experts(n, 4, 6, is_transposed), 4).double()
     theirs, ours = wrap(model, target_parameters=[f"layer.{name}" for name in which], **asked)
@@ -307,8 +305,8 @@ def test_weighted_sums_of_adapters_are_the_same(kind: str, weights: list[float],
         for i in (0, 2, 3):
             if name in ours.base_model.model[i].adapters():
                 want = theirs.base_model.model[i].get_delta_weight(name)
-                torch.testing.assert_close(ours.base_model.model[i].delta(name), want)
-    assert_same_outputs(theirs, ours, torch.randn(5, 6).double())
+                # PEFT takes the root of weight times scaling in float32
+                torch.testing.assert_close(ours.base_model.model[i].delta(name), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
@@ -374,7 +372,7 @@ def test_a_mixed_batch_may_name_an_adapter_that_saves_no_module_where_peft_raise
     x = torch.randn(2, 6).double()
     got = ours(x, adapter_names=["a", "b"])
     with pytest.raises(KeyError):
-        theirs(x, adapter_names=["a", "b"])
+        copy.deepcopy(theirs)(x, adapter_names=["a", "b"])
     for i, name in enumerate(("a", "b")):
         theirs.set_adapter(name)
         torch.testing.assert_close(got[i], theirs(x)[i])
@@ -382,12 +380,15 @@ def test_a_mixed_batch_may_name_an_adapter_that_saves_no_module_where_peft_raise
 
 def test_svd_rank_may_exceed_the_size_of_a_layer_where_peft_writes_factors_that_do_not_fit() -> None:
     theirs, ours = wrap(chain(), "a", r=2, target_modules=["3"])
+    theirs.add_adapter("b", peft.LoraConfig(r=2, target_modules=["3"]))
+    ours.add_adapter("b", lora_ref.LoraConfig(r=2, target_modules=["3"]))
+    randomise(ours)
     for model in (theirs, ours):
-        model.base_model.add_weighted_adapter(["a"], [1.0], "c", combination_type="svd", svd_rank=5)
+        model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="svd", svd_rank=5)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         theirs.base_model.model[3].get_delta_weight("c")
     layer = ours.base_model.model[3]
-    torch.testing.assert_close(layer.delta("c"), layer.delta("a"))
+    torch.testing.assert_close(layer.delta("c"), layer.delta("a") + layer.delta("b"))
 
 
 def test_a_grouped_convolution_is_not_merged_where_peft_fails_halfway_or_merges_wrongly() -> None:
@@ -406,3 +407,46 @@ def test_a_grouped_convolution_is_not_merged_where_peft_fails_halfway_or_merges_
         except Exception:
             return
     assert not torch.allclose(theirs(x), before)
+
+
+@pytest.mark.parametrize("like", [{"dilation": 2}, {"padding_mode": "circular"}, {"padding_mode": "reflect"}], ids=str)
+def test_a_convolution_keeps_dilation_and_padding_mode_where_peft_drops_them(like: dict[str, Any]) -> None:
+    """PEFT's branch is an undilated convolution with zero padding, so its outputs before and after merging differ."""
+    theirs, ours = wrap(Net(nn.Conv1d(4, 6, 3, padding=2, **like), 6).double(), r=2, target_modules=["layer"])
+    x = torch.randn(2, 4, 7).double()
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    for model in (theirs, ours):
+        model.base_model.model.channels_first = True
+    unmerged = ours(x)
+    try:
+        agrees = torch.allclose(theirs(x), unmerged)
+    except RuntimeError:  # the branch has another size
+        agrees = False
+    assert not agrees
+    theirs.merge_adapter(), ours.merge_adapter()
+    torch.testing.assert_close(ours(x), unmerged)
+    torch.testing.assert_close(theirs(x), unmerged)
+
+
+def test_a_conv3d_with_kernel_1_merges_where_peft_fails() -> None:
+    """PEFT takes it for a Conv2d with kernel 1, whose update is computed by a matrix product."""
+    theirs, ours = wrap(nn.Sequential(nn.Conv3d(4, 6, 1)).double(), r=2, target_modules=["0"])
+    randomise(ours)
+    x = torch.randn(2, 4, 3, 3, 3).double()
+    unmerged = ours(x)
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(x), unmerged)
+    with pytest.raises(RuntimeError):
+        theirs.merge_adapter()
+
+
+def test_a_single_transposed_expert_works_where_peft_adds_an_update_of_the_wrong_shape() -> None:
+    theirs, ours = wrap(Net(Experts(1, 4, 6, is_transposed=True), 4).double(), target_parameters=["layer.up"])
+    assert_same_structure(theirs, ours)
+    randomise(ours)
+    x = torch.randn(5, 4).double()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        theirs(x)
+    unmerged = ours(x)
+    torch.testing.assert_close(ours.merge_and_unload()(x), unmerged)
