@@ -69,16 +69,16 @@ def configure(
     ranks = {name: factors.A.shape[-2] * layers[name].groups for name, factors in combined.items()}
     r = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    parameters = [name for name in combined if layers[name].kind == "parameter"]
     return LoraConfig(
         r=r,
         lora_alpha=r,
         target_modules=patterns.exactly([name for name in combined if layers[name].kind != "parameter"], modules),
-        target_parameters=[name for name in combined if layers[name].kind == "parameter"] or None,
+        target_parameters=parameters or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         modules_to_save=whole or None,
-        lora_dropout=parents[0].lora_dropout,
-        fan_in_fan_out=parents[0].fan_in_fan_out,
+        lora_dropout=0.0 if parameters else parents[0].lora_dropout,
         task_type=parents[0].task_type,
         base_model_name_or_path=parents[0].base_model_name_or_path,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_OWN = "answering base base_layer original_module modules_to_save active_adapters disable_adapters".split()
+_OWN = ["answering", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters"]
 
 
 class AdapterModule(nn.Module):

@@ -695,6 +695,30 @@ def test_combinations_of_experts() -> None:
         assert close(deltas(model, kind)["0.stack"], want)
 
 
+class Conv1D(nn.Linear):
+    """transformers' layer as it is recognised: by its name and `nf`; the weight is (in, out)."""
+
+    nf = 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_a_combination_of_parents_whose_options_exclude_each_other() -> None:
+    """Raw parameters go with neither dropout nor fan_in_fan_out, which the first parent has."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Conv1D(5, 5), Experts()).double().eval()
+    first = LoraConfig(r=1, target_modules=["0"], fan_in_fan_out=True, lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(net, first)
+    model.add_adapter("b", LoraConfig(r=1, target_modules=[], target_parameters=["1.stack"], init_lora_weights=False))
+    x = torch.randn(2, 5).double()
+    model.set_adapter(["default", "b"])
+    y = model(x)
+    model.add_weighted_adapter(["default", "b"], [1, 1], "new", "cat")
+    model.set_adapter("new")
+    assert close(model(x), y)
+
+
 def test_a_combination_adapts_no_further_modules() -> None:
     """Names in a list match longer names with the same end: 'fc' would match 'block.fc' too."""
     net = nn.ModuleDict({"fc": nn.Linear(3, 3), "block": nn.ModuleDict({"fc": nn.Linear(3, 3)})})

@@ -169,6 +169,12 @@ def is_clean_suffix(model: nn.Module, item: str) -> bool:
     return all(name == item or name.endswith("." + item) for name in plain)
 
 
+def reaches_more_than_linear_layers(model: nn.Module) -> bool:
+    """Is the full name of a linear layer the end of another module's name?"""
+    linear = {name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return any(name.endswith("." + one) for name, _ in model.named_modules() if name not in linear for one in linear)
+
+
 @MANY
 @given(cases())
 def test_the_same_modules_are_adapted_with_the_same_rank_alpha_and_scaling(
@@ -181,6 +187,8 @@ def test_the_same_modules_are_adapted_with_the_same_rank_alpha_and_scaling(
     saved = [name for name, _ in model.named_modules() if any(name == s or name.endswith("." + s) for s in save)]
     assume(not any(inner.startswith(outer + ".") for inner in saved for outer in saved))
 
+    if str(options["target_modules"]).lower() == "all-linear":
+        assume(not reaches_more_than_linear_layers(model))
     theirs, ours = outcome(peft, model, options), outcome(lora_ref, model, options)
     event("refused" if theirs is None else f"{min(len(theirs['adapted']), 3)} adapted, {len(theirs['saved'])} saved")
     assert ours == theirs
@@ -189,6 +197,18 @@ def test_the_same_modules_are_adapted_with_the_same_rank_alpha_and_scaling(
         told = {name: (m["r"], m["lora_alpha"], m["scaling"]) for name, m in rows.items() if m["action"] == "adapt"}
         assert told == ours["adapted"]
         assert sorted(name for name, m in rows.items() if m["action"] == "save") == ours["saved"]
+
+
+@pytest.mark.parametrize("lists", [None, "layers", "experts", ["experts", "layers"], [r"lay\w+"], "xlayers", "model"])
+@pytest.mark.parametrize("indices", [0, 2, [1, 2], [3], -1])
+@pytest.mark.parametrize("targets", [["up", "q_proj"], ["0.up"], ["layers.1.q_proj", "up"], ["proj"]], ids=str)
+def test_layers_are_counted_alike_in_a_mixture_of_experts(targets: Any, indices: Any, lists: Any) -> None:
+    """The first number counts, not an expert's; at the root only with a layers_pattern; exact names bypass it."""
+    experts = {str(i): {"up": "linear"} for i in range(4)}
+    layers = {str(i): {"experts": experts, "q_proj": "linear", "xq_proj": "linear"} for i in range(3)}
+    model = build({"model": {"layers": layers, "xlayers": layers}, "layers": layers})
+    options = {"target_modules": targets, "layers_to_transform": indices, "layers_pattern": lists}
+    assert outcome(lora_ref, model, options) == outcome(peft, model, options)
 
 
 def test_the_architecture_table_is_pefts() -> None:
@@ -231,6 +251,14 @@ def test_modules_to_save_end_at_a_dot_where_peft_takes_any_ending() -> None:
     options = {"target_modules": ["q"], "modules_to_save": ["head"]}
     assert outcome(lora_ref, model, options)["saved"] == ["head"]
     assert outcome(peft, model, options)["saved"] == ["head", "xhead"]
+
+
+def test_all_linear_means_linear_where_peft_also_adapts_what_ends_like_a_linear_layer() -> None:
+    """PEFT turns "all-linear" into a list of names, and matches these as ends of names."""
+    model = small(proj=nn.Linear(2, 2), inner=small(proj=nn.Embedding(2, 2)))
+    options = {"target_modules": "all-linear"}
+    assert list(outcome(lora_ref, model, options)["adapted"]) == ["proj"]
+    assert list(outcome(peft, model, options)["adapted"]) == ["proj", "inner.proj"]
 
 
 def test_a_module_inside_a_saved_one_is_saved_once_where_peft_saves_it_twice() -> None:

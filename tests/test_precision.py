@@ -394,6 +394,21 @@ def test_checkpointing_of_gpt2(use_reentrant: bool, before: bool) -> None:
     assert all(torch.allclose(without[n], with_checkpoints[n], rtol=1e-5, atol=1e-7) for n in without)
 
 
+def test_a_model_with_checkpointing_is_asked_for_inputs_that_require_gradients() -> None:
+    """Reentrant checkpointing drops all gradients otherwise; transformers' own models have the method."""
+    asked = []
+
+    class Checkpointed(nn.Sequential):
+        is_gradient_checkpointing = True
+
+        def enable_input_require_grads(self) -> None:
+            asked.append(self)
+
+    net = Checkpointed(nn.Linear(2, 2))
+    get_peft_model(net, LoraConfig(target_modules=["0"]))
+    assert asked == [net]
+
+
 # -- copies, meta tensors, tied weights ----------------------------------------------------------------
 
 

@@ -704,5 +704,5 @@ def but_with(ref: Model, **changes: Any) -> Model:
 
 TestAdaptedModel = AdaptedModel.TestCase
 TestAdaptedModel.settings = settings(
-    max_examples=max(60, settings().max_examples), stateful_step_count=30, deadline=None
+    max_examples=max(200, settings().max_examples), stateful_step_count=30, deadline=None
 )
