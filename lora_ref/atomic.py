@@ -7,16 +7,20 @@ the values of dicts, lists and plain attributes, `requires_grad`, and a paramete
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+
+_covered: ContextVar[frozenset[int]] = ContextVar("_covered", default=frozenset())  # ids of modules
 
 
 @contextmanager
 def transaction(*roots: nn.Module) -> Iterator[None]:
     """Undo every change of the module trees when the body raises, KeyboardInterrupt included.
 
-    The price is one shallow copy of each module's attributes: no tensor is copied.
+    The price is one shallow copy of each module's attributes: no tensor is copied, and modules that
+    an enclosing transaction covers are left to that one (so do not catch an error between the two).
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> try:
@@ -27,9 +31,14 @@ def transaction(*roots: nn.Module) -> Iterator[None]:
     ...     print(net[0])
     Linear(in_features=2, out_features=2, bias=True)
     """
-    modules = {id(m): m for root in roots for m in root.modules()}.values()
-    attributes = [(m, {key: (value, _copy(value)) for key, value in vars(m).items()}) for m in modules]
-    tensors = [(p, p.data, p.requires_grad) for root in roots for p in root.parameters()]
+    outer = _covered.get()
+    if all(id(root) in outer for root in roots):
+        yield
+        return
+    modules = {id(m): m for root in roots for m in root.modules() if id(m) not in outer}
+    attributes = [(m, {key: (value, _copy(value)) for key, value in vars(m).items()}) for m in modules.values()]
+    tensors = [(p, p.data, p.requires_grad) for m in modules.values() for p in m._parameters.values() if p is not None]
+    token = _covered.set(outer | modules.keys())
     try:
         yield
     except BaseException:
@@ -40,6 +49,8 @@ def transaction(*roots: nn.Module) -> Iterator[None]:
             tensor.data = data
             tensor.requires_grad_(requires_grad)
         raise
+    finally:
+        _covered.reset(token)
 
 
 def _copy(value: Any) -> Any:

@@ -8,21 +8,22 @@ from torch import nn
 from . import init as inits
 from . import targeting
 from .config import LoraConfig
-from .inject import kind_of, unwrapped, walk
+from .inject import kind_of, walk
 from .layer import LoraLayer
 from .layers import is_conv1d_of_transformers
 from .parameters import Parameter
 from .targeting import Targeting
-from .wrappers import ModulesToSave
+from .wrappers import ModulesToSave, unwrapped
 
 
 def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
     """Raise ValueError for all that injection could trip over, warn of what looks unintended. Changes nothing."""
     notes = targeting.check(plan, config)
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
-    shared: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(tensor), []).append(name)
+    shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
+    for name, owner in model.named_modules():
+        for attribute, tensor in owner._parameters.items():
+            shared.setdefault(id(tensor), []).append(f"{name}.{attribute}")
     for match in plan.matches:
         if not match.action:
             continue
@@ -34,7 +35,7 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
         parent, attribute = places[name]
         module = getattr(parent, attribute)
         if match.action == "save":
-            refusal = _refuse_saving(module)
+            refusal = _refuse_saving(module, parent)
         else:
             refusal = _refuse_adapting(module, parent, attribute, parameter, match.r or 0)
             if refusal is None and parameter:
@@ -51,6 +52,16 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
             stores = f"{type(bare).__name__} stores {'(in, out)' if transposed else '(out, in)'}"
             notes.append(f"fan_in_fan_out={config.fan_in_fan_out}, but {stores}: the layer's own storage is used")
         holders = shared[id(getattr(bare, parameter or "weight"))]
+        if own_forward(bare) and kind_of(bare) == "linear" and not parameter:
+            notes.append(
+                f"{match.name}: {type(bare).__name__} has a forward of its own; the update is that of a plain "
+                "nn.Linear, and merged and unmerged outputs may differ"
+            )
+        if any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for m in model.modules()):
+            notes.append(
+                "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted: "
+                "make it with enable_nested_tensor=False"
+            )
         if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
             notes.append(
                 f"{match.name}: its weight is tied ({', '.join(holders)}); the adapter acts on {match.name} alone, "
@@ -60,7 +71,21 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
         warnings.warn(note, stacklevel=5)
 
 
-def _refuse_saving(module: nn.Module) -> str | None:
+def own_forward(module: nn.Module) -> bool:
+    """Does a subclass of torch's layers compute its output in another way?"""
+    return (
+        kind_of(module) != ""
+        and not is_conv1d_of_transformers(module)
+        and not any(
+            type(module).forward is torchs.forward
+            for torchs in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        )
+    )
+
+
+def _refuse_saving(module: nn.Module, parent: nn.Module) -> str | None:
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it: save the attention whole"
     if any(isinstance(m, LoraLayer) for m in module.modules()):
         return "modules_to_save covers layers that another adapter adapts"
     return None
@@ -84,6 +109,10 @@ def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, param
         return "another adapter saves this module whole (modules_to_save)"
     if isinstance(module, LoraLayer) and isinstance(module, Parameter) is not bool(parameter):
         return "it would be adapted as a module and as a raw parameter at once; target one of them"
+    if kind in ("embedding", "conv") and own_forward(bare) and not hasattr(bare, "embed_scale"):
+        return f"{type(bare).__name__} computes its output in a forward of its own, which an update cannot follow"
+    if (parameter or "weight") not in bare._parameters:
+        return "its weight is computed from other parameters (a parametrisation); remove that first"
     weight = getattr(bare, parameter or "weight")
     if not weight.dtype.is_floating_point:
         return f"its weight is {weight.dtype}; quantised layers cannot be adapted"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
     except SystemExit as stop:  # argparse's way to end after --help, --version and a wrong usage
         return int(stop.code or 0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
     try:
         options.action(options)
         sys.stdout.flush()  # a closed pipe shows here at the latest, not while the interpreter ends
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has left, as in `lora-ref inspect DIR | head -1`: nobody is there to be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         text = "".join(c if c.isprintable() else " " for c in str(error))  # a file's names may be hostile
         sentence = " ".join(text.split()) or type(error).__name__
         print(f"lora-ref: error: {sentence}", file=sys.stderr)
@@ -65,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=seed, default=0, metavar="N", help="the same seed gives the same numbers")
     demo.add_argument("--quick", action="store_true", help="fewer epochs, and ranks 2 and 8 only")
     demo.add_argument(
-        "--r", type=int, nargs="+", metavar="R", default=argparse.SUPPRESS, help="ranks (default: 1 2 4 8)"
+        "--r", type=rank, nargs="+", metavar="R", default=argparse.SUPPRESS, help="ranks (default: 1 2 4 8)"
     )
     demo.add_argument("--lora-alpha", type=float, default=8.0, metavar="A", help="s = lora_alpha / r")
     demo.set_defaults(action=run_demo)
@@ -88,6 +91,14 @@ def seed(text: str) -> int:
     number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**32, not {number}")
+    return number
+
+
+def rank(text: str) -> int:
+    """A rank that the demo's network has room for."""
+    number = int(text)
+    if not 1 <= number <= 256:
+        raise argparse.ArgumentTypeError(f"a rank is from 1 to 256 (the network's width), not {number}")
     return number
 
 

@@ -68,8 +68,11 @@ class LoraConfig:
     Raises:
         ValueError: a value outside of what is allowed; TypeError: an unknown option name.
 
+    Numbers are plain Python numbers, not NumPy's.
+
     Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`,
-    `bias="al"` or `init_lora_weights="gausian"` are found late or never).
+    `bias="al"` or `init_lora_weights="gausian"` are found late or never); the object that a user
+    passes to `get_peft_model` is not changed.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
     LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})
@@ -101,8 +104,7 @@ class LoraConfig:
     corda_config: CordaConfig | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
-
-    peft_type = "LORA"  # a constant, not an option: PEFT's files carry it
+    peft_type: str = "LORA"  # the only value there is: PEFT's files carry it
 
     def __post_init__(self) -> None:
         check_rank(self.r)
@@ -111,6 +113,7 @@ class LoraConfig:
         require(is_number(p) and 0 <= p <= 1, "lora_dropout", p, "a number in [0, 1]")
         require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "'none', 'all' or 'lora_only'")
         check_bools(self, "use_rslora", "fan_in_fan_out", "inference_mode")
+        require(self.peft_type == "LORA", "peft_type", self.peft_type, "'LORA'")
         self._check_targets()
         self._check_init()
         if self.task_type is not None:
@@ -185,6 +188,13 @@ class LoraConfig:
         from . import config_file
 
         return config_file.read(Path(directory) / "adapter_config.json")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write adapter_config.json into a folder."""
+        from . import config_file
+
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "adapter_config.json").write_text(config_file.dumps(self), encoding="utf-8")
 
     def __repr__(self) -> str:
         default = {f.name: f.default if f.default is not dataclasses.MISSING else {} for f in dataclasses.fields(self)}

@@ -26,7 +26,7 @@ def to_dict(config: LoraConfig) -> dict[str, Any]:
     >>> data["peft_type"], data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
     ('LORA', 4, True)
     """
-    return {"peft_type": config.peft_type, **dataclasses.asdict(config)}
+    return dataclasses.asdict(config)
 
 
 def from_dict(data: dict[str, Any]) -> LoraConfig:
@@ -40,10 +40,11 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
         raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     for key, value in data.items():
-        if key in known or key in NOTES or key == "peft_type":
+        if key in known or key in NOTES:
             continue
         if value:
-            raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{near(key[:80], known)}")
+            hint = "" if key in OFF_IN_PEFT else near(key[:80], known)
+            raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{hint}")
         if key not in OFF_IN_PEFT:
             warnings.warn(
                 f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored",

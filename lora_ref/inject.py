@@ -12,7 +12,7 @@ from .layer import Init, LoraLayer
 from .layers import Conv, Embedding, Linear, is_conv1d_of_transformers
 from .parameters import Parameter
 from .targeting import ModelNames, Targeting
-from .wrappers import AdapterModule, ModulesToSave
+from .wrappers import AdapterModule, ModulesToSave, unwrapped
 
 WRAPPERS: dict[str, type[LoraLayer]] = {"linear": Linear, "embedding": Embedding, "conv": Conv}
 
@@ -45,11 +45,14 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     yield from visit(model, "")
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module at the bottom of nested wrappers."""
-    while isinstance(module, AdapterModule):
-        module = module.base
-    return module
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """{id of a module, wrapped or not: every (parent, attribute) that holds it}: a shared module has several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
+            if child is not None:
+                found.setdefault(id(unwrapped(child)), []).append((parent, attribute))
+    return found
 
 
 def describe(model: nn.Module) -> ModelNames:
@@ -94,6 +97,15 @@ def put_in(
     this in a transaction.
     """
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
+    held = holders(model)
+
+    def put(wrapper: AdapterModule, module: nn.Module) -> None:
+        for parent, attribute in held[id(unwrapped(module))]:
+            setattr(parent, attribute, wrapper)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # its fast path reads the weights of linear1 and linear2 itself, unless a hook is attached
+                wrapper.register_forward_pre_hook(_keep_off_the_fast_path)
+
     for match in plan.matches:
         if not match.action:
             continue
@@ -103,17 +115,13 @@ def put_in(
         module = getattr(parent, attribute)
         if match.action == "save":
             if not isinstance(module, ModulesToSave):
-                module = ModulesToSave(module)
-                setattr(parent, attribute, module)
+                put(module := ModulesToSave(module), module.base)
             module.add_adapter(adapter_name)
             continue
         layer = _existing(module, parameter)
         if layer is None:
             layer = Parameter(module, parameter) if is_parameter else WRAPPERS[kind_of(module)](module)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # its fast path reads the weights of linear1 and linear2 itself, unless a hook is attached
-                layer.register_forward_pre_hook(_keep_off_the_fast_path)
-            setattr(parent, attribute, layer)
+            put(layer, module)
         assert match.r is not None and match.lora_alpha is not None
         method = init(match.name) if init else inits.find(config.init_lora_weights, layer.kind, match.name)
         layer.add_adapter(
@@ -142,9 +150,10 @@ def _keep_off_the_fast_path(module: nn.Module, args: Any) -> None:
 
 def take_out(model: nn.Module) -> None:
     """Put every wrapped module back into its place; of modules saved whole, the one that answers now stays."""
-    for _, parent, attribute in list(walk(model)):
-        module = getattr(parent, attribute)
-        if isinstance(module, ModulesToSave):
-            setattr(parent, attribute, module.answering)
-        elif isinstance(module, LoraLayer):
-            setattr(parent, attribute, module.get_base_layer())
+    for places in holders(model).values():
+        for parent, attribute in places:
+            module = getattr(parent, attribute)
+            if isinstance(module, ModulesToSave):
+                setattr(parent, attribute, module.answering)
+            elif isinstance(module, LoraLayer):
+                setattr(parent, attribute, module.get_base_layer())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import decomposition
 from .decomposition import Factors
 from .scaling import scaling
-from .wrappers import AdapterModule
+from .wrappers import AdapterModule, unwrapped
 
 Init = Callable[[Tensor, int, float], Factors]
 
@@ -56,10 +56,7 @@ class LoraLayer(AdapterModule):
 
     def get_base_layer(self) -> nn.Module:
         """The module at the bottom of nested wrappers."""
-        base = self.base_layer
-        while isinstance(base, AdapterModule):
-            base = base.base
-        return base
+        return unwrapped(self)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -104,7 +101,7 @@ class LoraLayer(AdapterModule):
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
         """The base weight as (out, in): transposed storage is undone here and nowhere else."""
-        return self.base_weight.detach()
+        return self.original_weight.detach()
 
     def stored(self, D: Float[Tensor, "*batch out in"]) -> Tensor:
         """A logical update in the shape that the base weight is stored in."""

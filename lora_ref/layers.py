@@ -18,7 +18,7 @@ class Linear(LoraLayer):
         self.fan_in_fan_out = is_conv1d_of_transformers(base_layer)
 
     def logical_weight(self) -> Float[Tensor, "out in"]:
-        W = self.base_weight.detach()
+        W = self.original_weight.detach()
         return W.T if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "out in"]) -> Tensor:
@@ -51,7 +51,7 @@ class Embedding(LoraLayer):
         self.lora_embedding_B = nn.ParameterDict()
 
     def logical_weight(self) -> Float[Tensor, "dim vocabulary"]:
-        return self.base_weight.detach().T
+        return self.original_weight.detach().T
 
     def stored(self, D: Float[Tensor, "dim vocabulary"]) -> Tensor:
         return D.T

@@ -18,15 +18,21 @@ from .wrappers import ModulesToSave
 class LoraModel(SwitchModel):
     """A base model with named adapters in it. `PeftModel` is the same with saving and loading."""
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the updates of the active (or the named) adapters to the base weights, reversibly.
 
         The output afterwards is base + every adapter that is active or merged. Merged weights are
         always checked to be finite before the first one is written: `safe_merge` is for PEFT's
-        scripts and changes nothing.
+        scripts and changes nothing. A state dict loaded meanwhile is undone by unmerging.
+
+        Raises:
+            ValueError: an unknown adapter; adapters are disabled; a layer that cannot be merged (a grouped
+                convolution); a merged weight that would not be finite.
+
+        Differs from PEFT: several layers merge or none; active adapters that are not merged still
+            contribute; unmerging is exact.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._known(*names)
+        names = self._named(adapter_names)
         with transaction(self):
             merge.merge(self.layers(), names)
 
@@ -36,15 +42,17 @@ class LoraModel(SwitchModel):
             merge.unmerge(self.layers().values())
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
         """The plain base model with the active (or named) adapters merged into it.
 
         It is the original object, changed in place. `progressbar` and `safe_merge` are for PEFT's
         scripts: merging is quick, and always checked.
+
+        Raises:
+            ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._known(*names)
+        names = self._named(adapter_names)
         with transaction(self):
             self.enable_adapter_layers()
             if adapter_names is not None:
@@ -87,12 +95,13 @@ class LoraModel(SwitchModel):
         self._new(adapter_name)
         self._known(*adapters)
         parents = {name: self.peft_config[name] for name in adapters}
-        combined = weighted.combine(self.layers(), adapters, weights, combination_type, svd_rank)
+        layers = self.layers()
+        combined = weighted.combine(layers, adapters, weights, combination_type, svd_rank)
         modules = inject.describe(self.model).kinds
-        config = weighted.configure(self.layers(), combined, list(parents.values()), modules)
+        config = weighted.configure(layers, combined, list(parents.values()), modules)
 
         def init(name: str) -> Init:
-            A, B = self.layers()[name].packed(*combined[name][:2])
+            A, B = layers[name].packed(*combined[name][:2])
             return lambda weight, r, scaling: Factors(A, B)
 
         with transaction(self):

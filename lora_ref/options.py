@@ -22,7 +22,7 @@ def near(word: str, known: Collection[str]) -> str:
 
 
 def strict(cls: type[T]) -> type[T]:
-    """A dataclass whose constructor names the nearest option when one is unknown."""
+    """A dataclass that answers an unknown option with the nearest known one, when it is made and when it is set."""
     original: Any = cls.__init__
 
     @functools.wraps(original)
@@ -34,7 +34,14 @@ def strict(cls: type[T]) -> type[T]:
         original(self, *args, **kwargs)
 
     __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+
+    def __setattr__(self: Any, name: str, value: object) -> None:
+        if name not in cls.__annotations__:
+            raise AttributeError(f"{cls.__name__} has no option {name!r}{near(name, cls.__annotations__)}")
+        object.__setattr__(self, name, value)
+
     cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign]
     return cls
 
 

@@ -212,15 +212,3 @@ class PatternDict:
     @property
     def unused(self) -> list[str]:
         return [key for key in self.values if key not in self.used]
-
-
-def lookup(pattern: dict[str, Value], name: str, default: Value) -> Value:
-    """The value of the first key of a rank_pattern or alpha_pattern that matches, or the default.
-
-    >>> lookup({r"layers\\.0\\..*": 32, "q_proj": 4}, "model.layers.0.q_proj", 8)
-    32
-    >>> lookup({"^model.layers.0": 32}, "model.layers.0.q_proj", 8)  # does not reach the end
-    8
-    """
-    key = PatternDict("pattern", pattern).key(name)
-    return default if key is None else pattern[key]

@@ -89,7 +89,11 @@ class PeftModel(nn.Module):
         """Add an adapter from a folder, inactive and frozen.
 
         Raises:
-            FileNotFoundError, ValueError: the folder is not there, broken, or does not fit; the model is unchanged.
+            FileNotFoundError, ValueError: the folder is not there, broken, or does not fit, or there is an adapter
+                of that name; the model is unchanged.
+
+        Differs from PEFT: a tensor that is missing or left over, or a shape that differs, is an error; a
+            pickle (.bin) is not read; a name in use is not overwritten.
         """
         storage.load_adapter(self.base_model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
 
@@ -97,7 +101,7 @@ class PeftModel(nn.Module):
         self,
         save_directory: str | Path,
         safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
+        selected_adapters: str | Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
     ) -> None:
@@ -108,8 +112,7 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")
-        selected = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self.base_model._known(*selected)
+        selected = list(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
         for name, folder in storage.adapter_folders(self.base_model, Path(save_directory)):
             if name in selected and is_main_process:
                 storage.save_adapter(self.base_model, name, folder, save_embedding_layers)
@@ -120,9 +123,12 @@ class PeftModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, with adapter_names as in `forward`."""
-        with self.sampled(adapter_names):
-            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        """The base model's `generate`, with adapter_names as in `forward`: one name a prompt, whatever the beams."""
+        base: Any = self.get_base_model()
+        settings = kwargs.get("generation_config") or getattr(base, "generation_config", None)
+        beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
+        with self.sampled(adapter_names and [name for name in adapter_names for _ in range(beams)]):
+            return base.generate(*args, **kwargs)
 
     def sampled(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
         """See `LoraModel.sampled`."""
@@ -177,13 +183,15 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+def get_peft_model_state_dict(model: PeftModel, *, adapter_name: str = "default") -> dict[str, Tensor]:
     """{key as in the adapter file: live tensor} of one adapter."""
     model.base_model._known(adapter_name)
     return {key: slot.tensor.detach() for key, slot in slots.slots(model.base_model, adapter_name).items()}
 
 
-def set_peft_model_state_dict(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str = "default") -> None:
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+) -> None:
     """The inverse of `get_peft_model_state_dict`: all tensors are checked before the first is written."""
     model.base_model._known(adapter_name)
-    slots.assign(model.base_model, adapter_name, dict(tensors))
+    slots.assign(model.base_model, adapter_name, dict(peft_model_state_dict))

@@ -113,7 +113,8 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"there is no folder {directory}; adapters are read from local folders only")
+        what = "a file, not a folder" if directory.exists() else "not there"
+        raise FileNotFoundError(f"the folder {directory} is {what}; adapters are read from local folders only")
     config = config_file.read(directory / CONFIG)
     path = directory / WEIGHTS
     if not path.is_file():

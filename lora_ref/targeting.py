@@ -209,6 +209,7 @@ def check(targeting: Targeting, config: LoraConfig) -> list[str]:
             f"{_cut(repr(config.target_parameters))} match none of the model's {len(known)} modules"
             + "".join(f"; {m.name}: {m.rule}" for m in removed[:5])
             + (f"; near names: {', '.join(sorted(near))}" if near else f"; the model has: {', '.join(known[:8])}")
+            + ("" if known else "only itself: wrap it, as in nn.Sequential(model), and target '0'")
             + ("; a string is a regular expression for the WHOLE name" if isinstance(asked, str) else "")
         )
     notes = {

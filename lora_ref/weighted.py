@@ -23,7 +23,8 @@ def combine(
 
     Raises:
         ValueError: unknown combination_type, not as many weights as adapters, a weight that is not
-            finite, or unequal ranks with "linear".
+            finite, or unequal ranks with "linear",
+            or an svd_rank that the groups of a convolution cannot share out.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, at least one")
@@ -41,6 +42,8 @@ def combine(
             continue
         As, Bs = zip(*([f.detach() for f in layer.factors(name)] for name, _ in parents), strict=True)
         scales = [w * layer.scaling[name] for name, w in parents]
+        if combination_type == "svd" and (svd_rank or largest) % layer.groups:
+            raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
         rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
         try:
             combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)

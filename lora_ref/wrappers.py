@@ -110,6 +110,13 @@ class AdapterModule(nn.Module):
             return getattr(self.answering, name)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module at the bottom of nested wrappers."""
+    while isinstance(module, AdapterModule):
+        module = module.base
+    return module
+
+
 class ModulesToSave(AdapterModule):
     """A module that is trained whole: the original, and a copy for each adapter.
 

@@ -110,10 +110,17 @@ def test_a_missing_extra_says_how_to_install_it(module, arguments, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--r", "0"], ["--r", "-2"], ["--lora-alpha", "nan"], ["--lora-alpha", "inf"]])
+@pytest.mark.parametrize("arguments", [["--lora-alpha", "nan"], ["--lora-alpha", "inf"]])
 def test_impossible_numbers_fail_before_training(arguments, capsys, tmp_path):
     assert cli.main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 1
     assert one_sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "-2", "257", "100000000000", "two"])
+def test_a_rank_that_the_network_has_no_room_for_is_wrong_usage(rank, capsys, tmp_path):
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--r", rank]) == 2
+    assert "--r" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

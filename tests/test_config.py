@@ -46,6 +46,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "corda_config": ([5, "x", True, [], EvaConfig()], "a CordaConfig, a dict or None"),
     "base_model_name_or_path": ([5, True, [], b"x"], "a string or None"),
     "revision": ([5, True, [], b"x"], "a string or None"),
+    "peft_type": (["IA3", "lora", None, 5, []], "'LORA'"),
 }
 SUB_BAD: list[tuple[type, str, Any, str]] = [
     *((EvaConfig, "rho", x, "a number >= 1") for x in (0.9, "2", None, True, float("nan"), float("inf"))),

@@ -444,7 +444,7 @@ def test_the_undamaged_folder_loads_on_both(valid: Path) -> None:
     other = with_adapter()
     other.load_adapter(valid, "b")
     for name, adapted in (("default", model), ("b", other)):
-        loaded = get_peft_model_state_dict(adapted, name)
+        loaded = get_peft_model_state_dict(adapted, adapter_name=name)
         assert loaded.keys() == read(valid).keys()
         assert all(np.array_equal(loaded[key].numpy(), array) for key, array in read(valid).items())
 

@@ -37,6 +37,7 @@ ORDER = [
     {"inject"},
     {"checks"},
     {"weighted"},
+    {"adapters"},
     {"switch"},
     {"model"},
     {"slots"},
@@ -87,7 +88,7 @@ config = LoraConfig(target_modules=["q"], rank_pattern={{"q": 2}})
 assert config_file.from_dict(config_file.to_dict(config)) == config
 plan = targeting.resolve(targeting.ModelNames({{"a.q": "linear", "a.k": "linear"}}), config)
 assert plan.names("adapt") == ["a.q"] and plan.matches[0].r == 2
-assert patterns.lookup({{"q": 2}}, "a.q", 8) == 2
+assert patterns.PatternDict("rank_pattern", {{"q": 2}}).key("a.q") == "q"
 print(sorted({FORBIDDEN}))
 """
     assert run(code) == "[]"

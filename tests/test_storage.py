@@ -154,7 +154,7 @@ def test_several_adapters_go_to_folders_of_their_names(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 3)), tmp_path)
     again.load_adapter(tmp_path / "other one", "other one")
     for name in ("default", "other one"):
-        a, b = get_peft_model_state_dict(model, name), get_peft_model_state_dict(again, name)
+        a, b = get_peft_model_state_dict(model, adapter_name=name), get_peft_model_state_dict(again, adapter_name=name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     model.save_pretrained(tmp_path / "one", selected_adapters=["other one"])
     assert sorted(contents(tmp_path / "one")) == [f"other one/{CONFIG}", f"other one/{WEIGHTS}"]
@@ -371,6 +371,9 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change: Callable[[Any], 
 
 
 def test_an_unknown_adapter_is_named() -> None:
-    for function in (get_peft_model_state_dict, lambda m, name: set_peft_model_state_dict(m, {}, name)):
+    for function in (
+        lambda m, name: get_peft_model_state_dict(m, adapter_name=name),
+        lambda m, name: set_peft_model_state_dict(m, {}, name),
+    ):
         with pytest.raises(ValueError, match=r"there is no adapter 'defualt'.*did you mean 'default'"):
             function(small(), "defualt")
