@@ -24,6 +24,7 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
     for name, owner in model.named_modules():
         for attribute, tensor in owner._parameters.items():
             shared.setdefault(id(tensor), []).append(f"{name}.{attribute}")
+    nested = any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for m in model.modules())
     for match in plan.matches:
         if not match.action:
             continue
@@ -44,6 +45,11 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
                 refusal = _refuse_init(config.init_lora_weights, match.r or 0, parameter, unwrapped(module))
         if refusal:
             raise ValueError(f"{match.name}: {refusal}")
+        if nested and isinstance(parent, nn.TransformerEncoderLayer):
+            notes.append(
+                "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted: "
+                "make it with enable_nested_tensor=False"
+            )
         if match.action == "save":
             continue
         bare = unwrapped(module)
@@ -56,11 +62,6 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
             notes.append(
                 f"{match.name}: {type(bare).__name__} has a forward of its own; the update is that of a plain "
                 "nn.Linear, and merged and unmerged outputs may differ"
-            )
-        if any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for m in model.modules()):
-            notes.append(
-                "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted: "
-                "make it with enable_nested_tensor=False"
             )
         if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
             notes.append(
