@@ -150,7 +150,7 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: an unknown adapter, one named twice, or two that save the same module whole.
 
-        Differs from PEFT: it refuses nothing here, and unmerging leaves rounding errors there.
+        Differs from PEFT: unmerging there subtracts the update, and leaves rounding errors in the weights.
         """
         names = list(self._named(adapter_name))
         if len(set(names)) != len(names):
