@@ -27,7 +27,7 @@ def cat(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
 
     Source: PEFT's LoraModel.add_weighted_adapter, combination_type="cat".
 
-    >>> A, B, _ = cat([np.eye(2), np.ones((1, 2))], [np.eye(2), np.ones((2, 1))], [2.0, 0.5])
+    >>> A, B, *_ = cat([np.eye(2), np.ones((1, 2))], [np.eye(2), np.ones((2, 1))], [2.0, 0.5])
     >>> B @ A
     array([[2.5, 0.5],
            [0.5, 2.5]])
@@ -43,7 +43,7 @@ def linear(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
 
     Source: PEFT's LoraModel.add_weighted_adapter, combination_type="linear".
 
-    >>> A, B, _ = linear([np.eye(2)], [np.eye(2)], [-4.0])
+    >>> A, B, *_ = linear([np.eye(2)], [np.eye(2)], [-4.0])
     >>> B @ A
     array([[-4.,  0.],
            [ 0., -4.]])
@@ -63,12 +63,12 @@ def svd(As: As, Bs: Bs, scales: Sequence[float], r: int) -> Factors:
 
     Source: PEFT's LoraModel.add_weighted_adapter, combination_type="svd"; Eckart-Young for "best".
 
-    >>> A, B, _ = svd([np.diag([3.0, 1.0])], [np.eye(2)], [1.0], r=1)
+    >>> A, B, *_ = svd([np.diag([3.0, 1.0])], [np.eye(2)], [1.0], r=1)
     >>> (B @ A).round(12)
     array([[3., 0.],
            [0., 0.]])
     """
-    A, B, _ = cat(As, Bs, scales)
+    A, B, *_ = cat(As, Bs, scales)
     U, S, Vh = linalg.svd_of_product(B, A)
     root = S[..., :r] ** 0.5
     A, B = root[..., :, None] * Vh[..., :r, :], U[..., :, :r] * root[..., None, :]

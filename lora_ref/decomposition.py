@@ -16,16 +16,18 @@ Array = Any  # a numpy.ndarray or a torch.Tensor
 
 
 class Factors(NamedTuple):
-    """What an initialisation returns: A (r, in), B (out, r), and the new base weight.
+    """What an initialisation returns: A (r, in), B (out, r), and what becomes of the base weight.
 
     `residual` (out, in) is None where the base weight stays as it is, so that the adapted
-    weight at the start is W + s * B @ A; else it is what replaces W, and the adapted
-    weight is residual + s * B @ A.
+    weight at the start is W + s * B @ A; else it is what replaces W, and the adapted weight
+    is residual + s * B @ A. That is W again, but for rounding, where `exact`; LoftQ's residual
+    is a quantised W, and its adapted weight only as near to W as rank r allows (exact=False).
     """
 
     A: Float[Array, "*batch r in"]
     B: Float[Array, "*batch out r"]
     residual: Float[Array, "*batch out in"] | None = None
+    exact: bool = True
 
 
 def delta(
@@ -66,7 +68,7 @@ def adapted_forward(
     >>> (W + delta(*factors[:2], scaling=2.0)) @ np.array([1.0, 1.0])  # merged: the same
     array([19., 25.])
     """
-    A, B, residual = factors
+    A, B, residual, _ = factors
     y = x @ (W if residual is None else residual).T  # (*tokens, in) @ (in, out) -> (*tokens, out)
     y = y if b is None else y + b
     return y + scaling * ((x @ A.T) @ B.T)  # (*tokens, in) @ (in, r) @ (r, out) -> (*tokens, out)

@@ -109,7 +109,7 @@ def test_rslora_is_louder_by_the_root_of_the_rank(r, alpha):
 def test_these_initialisations_start_as_a_no_op_in_both_libraries(method, seed, n_out, n_in, half):
     function, W = getattr(init, method), np.zeros((n_out, n_in))
     for weight, rng in ((W, np.random.default_rng(seed)), (torch.from_numpy(W), torch.Generator().manual_seed(seed))):
-        A, B, residual = function(weight, 2 * half, 1.0, rng)
+        A, B, residual, _ = function(weight, 2 * half, 1.0, rng)
         assert A.shape == (2 * half, n_in)
         assert B.shape == (n_out, 2 * half)
         assert residual is None

@@ -22,14 +22,19 @@ def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng
     Source: PEFT's LoraConfig, `init_lora_weights="orthogonal"` (there is no paper).
 
     >>> import numpy as np
-    >>> A, B, _ = orthogonal(np.zeros((6, 8)), r=4, rng=np.random.default_rng(0))
+    >>> A, B, *_ = orthogonal(np.zeros((6, 8)), r=4, rng=np.random.default_rng(0))
     >>> bool(abs(B @ A).max() < 1e-15), np.linalg.matrix_rank(A), np.linalg.matrix_rank(B)
     (True, np.int64(2), np.int64(2))
     """
-    if r % 2:
-        raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, r={r} is odd")
+    check_even(r)
     n_out, n_in = weight.shape
     rows, _ = linalg.qr(linalg.normal((r, r), 1.0, weight, rng))
     X = linalg.at_least_float32(linalg.normal((n_in, r // 2), 0.1, weight, rng))
     Y = linalg.at_least_float32(linalg.normal((n_out, r // 2), 0.1, weight, rng))
     return Factors(A=(X @ rows[0::2]).T, B=Y @ rows[1::2])  # (in, r/2) @ (r/2, r) -> (in, r); likewise (out, r)
+
+
+def check_even(r: int) -> None:
+    """Raise ValueError unless the rows of an (r, r) matrix can be shared out evenly."""
+    if r % 2:
+        raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, r={r} is odd")

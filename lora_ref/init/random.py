@@ -25,7 +25,7 @@ def uniform(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Fa
     Source: microsoft/LoRA, `loralib/layers.py`; LoRA, arXiv 2106.09685, section 4.1 (there Gaussian).
 
     >>> import numpy as np
-    >>> A, B, residual = uniform(np.zeros((3, 4)), r=2, rng=np.random.default_rng(0))
+    >>> A, B, residual, _ = uniform(np.zeros((3, 4)), r=2, rng=np.random.default_rng(0))
     >>> A.shape, B.shape, bool((abs(A) <= 0.5).all()), B.any(), residual
     ((2, 4), (3, 2), True, np.False_, None)
     """
@@ -40,7 +40,7 @@ def gaussian(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> F
     Source: PEFT's LoraConfig, `init_lora_weights`.
 
     >>> import numpy as np
-    >>> A, B, _ = gaussian(np.zeros((3, 10_000)), r=4, rng=np.random.default_rng(0))
+    >>> A, B, *_ = gaussian(np.zeros((3, 10_000)), r=4, rng=np.random.default_rng(0))
     >>> round(float(A.std()), 2)
     0.25
     """
@@ -55,7 +55,7 @@ def unzeroed(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> F
     Source: PEFT's LoraConfig, `init_lora_weights`.
 
     >>> import numpy as np
-    >>> A, B, _ = unzeroed(np.zeros((3, 4)), r=2, rng=np.random.default_rng(0))
+    >>> A, B, *_ = unzeroed(np.zeros((3, 4)), r=2, rng=np.random.default_rng(0))
     >>> bool(A.all() and B.all())
     True
     """
@@ -73,7 +73,7 @@ def embedding(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> 
     Source: microsoft/LoRA, `loralib/layers.py`, Embedding.
 
     >>> import numpy as np
-    >>> A, B, _ = embedding(np.zeros((3, 10)), r=2, rng=np.random.default_rng(0))
+    >>> A, B, *_ = embedding(np.zeros((3, 10)), r=2, rng=np.random.default_rng(0))
     >>> A.any(), bool(B.all())
     (np.False_, True)
     """

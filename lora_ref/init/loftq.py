@@ -1,0 +1,63 @@
+"""`init_lora_weights="loftq"`: quantise the base weight, and let the factors make up for the error."""
+
+from typing import Any
+
+from jaxtyping import Float
+
+from .. import linalg, quantization
+from ..decomposition import Array, Factors
+from . import residual
+
+
+def loftq(
+    weight: Float[Array, "out in"],
+    r: int,
+    scaling: float = 1.0,
+    rng: Any = None,
+    bits: int = 4,
+    iterations: int = 1,
+) -> Factors:
+    """Q, A, B that lower ||W - (Q + s * B @ A)||_F, by turns in Q and in the factors:
+
+        Q_t = dequantize(quantize(W - D_(t-1))),  D_0 = 0
+        D_t = U_r S_r V_r^T, the best rank-r approximation of W - Q_t
+
+    After the last turn B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T, and the base becomes Q, a float
+    tensor of W's dtype. Neither Q nor s * B @ A depends on s; `rng` is not used.
+
+    One iteration is QLoRA's base with the best factors for it, never worse than Q alone. More of them
+    are mostly better, but the error need not fall with each: a block's scale follows from its largest
+    number, which is not the scale that would lower the error most.
+
+    Raises:
+        ValueError: r > min(in, out), s <= 0, bits not 2, 4 or 8, iterations < 1, or W is not finite.
+
+    Source: LoftQ, arXiv 2310.08659, algorithm 1 (there s = 1).
+
+    Differs from PEFT: needs neither bitsandbytes nor CUDA; has 2 bits as well, and NF8 where PEFT has
+    int8 by rows; W is Q + s * B @ A to rank r for every lora_alpha, in PEFT for s = 1 only.
+
+    >>> import numpy as np
+    >>> W = np.array([[0.5, -2.0], [2.0, 0.3]])
+    >>> A, B, Q, exact = loftq(W, r=1, bits=2)
+    >>> Q.round(2), exact
+    (array([[ 0.68, -2.  ],
+           [ 2.  ,  0.  ]]), False)
+    >>> (W - Q).round(2), abs(B @ A).round(2)  # the larger singular value, 0.3, is made up for
+    (array([[-0.18,  0.  ],
+           [ 0.  ,  0.3 ]]), array([[0. , 0. ],
+           [0. , 0.3]]))
+    """
+    residual.check("loftq", weight.shape, r, scaling)
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: must be at least 1")
+    W = linalg.at_least_float32(weight)
+    X = W  # W - D_(t-1)
+    for _ in range(iterations):
+        # as it will be stored, so that the factors make up for its rounding too
+        Q = linalg.cast(quantization.dequantize(quantization.quantize(X, bits)), weight)
+        U, S, Vh = linalg.leading_svd(W - Q, r)
+        X = linalg.subtract_product(W, U * S, Vh, 1.0)
+    root = (S / scaling) ** 0.5
+    A, B = linalg.cast(root[:, None] * Vh, weight), linalg.cast(U * root, weight)
+    return Factors(A, B, residual=Q, exact=False)

@@ -1,0 +1,141 @@
+"""`init_lora_weights="lora_ga"`: factors along the gradient, so that the first steps go where full training would."""
+
+from typing import Any
+
+from jaxtyping import Float
+
+from .. import linalg
+from ..decomposition import Array, Factors
+from . import residual
+
+DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+def lora_ga(
+    weight: Float[Array, "out in"],
+    r: int,
+    scaling: float = 1.0,
+    rng: Any = None,
+    *,
+    gradient: Float[Array, "out in"],
+    direction: str = "ArB2r",
+    scale: str = "stable",
+    stable_gamma: float | int = 16,
+) -> Factors:
+    """A = c V_a^T, B = c U_b, where U S V^T = G, the gradient at W, and a, b share out 1 .. 2r; W <- W - s * B A.
+
+    Why so: the gradients of A and B are s B^T G and s G A^T, so the first step changes s * B A by
+    -lr s^2 (B B^T G + G A^T A). With B and A along 2r different singular vectors that is a projection of G
+    on its 2r leading triples, the nearest that a rank-2r matrix comes to the step of full training.
+
+    `direction`: "ArB2r" a = 1 .. r, b = r+1 .. 2r; "A2rBr" the other way round; "ArBr" a = 2, 4, ..,
+    b = 1, 3, ..; "random" a and b drawn. `scale`: "stable" c = out^(1/4) / sqrt(stable_gamma), which keeps the size
+    of the output independent of r and of the layer's width; "gd_scale" c = 1 / s, so that the first step is that
+    projection exactly; "unit" c = 1; "weight_svd" c = mean(sqrt(S_r(W) / s)), the size that PiSSA's factors have.
+
+    Raises:
+        ValueError: 2r > min(in, out), scaling <= 0, a gradient that is zero or not finite or has another shape than
+            the weight, an unknown direction or scale, stable_gamma <= 0.
+
+    Source: LoRA-GA, arXiv 2407.05000, section 3.2 and 3.3 and algorithm 1; the authors' code for the other options.
+
+    Differs from PEFT: there B is multiplied by the singular values of G and only B by c, "random" gives A and B
+        the same directions, a Conv1D takes `in` for `out`, and 2r > min(in, out) fails late; the decomposition is
+        exact here.
+
+    >>> import numpy as np
+    >>> A, B, residual, _ = lora_ga(np.eye(2), r=1, gradient=np.diag([5.0, 1.0]), scale="unit")
+    >>> A, B.T, residual  # A along the first direction, B along the second
+    (array([[1., 0.]]), array([[0., 1.]]), array([[ 1.,  0.],
+           [-1.,  1.]]))
+    """
+    check(weight.shape, r, scaling, direction, scale, stable_gamma)
+    if tuple(gradient.shape) != tuple(weight.shape):
+        raise ValueError(f"the gradient is {tuple(gradient.shape)}, the weight {tuple(weight.shape)}")
+    return from_directions(weight, *directions(gradient, r, direction, rng), scaling, scale, stable_gamma)
+
+
+def check(
+    shape: tuple[int, ...],
+    r: int,
+    scaling: float = 1.0,
+    direction: str = "ArB2r",
+    scale: str = "stable",
+    stable_gamma: float | int = 16,
+) -> None:
+    """Raise ValueError unless LoRA-GA can find 2r directions in a weight of this shape, with these options.
+
+    >>> check((4, 8), r=3)
+    Traceback (most recent call last):
+    ...
+    ValueError: init_lora_weights='lora_ga' takes r directions for A and r for B: 2r <= min(in, out) = 4, r=3 is more
+    """
+    residual.check("lora_ga", shape, r, scaling)
+    if 2 * r > min(shape):
+        raise ValueError(
+            "init_lora_weights='lora_ga' takes r directions for A and r for B: "
+            f"2r <= min(in, out) = {min(shape)}, r={r} is more"
+        )
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction={direction!r}: must be one of {', '.join(map(repr, DIRECTIONS))}")
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r}: must be one of {', '.join(map(repr, SCALES))}")
+    if not stable_gamma > 0:
+        raise ValueError(f"stable_gamma={stable_gamma}: must be > 0")
+
+
+def directions(
+    gradient: Float[Array, "out in"], r: int, direction: str = "ArB2r", rng: Any = None
+) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
+    """V_a^T and U_b: r right and r other left singular vectors of the gradient, out of its 2r leading triples.
+
+    Raises:
+        ValueError: the gradient is zero or not finite.
+
+    >>> import numpy as np
+    >>> A, B = directions(np.diag([4.0, 3.0, 2.0, 1.0]), r=2, direction="ArBr")
+    >>> abs(A).argmax(1), abs(B).argmax(0)
+    (array([1, 3]), array([0, 2]))
+    """
+    largest = float(abs(gradient).max())
+    if not 0 < largest < float("inf"):
+        raise ValueError("the gradient is zero, or not finite: it has no direction")
+    U, _, Vh = linalg.leading_svd(linalg.at_least_float32(gradient) / largest, 2 * r)
+    order = list(range(2 * r))
+    if direction == "random":  # the order of 2r draws is a random permutation
+        order = [int(i) for i in linalg.normal((2 * r,), 1.0, U, rng).argsort()]
+    a, b = {
+        "ArB2r": (order[:r], order[r:]),
+        "A2rBr": (order[r:], order[:r]),
+        "ArBr": (order[1::2], order[0::2]),
+        "random": (order[:r], order[r:]),
+    }[direction]
+    return Vh[a], U[:, b]
+
+
+def from_directions(
+    weight: Float[Array, "out in"],
+    A: Float[Array, "r in"],
+    B: Float[Array, "out r"],
+    scaling: float,
+    scale: str = "stable",
+    stable_gamma: float | int = 16,
+) -> Factors:
+    """c A, c B and W - s * (c B) (c A), c as `scale` says.
+
+    >>> import numpy as np
+    >>> A, B, *_ = from_directions(np.zeros((16, 2)), np.eye(1, 2), np.eye(16, 1), scaling=0.5, stable_gamma=4)
+    >>> A, B[0]  # 16^(1/4) / sqrt(4) = 1
+    (array([[1., 0.]]), array([1.]))
+    """
+    check(weight.shape, len(A), scaling, scale=scale, stable_gamma=stable_gamma)
+    W, r = linalg.at_least_float32(weight), len(A)
+    c: Any = 1.0
+    if scale == "stable":
+        c = weight.shape[0] ** 0.25 / stable_gamma**0.5
+    elif scale == "gd_scale":
+        c = 1 / scaling
+    elif scale == "weight_svd":
+        c = ((linalg.leading_svd(W, r)[1] / scaling) ** 0.5).mean()
+    return residual.take_out(weight, c * linalg.cast(A, W), c * linalg.cast(B, W), scaling)

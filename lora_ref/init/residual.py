@@ -1,0 +1,45 @@
+"""What the initialisations share that take their first update out of the base weight.
+
+    W = residual + s * B @ A      the adapted weight at the start is W, the frozen part of it smaller
+
+They divide by s, so they need s > 0, and there are no more than min(in, out) directions to take.
+"""
+
+from typing import Any
+
+from jaxtyping import Float
+
+from .. import linalg
+from ..decomposition import Array, Factors
+
+
+def check(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> None:
+    """Raise ValueError unless this method can take r directions out of a weight of this shape at this scaling.
+
+    >>> check("pissa", (4, 8), r=6)
+    Traceback (most recent call last):
+    ...
+    ValueError: init_lora_weights='pissa' needs r <= min(in, out) = 4, r=6 is more
+    """
+    if r > min(shape):
+        raise ValueError(f"init_lora_weights={method!r} needs r <= min(in, out) = {min(shape)}, r={r} is more")
+    if not scaling > 0:
+        raise ValueError(f"init_lora_weights={method!r} divides by the scaling: lora_alpha must be > 0")
+
+
+def take_out(
+    weight: Float[Array, "out in"], A: Float[Array, "r in"], B: Float[Array, "out r"], scaling: float
+) -> Factors:
+    """A, B and W - s * B @ A, with A and B rounded to the weight's dtype first.
+
+    Rounding afterwards would leave s * (B @ A - stored B @ stored A) out of the adapted weight:
+    in a half precision far more than the rounding of the residual itself.
+
+    >>> import numpy as np
+    >>> take_out(np.eye(2), np.array([[2.0, 0.0]]), np.array([[1.0], [0.0]]), scaling=0.5).residual
+    array([[0., 0.],
+           [0., 1.]])
+    """
+    A, B = linalg.cast(A, weight), linalg.cast(B, weight)
+    residual: Any = linalg.subtract_product(weight, B, A, scaling)
+    return Factors(A, B, linalg.cast(residual, weight))

@@ -1,0 +1,92 @@
+"""The decompositions that LAPACK has: QR and SVD, of one matrix or of a batch, with the signs fixed."""
+
+import sys
+
+import numpy as np
+from jaxtyping import Float
+
+from .arrays import Array, at_least_float32, check_finite, is_torch
+
+
+def subtract_product(
+    W: Float[Array, "out in"], B: Float[Array, "out r"], A: Float[Array, "r in"], s: float
+) -> Float[Array, "out in"]:
+    """W - s * B @ A in at least float32, with one array of W's size and no second one.
+
+    >>> subtract_product(np.eye(2), np.array([[1.0], [0.0]]), np.array([[1.0, 3.0]]), 2.0)
+    array([[-1., -6.],
+           [ 0.,  1.]])
+    """
+    W, A, B = at_least_float32(W), at_least_float32(A), at_least_float32(B)
+    if is_torch(W):
+        return W.addmm(B, A, alpha=-s)
+    D = B @ (-s * A)  # (out, r) @ (r, in) -> (out, in)
+    D += W
+    return D
+
+
+def qr(x: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch m k"]]:
+    """X = Q R, reduced: Q^T Q = I, R upper triangular.
+
+    The signs are fixed: R's diagonal is >= 0, so that Q and R are unique for full rank.
+
+    >>> Q, R = qr(np.array([[0.0, 2.0], [-3.0, 1.0]]))
+    >>> R
+    array([[ 3., -1.],
+           [ 0.,  2.]])
+    """
+    if is_torch(x):
+        torch = sys.modules["torch"]
+        Q, R = torch.linalg.qr(at_least_float32(x))
+        sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R.dtype)
+    else:
+        Q, R = np.linalg.qr(x)
+        sign = np.where(R.diagonal(axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+    return Q * sign[..., None, :], sign[..., :, None] * R
+
+
+def svd(
+    x: Float[Array, "*batch n k"],
+) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch m"], Float[Array, "*batch m k"]]:
+    """X = U diag(S) Vh, thin: m = min(n, k), S descending.
+
+    The signs are fixed: in each row of Vh the entry of largest magnitude is positive.
+
+    Raises:
+        ValueError: x has NaN or infinite entries.
+
+    >>> U, S, Vh = svd(np.array([[3.0, 0.0], [0.0, -5.0]]))
+    >>> S
+    array([5., 3.])
+    """
+    check_finite(x)
+    if is_torch(x):
+        return signed(*sys.modules["torch"].linalg.svd(at_least_float32(x), full_matrices=False))
+    return signed(*np.linalg.svd(x, full_matrices=False))
+
+
+def signed(U: Array, S: Array, Vh: Array) -> tuple[Array, Array, Array]:
+    """The same triples with the entry of largest magnitude in each row of Vh positive."""
+    at = abs(Vh).argmax(-1)[..., None]  # (*batch, m, 1)
+    largest = Vh.take_along_dim(at, -1) if is_torch(Vh) else np.take_along_axis(Vh, at, -1)
+    sign = largest / abs(largest)
+    return U * sign.swapaxes(-1, -2), S, Vh * sign
+
+
+def svd_of_product(
+    B: Float[Array, "*batch out r"], A: Float[Array, "*batch r in"]
+) -> tuple[Float[Array, "*batch out m"], Float[Array, "*batch m"], Float[Array, "*batch m in"]]:
+    """B A = U diag(S) Vh without forming B A: QR both factors, decompose the small core.
+
+        B = Qb Rb,  A^T = Qa Ra,  B A = Qb (Rb Ra^T) Qa^T,  m = min(out, r, in)
+
+    O((in + out) r^2) operations instead of O(in * out * min(in, out)).
+
+    >>> U, S, Vh = svd_of_product(np.array([[3.0], [4.0]]), np.array([[0.0, 2.0, 0.0]]))
+    >>> S
+    array([10.])
+    """
+    Qb, Rb = qr(B)  # (out, m), (m, r)
+    Qa, Ra = qr(A.mT if is_torch(A) else A.swapaxes(-1, -2))  # (in, m'), (m', r)
+    U, S, Vh = svd(Rb @ (Ra.mT if is_torch(Ra) else Ra.swapaxes(-1, -2)))
+    return Qb @ U, S, Vh @ (Qa.mT if is_torch(Qa) else Qa.swapaxes(-1, -2))

@@ -1,0 +1,262 @@
+"""EVA's pure part: principal components of batches, the sharing out of ranks, the factors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.decomposition import IncrementalPCA
+
+from lora_ref import pca
+from lora_ref.init.eva import eva, most, redistribute
+
+U64 = 2.0**-53  # unit roundoff of float64
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.integers(1, 12)
+spectra = st.sampled_from(["decaying", "flat", "deficient", "zero"])
+libraries = st.sampled_from([np.asarray, torch.from_numpy])
+
+
+def batches(seed, n_in, lengths, spectrum="decaying", mean=0.0):
+    rng = np.random.default_rng(seed)
+    size = {"decaying": 2.0 ** -np.arange(n_in), "flat": np.ones(n_in), "zero": np.zeros(n_in)}
+    size["deficient"] = size["flat"] * (np.arange(n_in) < max(1, n_in // 2))
+    turn = np.linalg.qr(rng.standard_normal((n_in, n_in)))[0]
+    return [rng.standard_normal((m, n_in)) * size[spectrum] @ turn + mean for m in lengths]
+
+
+def moments(parts, library=np.asarray):
+    found = None
+    for part in parts:
+        found = pca.update(found, library(part))
+    return found
+
+
+def scatter(found):
+    kept = np.asarray(found.kept)
+    return kept if found.squared else kept.T @ kept
+
+
+@given(seeds, sizes, st.lists(sizes, min_size=1, max_size=5), spectra, st.sampled_from([0.0, 3.0, 1e4]), libraries)
+def test_moments_of_batches_are_those_of_all_rows(seed, n_in, lengths, spectrum, mean, library):
+    parts = batches(seed, n_in, lengths, spectrum, mean)
+    X = np.concatenate(parts)
+    found = moments(parts, library)
+    centred = X - X.mean(0)
+    # the rounding of a mean is relative to the mean; of a scatter, to the scatter and to that rounding squared
+    off = 20 * U64 * len(X) * abs(X).max()
+    assert found.seen == len(X)
+    assert np.abs(np.asarray(found.mean) - X.mean(0)).max() <= off
+    spread = np.linalg.norm(centred)
+    bound = 50 * U64 * len(X) * spread**2 + len(X) * off**2 + 2 * off * math.sqrt(len(X)) * spread
+    assert np.abs(scatter(found) - centred.T @ centred).max() <= bound
+
+
+@given(seeds, sizes, st.lists(sizes, min_size=1, max_size=5), spectra, libraries, st.data())
+def test_components_are_the_principal_components_of_all_rows(seed, n_in, lengths, spectrum, library, data):
+    parts = batches(seed, n_in, lengths, spectrum, mean=1.0)
+    X = np.concatenate(parts)
+    n = data.draw(st.integers(1, min(X.shape)))
+    vectors, singular_values, ratios = (np.asarray(x) for x in pca.components(moments(parts, library), n))
+    S, Vh = np.linalg.svd(X - X.mean(0))[1:]
+    S = np.concatenate([S, np.zeros(n_in)])
+    size = 100 * U64 * len(X) * (S[0] ** 2 + 1)  # of a rounding error in S^T S; the mean is 1
+    assert np.abs(vectors @ vectors.T - np.eye(n)).max() <= 100 * n_in * U64
+    assert np.abs(singular_values**2 - S[:n] ** 2).max() <= size + n_in * pca.EPS * S[0] ** 2
+    assert (np.diff(singular_values) <= 0).all()
+    assert np.abs(ratios * (S**2).sum() - S[:n] ** 2).max() <= 2 * size
+    assert (vectors[range(n), abs(vectors).argmax(1)] > 0).all()
+    for i in range(n):
+        gap = min(abs(S[i] ** 2 - np.delete(S[:n_in], i) ** 2), default=1.0)
+        if gap > 2 * size:  # the direction is determined, to size / gap
+            assert 1 - abs(vectors[i] @ Vh[i]) <= (2 * size / gap) ** 2 + 100 * n_in * U64
+
+
+@given(seeds, sizes, st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_equal_to_scikit_learn_fed_the_same_batches(seed, n_in, more):
+    parts = batches(seed, n_in, [n_in + 1 + m for m in more], "decaying", mean=0.5)  # so none is truncated
+    theirs = IncrementalPCA()
+    for part in parts:
+        theirs.partial_fit(part)
+    n = min(n_in, 5)
+    ours = pca.components(moments(parts), n)
+    # sigma_5 = sigma_1 / 16: squared, 256 times 1e-16 over gaps of the same order
+    S = theirs.singular_values_
+    gaps = [min(abs(S[i] ** 2 - np.delete(S, i) ** 2), default=1.0) for i in range(n)]
+    bound = np.array([1000 * U64 * len(np.concatenate(parts)) * (S[0] ** 2 + 1) / gap for gap in gaps])
+    assert (np.abs(ours.vectors - theirs.components_[:n]).max(1) <= np.maximum(bound, 1e-14)).all()
+    assert np.allclose(ours.singular_values, S[:n], rtol=0, atol=1e-11 * S[0])
+    assert np.allclose(ours.ratios, theirs.explained_variance_ratio_[:n], rtol=0, atol=1e-11)
+
+
+def test_equal_to_scikit_learn_to_twelve_digits():
+    parts = batches(0, 40, [60, 50, 41, 200], "decaying", mean=2.0)
+    theirs = IncrementalPCA()
+    for part in parts:
+        theirs.partial_fit(part)
+    for library in (np.asarray, torch.from_numpy):
+        ours = pca.components(moments(parts, library), 6)
+        assert np.abs(np.asarray(ours.vectors) - theirs.components_[:6]).max() <= 1e-12
+        assert np.abs(np.asarray(ours.ratios) - theirs.explained_variance_ratio_[:6]).max() <= 1e-14
+
+
+def test_a_truncating_incremental_pca_is_not_exact_and_this_is():
+    parts = batches(1, 60, [30] * 20, "flat")
+    parts = [part * 0.98 ** np.arange(60) for part in parts]
+    X = np.concatenate(parts)
+    best = np.linalg.svd(X - X.mean(0))[2][:4]
+    theirs = IncrementalPCA(n_components=4)
+    for part in parts:
+        theirs.partial_fit(part)
+    lost = {name: 4 - np.linalg.norm(V @ best.T) ** 2 for name, V in {"theirs": theirs.components_}.items()}
+    ours = pca.components(moments(parts), 4).vectors
+    assert lost["theirs"] > 0.1
+    assert 4 - np.linalg.norm(ours @ best.T) ** 2 <= 1e-10
+
+
+def test_by_hand():
+    found = moments([np.array([[3.0, 1.0], [1.0, 1.0]]), np.array([[2.0, 3.0], [2.0, -1.0]])])
+    assert found.mean.tolist() == [2.0, 1.0]
+    assert found.kept.tolist() == [[2.0, 0.0], [0.0, 8.0]]
+    vectors, singular_values, ratios = pca.components(found, 2)
+    assert abs(vectors).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert np.allclose(singular_values**2, [8, 2], rtol=4 * U64)
+    assert np.allclose(ratios, [0.8, 0.2], rtol=4 * U64)
+
+
+def test_a_large_mean_costs_no_more_than_its_own_rounding():
+    mean, grid = 2.0**36, np.random.default_rng(0).integers(-1000, 1000, (3, 50, 6)) * [1, 2, 4, 8, 16, 32]
+    near, far = (pca.components(moments(list(grid + shift)), 6) for shift in (0.0, mean))  # the data are exact
+    off = 2 * U64 * mean * math.sqrt(grid.size)  # as if each number had been rounded twice
+    assert np.abs(near.singular_values - far.singular_values).max() <= off  # squares of the mean: 2^72 * U64 * 150
+    gap = -np.diff(near.singular_values).max()
+    assert np.abs(near.vectors - far.vectors).max() <= 2 * off / gap
+
+
+@given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), seeds)
+def test_low_precision_is_squared_in_float64(dtype, seed):
+    X = torch.from_numpy(batches(seed, 6, [40])[0]).to(dtype)
+    found, exact = pca.components(pca.update(None, X), 6), pca.components(pca.update(None, X.double()), 6)
+    assert all(x.dtype == torch.float64 and torch.equal(x, y) for x, y in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+def test_what_cannot_be_learnt_from_is_refused(library):
+    for bad, message in (
+        (np.zeros((0, 3)), "no rows"),
+        (np.array([[np.nan, 1.0]]), "NaN"),
+        (np.array([[np.inf]]), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pca.update(None, library(bad))
+    found = pca.update(None, library(np.eye(3)[:2]))
+    for n in (0, 3):
+        with pytest.raises(ValueError, match=f"n={n} components of 2 rows of 3 numbers"):
+            pca.components(found, n)
+
+
+# -- the eigenproblem --------------------------------------------------------------------------
+
+
+def symmetric(values, seed=0):
+    Q = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(values), len(values))))[0]
+    return (Q * values) @ Q.T
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        0.9 ** np.arange(300),
+        np.ones(300),
+        np.r_[np.full(20, 5.0), np.ones(280)],
+        np.zeros(300),
+        np.r_[7.0, np.zeros(299)],
+    ],
+    ids=["decaying", "all equal", "twenty equal", "zero", "rank 1"],
+)
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+def test_leading_eigenvalues_of_a_large_matrix(values, turned, library):
+    C = symmetric(values) if turned else np.diag(values)
+    found, V = (np.asarray(x) for x in pca.leading_eigh(library(C), 10))
+    bound = 300 * 10 * U64 * max(values[0], 1e-300)
+    assert np.abs(found - values[:10]).max() <= bound
+    assert np.linalg.norm(C @ V - V * found) <= 10 * bound
+    assert np.abs(V.T @ V - np.eye(10)).max() <= 300 * 100 * U64
+
+
+def test_lanczos_is_believed_only_with_a_proof(monkeypatch):
+    C = symmetric(0.9 ** np.arange(300))
+    right = pca._lanczos(C, 5)
+    assert pca._are_leading(C, *right)
+    values, V = np.linalg.eigh(C)
+    skipped = [-7, -5, -4, -3, -1]  # two of the leading five are missing
+    assert not pca._are_leading(C, values[skipped], V[:, skipped])
+    assert not pca._are_leading(C, right[0], right[1] + 1e-6)
+    monkeypatch.setattr(pca, "_lanczos", lambda c, n: (values[skipped], V[:, skipped]))
+    assert np.allclose(pca.leading_eigh(C, 5)[0], values[:-6:-1], rtol=1e-12)
+
+
+# -- ranks -------------------------------------------------------------------------------------
+
+
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(1, 4), st.booleans())
+def test_the_budget_is_kept_and_no_rank_is_above_its_limit(seed, r, rho, tied):
+    rng = np.random.default_rng(seed)
+    ranks = {f"layer{i}": x for i, x in enumerate(r)}
+    ratios = {name: sorted(rng.random(most(x, rho)).tolist(), reverse=True) for name, x in ranks.items()}
+    if tied:
+        ratios = {name: [round(y, 1) for y in x] for name, x in ratios.items()}
+    got = redistribute(ratios, ranks, rho)
+    assert list(got) == list(ranks)
+    assert sum(got.values()) == sum(r)
+    assert all(got[name] <= round(x * rho) for name, x in ranks.items())
+    taken = [x for name in got for x in ratios[name][: got[name]]]
+    left = [x for name in got for x in ratios[name][got[name] :]]
+    assert not left or min(taken) >= max(left)
+    assert redistribute(ratios, ranks, 1.0) == ranks
+
+
+def test_ranks_by_hand():
+    ratios = {"a": [0.5, 0.3, 0.1, 0.0], "b": [0.9, 0.02, 0.01, 0.0], "c": [0.4, 0.35, 0.2, 0.05]}
+    assert redistribute(ratios, {"a": 2, "b": 2, "c": 2}, 2.0) == {"a": 2, "b": 1, "c": 3}
+    assert redistribute(ratios, {"a": 1, "b": 2, "c": 1}, 1.5) == {"a": 1, "b": 1, "c": 2}  # round(1.5) is 2
+    shared = {"q": [0.5, 0.2], "k": [0.5, 0.2], "v": [0.5, 0.2]}  # the first of those that share gets the most
+    assert redistribute(shared, {"q": 1, "k": 1, "v": 1}, 2.0) == {"q": 1, "k": 1, "v": 1}
+    assert redistribute(shared | {"o": [0.1, 0.1]}, {"q": 1, "k": 1, "v": 1, "o": 1}, 2.0) == dict(q=2, k=1, v=1, o=0)
+
+
+# -- factors -----------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 8), st.integers(1, 8), libraries, st.booleans(), st.data())
+def test_the_factors_are_components_and_zero(seed, n_out, n_in, library, whiten, data):
+    r = data.draw(st.integers(0, n_in))
+    found = pca.components(moments(batches(seed, n_in, [20]), library), n_in)
+    A, B, residual, _ = eva(library(np.zeros((n_out, n_in))), r, components=found, whiten=whiten)
+    assert residual is None
+    assert B.shape == (n_out, r)
+    assert not B.any()
+    size = np.asarray(found.singular_values)[:r] if whiten else np.ones(r)
+    assert np.abs(np.asarray(A @ A.T) * np.sqrt(size)[:, None] * np.sqrt(size) - np.eye(r)).max(initial=0) <= 1e-13
+
+
+def test_the_factors_come_in_the_weights_dtype():
+    found = pca.components(moments(batches(0, 4, [20]), torch.from_numpy), 2)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        A = eva(torch.zeros(3, 4, dtype=dtype), 2, components=found).A
+        assert torch.equal(A, found.vectors.to(dtype))
+
+
+def test_too_few_components_and_directions_without_variance_are_refused():
+    found = pca.components(moments(batches(0, 6, [20], "deficient")), 5)
+    assert (found.singular_values[:3] > 0).all()
+    assert found.singular_values[3:].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="only 5 components are known"):
+        eva(np.zeros((2, 6)), 6, components=found)
+    with pytest.raises(ValueError, match="fewer than r=4 directions"):
+        eva(np.zeros((2, 6)), 4, components=found, whiten=True)
+    assert np.isfinite(eva(np.zeros((2, 6)), 3, components=found, whiten=True).A).all()
