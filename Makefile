@@ -1,6 +1,7 @@
 # make          what can be made
 # make demo     the demo, in an environment of its own
 # make test     the tests
+# make bench    what things cost, as ratios against PEFT
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,12 +9,13 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint readme format clean
+.PHONY: help demo test bench lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
 	@echo "make test          run the tests; make test ARGS='-k merge -x' passes options on to pytest"
+	@echo "make bench         what the initialisations cost against PEFT's (10 minutes; make bench ARGS=--quick: one)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
 	@echo "make readme        renew the tables and outputs of the README"
 	@echo "make format        let ruff rewrite the sources"
@@ -27,6 +29,10 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	@echo "==> pytest $(ARGS)"
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.installed-test
+	@echo "==> benchmarks/init.py $(ARGS)"
+	@$(BIN)/python benchmarks/init.py --out benchmarks/results $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff check, ruff format --check, mypy"

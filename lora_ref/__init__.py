@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LoraConfig, TaskType
 from .config import LoraConfig as PeftConfig
-from .options import CordaConfig, EvaConfig, LoftQConfig
+from .options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 if TYPE_CHECKING:
+    from .eva import initialize_lora_eva_weights
     from .inject import explain
     from .layer import LoraLayer
     from .model import LoraModel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         get_peft_model_state_dict,
         set_peft_model_state_dict,
     )
+    from .prepare import preprocess_corda, preprocess_loraga
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,9 @@ _WITH_TORCH = {
     "explain": "inject",
     "get_peft_model": "peft_model",
     "get_peft_model_state_dict": "peft_model",
+    "initialize_lora_eva_weights": "eva",
+    "preprocess_corda": "prepare",
+    "preprocess_loraga": "prepare",
     "set_peft_model_state_dict": "peft_model",
 }
 
@@ -39,6 +44,7 @@ __all__ = [
     "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraLayer",
     "LoraModel",
     "PeftConfig",
@@ -47,6 +53,9 @@ __all__ = [
     "explain",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
     "set_peft_model_state_dict",
 ]
 

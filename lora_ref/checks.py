@@ -8,7 +8,7 @@ from torch import nn
 from . import init as inits
 from . import targeting
 from .config import LoraConfig
-from .inject import kind_of, walk
+from .inject import kind_of, prepared, walk
 from .layer import LoraLayer
 from .layers import is_conv1d_of_transformers
 from .parameters import Parameter
@@ -16,9 +16,15 @@ from .targeting import Targeting
 from .wrappers import ModulesToSave, unwrapped
 
 
-def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
-    """Raise ValueError for all that injection could trip over, warn of what looks unintended. Changes nothing."""
+def check(
+    model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True, needs_data: bool = True
+) -> None:
+    """Raise ValueError for all that injection could trip over, warn of what looks unintended. Changes nothing.
+
+    will_init=False: the factors come from elsewhere; needs_data=False: the pass over data is still to come.
+    """
     notes = targeting.check(plan, config)
+    changes_base = will_init and inits.method_of(config.init_lora_weights) in inits.CHANGE_BASE
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
     shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
     for name, owner in model.named_modules():
@@ -42,7 +48,7 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
             if refusal is None and parameter:
                 refusal = _refuse_twice(name, plan)
             if refusal is None and will_init:
-                refusal = _refuse_init(config.init_lora_weights, match.r or 0, parameter, unwrapped(module))
+                refusal = _refuse_init(config, match, parameter, unwrapped(module), needs_data)
         if refusal:
             raise ValueError(f"{match.name}: {refusal}")
         if nested and isinstance(parent, nn.TransformerEncoderLayer):
@@ -66,7 +72,7 @@ def check(model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool
         if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
             notes.append(
                 f"{match.name}: its weight is tied ({', '.join(holders)}); the adapter acts on {match.name} alone, "
-                "and merging it ends the tie"
+                f"and {'its initialisation' if changes_base else 'merging it'} ends the tie"
             )
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=5)
@@ -135,11 +141,20 @@ def _refuse_twice(owner: str, plan: Targeting) -> str | None:
     return None
 
 
-def _refuse_init(init_lora_weights: bool | str, r: int, parameter: str, bare: nn.Module) -> str | None:
+def _refuse_init(
+    config: LoraConfig, match: targeting.Match, parameter: str, bare: nn.Module, needs_data: bool
+) -> str | None:
+    """The reason why this layer cannot be initialised as asked, or None."""
+    weight = getattr(bare, parameter or "weight")
+    value, method = config.init_lora_weights, inits.method_of(config.init_lora_weights)
+    assert match.r is not None and match.scaling is not None
     try:
-        method = inits.find(init_lora_weights, "parameter" if parameter else kind_of(bare))
+        inits.find(value, "parameter" if parameter else kind_of(bare))
+        inits.check(value, weight.shape, match.r, match.scaling)
     except ValueError as error:
         return str(error).removeprefix("this layer: ")
-    if method is inits.orthogonal and r % 2:
-        return f"init_lora_weights='orthogonal' needs an even rank, r={r} is odd"
+    if needs_data and method in inits.PREPARED and method not in prepared(bare):
+        return f"init_lora_weights={value!r} needs data: call {inits.PREPARED[method]} on the model first"
+    if weight.is_meta and method in (*inits.CHANGE_BASE, "mica"):
+        return f"init_lora_weights={value!r} looks at the weight, which has no numbers yet (it is on the meta device)"
     return None

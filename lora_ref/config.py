@@ -15,6 +15,7 @@ from .options import (
     CordaConfig,
     EvaConfig,
     LoftQConfig,
+    LoraGAConfig,
     check_bools,
     is_number,
     name_list,
@@ -62,7 +63,7 @@ class LoraConfig:
         fan_in_fan_out: recorded only; how a layer stores its weight is read off the layer.
         init_lora_weights: True, False, or one of "gaussian", "orthogonal", ...
         task_type: see TaskType. inference_mode: create the adapter frozen.
-        eva_config, loftq_config, corda_config: options of the inits of these names.
+        eva_config, loftq_config, corda_config, lora_ga_config: options of the inits of these names.
         base_model_name_or_path, revision: notes for the reader of the adapter file.
 
     Raises:
@@ -102,6 +103,7 @@ class LoraConfig:
     eva_config: EvaConfig | None = None
     loftq_config: LoftQConfig | None = None
     corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     peft_type: str = "LORA"  # the only value there is: PEFT's files carry it

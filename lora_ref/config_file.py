@@ -64,7 +64,7 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
 # options of PEFT that are known here only to be refused when they are on
 OFF_IN_PEFT = (
     *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "trainable_token_indices"),
+    *("lora_bias", "megatron_config", "monteclora_config", "trainable_token_indices"),
     *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
 )
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from . import init as inits
-from . import targeting
+from . import progress, targeting
 from .config import LoraConfig
 from .layer import Init, LoraLayer
 from .layers import Conv, Embedding, Linear, is_conv1d_of_transformers
@@ -106,33 +106,54 @@ def put_in(
                 # its fast path reads the weights of linear1 and linear2 itself, unless a hook is attached
                 wrapper.register_forward_pre_hook(_keep_off_the_fast_path)
 
-    for match in plan.matches:
-        if not match.action:
-            continue
-        is_parameter = match.action == "adapt parameter"
-        name, _, parameter = match.name.rpartition(".") if is_parameter else (match.name, "", "")
-        parent, attribute = places[name]
-        module = getattr(parent, attribute)
-        if match.action == "save":
-            if not isinstance(module, ModulesToSave):
-                put(module := ModulesToSave(module), module.base)
-            module.add_adapter(adapter_name)
-            continue
-        layer = _existing(module, parameter)
-        if layer is None:
-            layer = Parameter(module, parameter) if is_parameter else WRAPPERS[kind_of(module)](module)
-            put(layer, module)
-        assert match.r is not None and match.lora_alpha is not None
-        method = init(match.name) if init else inits.find(config.init_lora_weights, layer.kind, match.name)
-        layer.add_adapter(
-            adapter_name,
-            match.r,
-            match.lora_alpha,
-            config.use_rslora,
-            config.lora_dropout if layer.kind != "embedding" else 0.0,
-            method,
-            autocast_adapter_dtype,
-        )
+    todo = [match for match in plan.matches if match.action]
+    decomposes = init is None and inits.method_of(config.init_lora_weights) in (*inits.CHANGE_BASE, "mica")
+    with progress.steps(todo, f"init_lora_weights={config.init_lora_weights!r}", show=decomposes) as matches:
+        for match in matches:
+            is_parameter = match.action == "adapt parameter"
+            name, _, parameter = match.name.rpartition(".") if is_parameter else (match.name, "", "")
+            parent, attribute = places[name]
+            module = getattr(parent, attribute)
+            if match.action == "save":
+                if not isinstance(module, ModulesToSave):
+                    put(module := ModulesToSave(module), module.base)
+                module.add_adapter(adapter_name)
+                continue
+            layer = _existing(module, parameter)
+            if layer is None:
+                layer = Parameter(module, parameter) if is_parameter else WRAPPERS[kind_of(module)](module)
+                put(layer, module)
+            assert match.r is not None and match.lora_alpha is not None
+            try:
+                layer.add_adapter(
+                    adapter_name,
+                    match.r,
+                    match.lora_alpha,
+                    config.use_rslora,
+                    config.lora_dropout if layer.kind != "embedding" else 0.0,
+                    init(match.name) if init else _method(config, layer),
+                    autocast_adapter_dtype,
+                    train_B=config.init_lora_weights != "mica",
+                )
+            except ValueError as error:
+                raise ValueError(f"{match.name}: {error}") from error
+
+
+def prepared(module: nn.Module) -> dict[str, Init]:
+    """The initialisations that a pass over data has left on a module: {method: function}."""
+    return vars(module).get("prepared_init", {})
+
+
+def _method(config: LoraConfig, layer: LoraLayer) -> Init:
+    """The initialisation that the configuration asks for."""
+    value, ready = config.init_lora_weights, prepared(layer.get_base_layer())
+    if isinstance(value, str) and value in ready:
+        return ready.pop(value)  # it belongs to the weight as it was: of no use a second time
+    loftq = config.loftq_config
+    options: dict[str, Any] = (
+        {"bits": loftq.loftq_bits, "iterations": loftq.loftq_iter} if value == "loftq" and loftq else {}
+    )
+    return inits.find(value, layer.kind, **options)
 
 
 def _existing(module: nn.Module, parameter: str) -> LoraLayer | None:

@@ -6,7 +6,7 @@ This class holds what all layers share. A layer type (`layers.py`, `parameters.p
 and B look in storage (`build`, `factors`, `packed`, `stored`) and how a branch is computed (`add_branch`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from . import decomposition
 from .decomposition import Factors
 from .scaling import scaling
-from .wrappers import AdapterModule, unwrapped
+from .weights import WeightKeeper, at_least_float32
 
 Init = Callable[[Tensor, int, float], Factors]
 
 
-class LoraLayer(AdapterModule):
+class LoraLayer(WeightKeeper):
     """What every adapted layer has: the base, A and B for each adapter, their r, alpha and s.
 
     `kind` is what the initialisations know it by; `weight_name` is the base parameter that an
@@ -29,13 +29,14 @@ class LoraLayer(AdapterModule):
     """
 
     kind = "linear"
-    weight_name = "weight"
     groups = 1  # how many pairs of factors share out the rank
-    by_adapter: tuple[str, ...] = ("lora_A", "lora_B", "lora_dropout", "r", "lora_alpha", "scaling", "initial_scaling")
+    by_adapter: tuple[str, ...] = (
+        *("lora_A", "lora_B", "lora_dropout", "lora_taken"),
+        *("r", "lora_alpha", "scaling", "initial_scaling", "train_B"),
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.lora_A: Any = nn.ModuleDict()
         self.lora_B: Any = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
@@ -43,69 +44,14 @@ class LoraLayer(AdapterModule):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        # while merged: the original weight, so that unmerging gives it back bit for bit; while merged
-        # and disabled: the merged weight. In a list, for a parameter here would count as the model's
-        self.spare: list[nn.Parameter] = []
-        self.training = base_layer.training
-
-    @property
-    def base(self) -> nn.Module:
-        """The module that is wrapped."""
-        return self.base_layer
-
-    def get_base_layer(self) -> nn.Module:
-        """The module at the bottom of nested wrappers."""
-        return unwrapped(self)
-
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The base parameter that the update belongs to, as stored."""
-        return getattr(self.get_base_layer(), self.weight_name)
-
-    def put_weight(self, weight: nn.Parameter) -> None:
-        """Replace the base parameter. Another module that shared it keeps the old one."""
-        now = self.base_weight
-        if weight.device != now.device or weight.dtype != now.dtype:
-            weight.data = weight.data.to(now)  # the model moved while this weight was put aside
-        setattr(self.get_base_layer(), self.weight_name, weight)
-
-    @property
-    def original_weight(self) -> nn.Parameter:
-        """The base parameter as it was before any merge."""
-        return self.spare[0] if self.spare and not self.disable_adapters else self.base_weight
+        self.train_B: dict[str, bool] = {}
 
     @property
     def merged(self) -> bool:
         """Is any adapter merged into the base weight?"""
         return bool(self.merged_adapters)
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, or on again as they were: a merged weight is put aside meanwhile."""
-        if enabled is self.disable_adapters and self.spare:
-            now, then = self.base_weight, self.spare[0]
-            self.put_weight(then)
-            self.spare = [now]
-        super().enable_adapters(enabled)
-
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"merged": self.merged_adapters, "weight": self.base_weight, "spare": self.spare}
-
-    def restore(self, state: dict[str, Any], names: Mapping[str, str]) -> None:
-        super().restore(state, names)
-        if all(name in names for name in state["merged"]):
-            self.put_weight(state["weight"])
-            self.merged_adapters, self.spare = [names[name] for name in state["merged"]], state["spare"]
-
     # -- storage: what a layer type must say ---------------------------------------------------
-
-    def logical_weight(self) -> Float[Tensor, "*batch out in"]:
-        """The base weight as (out, in): transposed storage is undone here and nowhere else."""
-        return self.original_weight.detach()
-
-    def stored(self, D: Float[Tensor, "*batch out in"]) -> Tensor:
-        """A logical update in the shape that the base weight is stored in."""
-        return D.reshape(self.base_weight.shape)
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         """Make the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
@@ -135,30 +81,56 @@ class LoraLayer(AdapterModule):
         lora_dropout: float,
         init: Init,
         autocast_adapter_dtype: bool = True,
+        train_B: bool = True,
     ) -> None:
         """Add an adapter, inactive and frozen. A and B take the base weight's device and floating
         dtype, and are then held in float32 where that is a half precision (unless told not to)."""
         s = scaling(r, lora_alpha, use_rslora)
         weight = self.base_weight
-        A, B, _ = init(self.logical_weight(), r, s)
+        A, B, residual, exact = init(self.logical_weight(), r, s)
         dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
         # tensors without numbers yet (on "meta") get them, and a device, from a file
         A, B = (x.to(x.device if x.is_meta else weight.device, weight.dtype).to(dtype) for x in (A, B))
+        if residual is not None:
+            self.take(name, residual, (A, B, s) if exact else None)
         self.build(name, A, B)
         self.lora_dropout[name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_dropout[name].train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
+        self.train_B[name] = train_B
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
 
-    def rename_adapter(self, old: str, new: str) -> None:
-        super().rename_adapter(old, new)
-        self.merged_adapters = [new if x == old else x for x in self.merged_adapters]
+    def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
+        super().set_adapter(names, inference_mode)
+        for name in self.r:
+            if not self.train_B[name]:
+                self.factors(name)[1].requires_grad_(False)
+
+    def converted(
+        self, name: str, s: float | None = None
+    ) -> tuple[Float[Tensor, "*batch q in"], Float[Tensor, "*batch out q"]]:
+        """A and B such that s * B @ A updates the ORIGINAL weight: where the initialisation took s0 * B0 @ A0
+        out of it, [A; A0] and [B | -s0/s B0], of twice the rank; else the factors as they are. s: default
+        the present scaling.
+
+        Raises:
+            ValueError: what was taken is of full rank (LoftQ), or s = 0.
+        """
+        A, B = (f.detach() for f in self.factors(name))
+        if name not in self.lora_taken:
+            return A, B
+        taken, s = self.lora_taken[name], self.scaling[name] if s is None else s
+        if taken.A is None:
+            raise ValueError(f"adapter {name!r} works on a quantised base weight: it is no update of the original one")
+        if s == 0:
+            raise ValueError(f"adapter {name!r} has scaling 0: give it another one")
+        return torch.cat([A, taken.A.to(A)]), torch.cat([B, -(taken.scaling / s) * taken.B.to(B)], dim=1)
 
     def delta(self, name: str) -> Tensor:
         """s * B @ A in the shape of the stored base weight, in at least float32."""
-        A, B = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in self.factors(name))
+        A, B = (at_least_float32(x.detach()) for x in self.factors(name))
         return self.stored(decomposition.delta(A, B, self.scaling[name]))
 
     def set_scale(self, name: str, factor: float) -> None:
@@ -180,23 +152,26 @@ class LoraLayer(AdapterModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return y
+            return self.add_missing(y, x, speaking=()).to(y.dtype)
         if self.sample_adapters is not None:
             return self._add_by_row(y, x)
         return self._add(y, x, self.active_adapters)
 
-    def _add(self, y: Tensor, x: Tensor, names: Iterable[str]) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
         total = y
         for name in names:
             if name not in self.merged_adapters:
                 total = self.add_branch(total, x, name)
+        if self.lora_taken:
+            total = self.add_missing(total, x, speaking=[*names, *self.merged_adapters])
         return total.to(y.dtype)  # summed in the adapter's precision, rounded once
 
     def _add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         y = y.clone()
         for name, rows in self.rows(x.shape[0]):
             rows = rows.to(x.device)
-            y[rows] = self._add(y[rows], x[rows], [name])
+            if name in self.r or self.lora_taken:
+                y[rows] = self._add(y[rows], x[rows], [name] if name in self.r else [])
         return y
 
     def __repr__(self) -> str:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .layer import LoraLayer
+from .weights import add_product
 
 
 class Linear(LoraLayer):
@@ -18,7 +18,7 @@ class Linear(LoraLayer):
         self.fan_in_fan_out = is_conv1d_of_transformers(base_layer)
 
     def logical_weight(self) -> Float[Tensor, "out in"]:
-        W = self.original_weight.detach()
+        W = self.original_weight()
         return W.T if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "out in"]) -> Tensor:
@@ -26,12 +26,7 @@ class Linear(LoraLayer):
 
     def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        z = F.linear(self.lora_dropout[name](x.to(A.dtype)), A)  # (*tokens, in) @ (in, r) -> (*tokens, r)
-        dtype = torch.promote_types(y.dtype, z.dtype)
-        y, z, B = y.to(dtype), z.to(dtype), B.to(dtype)
-        # product, scaling and sum in one pass over y
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), B.T, alpha=self.scaling[name])
-        return flat.view(y.shape)  # (tokens, r) @ (r, out) -> (*tokens, out)
+        return add_product(y, self.lora_dropout[name](x.to(A.dtype)), A, B, self.scaling[name])
 
 
 class Embedding(LoraLayer):
@@ -51,7 +46,7 @@ class Embedding(LoraLayer):
         self.lora_embedding_B = nn.ParameterDict()
 
     def logical_weight(self) -> Float[Tensor, "dim vocabulary"]:
-        return self.original_weight.detach().T
+        return self.original_weight().T
 
     def stored(self, D: Float[Tensor, "dim vocabulary"]) -> Tensor:
         return D.T

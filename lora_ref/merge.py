@@ -10,7 +10,7 @@ costs one copy of each merged weight.
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layer import LoraLayer
 
@@ -58,14 +58,11 @@ def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
         merged.append((layer, todo, weight))
     for layer, todo, weight in merged:
         layer.spare = layer.spare or [layer.base_weight]
-        layer.put_weight(nn.Parameter(weight, requires_grad=layer.base_weight.requires_grad))
+        layer.put_weight(weight)
         layer.merged_adapters = layer.merged_adapters + todo
 
 
 def unmerge(layers: Iterable[LoraLayer]) -> None:
-    """Give every layer its original weight back, bit for bit."""
+    """Give every layer the weight that it had before merging, bit for bit."""
     for layer in layers:
-        if not layer.spare:
-            continue
-        layer.put_weight(layer.original_weight)
-        layer.spare, layer.merged_adapters = [], []
+        layer.unmerge()

@@ -58,17 +58,22 @@ class LoraModel(SwitchModel):
             if adapter_names is not None:
                 self.set_adapter(names)
             merge.merge(self.layers(), names)
+            for layer in self.layers().values():
+                layer.give_back([name for name in layer.lora_taken if name not in layer.merged_adapters])
             inject.take_out(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
         """The plain base model, without adapters, its modules_to_save the originals; the original object.
 
-        Biases that were trained (bias != "none") stay trained.
+        Biases that were trained (bias != "none") stay trained. A weight that an initialisation had
+        changed (PiSSA and the like) is the original again, but for rounding.
         """
         with transaction(self):
             merge.unmerge(self.layers().values())
             self.disable_adapter_layers()
+            for layer in self.layers().values():
+                layer.give_back(list(layer.lora_taken))
             inject.take_out(self.model)
         return self.model
 

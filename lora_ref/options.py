@@ -114,7 +114,32 @@ class CordaConfig:
         require(self.corda_method in ("ipm", "kpm"), "corda_method", self.corda_method, "'ipm' or 'kpm'")
 
 
-SUB_CONFIGS = {"eva_config": EvaConfig, "loftq_config": LoftQConfig, "corda_config": CordaConfig}
+@strict
+@dataclasses.dataclass
+class LoraGAConfig:
+    """Options of `init_lora_weights="lora_ga"`: which singular directions of the gradient A and B get, how long.
+
+    Source: arXiv 2407.05000.
+    """
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: float = 16
+
+    def __post_init__(self) -> None:
+        directions, scales = ("ArBr", "A2rBr", "ArB2r", "random"), ("stable", "weight_svd", "gd_scale", "unit")
+        require(self.direction in directions, "direction", self.direction, f"one of {', '.join(directions)}")
+        require(self.scale in scales, "scale", self.scale, f"one of {', '.join(scales)}")
+        gamma = self.stable_gamma
+        require(is_number(gamma) and gamma > 0, "stable_gamma", gamma, "a number > 0")
+
+
+SUB_CONFIGS = {
+    "eva_config": EvaConfig,
+    "loftq_config": LoftQConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+}
 
 
 def name_list(option: str, value: Any) -> list[str]:

@@ -34,7 +34,7 @@ class Parameter(LoraLayer):
         self.fan_in_fan_out = self.base_weight.ndim == 3 and getattr(self.get_base_layer(), "is_transposed", False)
 
     def logical_weight(self) -> Float[Tensor, "*experts out in"]:
-        W = self.original_weight.detach()
+        W = self.original_weight()
         return W.mT if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "*experts out in"]) -> Tensor:

@@ -104,8 +104,15 @@ class PeftModel(nn.Module):
         selected_adapters: str | Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        convert: bool = True,
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder, others into folders of their names in it.
+
+        The folder fits the ORIGINAL base model: an adapter whose initialisation changed the base weight
+        (PiSSA, OLoRA, ...) is written as a plain one, see `lora_ref.conversion`; convert=False writes its
+        factors as they are, which is right on the changed base weight only. The initial factors are
+        kept, so `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
 
         Raises:
             ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the disk.
@@ -115,7 +122,7 @@ class PeftModel(nn.Module):
         selected = list(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
         for name, folder in storage.adapter_folders(self.base_model, Path(save_directory)):
             if name in selected and is_main_process:
-                storage.save_adapter(self.base_model, name, folder, save_embedding_layers)
+                storage.save_adapter(self.base_model, name, folder, save_embedding_layers, convert)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward. With adapter_names, sample i uses adapter_names[i] ("__base__": none)."""

@@ -8,6 +8,7 @@
 The name of the adapter is not part of the key.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,8 @@ class Slot(NamedTuple):
 def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
     """{key in the file: its place in the model} of all that belongs to one adapter."""
     found = {}
-    for path, module in model.model.named_modules():
-        name = _alone(model.model, path, adapter_name)
-        if isinstance(module, LoraLayer) and adapter_name in module.adapters():
+    for name, module in wrappers(model, adapter_name):
+        if isinstance(module, LoraLayer):
             device = module.base_weight.device
             for part in ("lora_A", "lora_B"):
                 if adapter_name in (layers := getattr(module, part)):
@@ -45,12 +45,19 @@ def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
             for part in ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ():
                 table = getattr(module, part)
                 found[f"{PREFIX}{name}.{part}"] = Slot(table, adapter_name, table[adapter_name], device)
-        elif isinstance(module, ModulesToSave) and adapter_name in module.adapters():
+        elif isinstance(module, ModulesToSave):
             found |= _all_of(module.modules_to_save[adapter_name], f"{PREFIX}{name}")
     for name, bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).items():
         owner = model.model.get_submodule(name.rpartition(".")[0])
         found[PREFIX + _alone(model.model, name, adapter_name)] = Slot(owner, "bias", bias, bias.device)
     return found
+
+
+def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
+    """(name in the file, module) of all modules that an adapter has a part in."""
+    for path, module in model.model.named_modules():
+        if isinstance(module, AdapterModule) and adapter_name in module.adapters():
+            yield _alone(model.model, path, adapter_name), module
 
 
 def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
@@ -76,7 +83,7 @@ def embedding_slots(model: LoraModel) -> dict[str, Slot]:
             for key, slot in _all_of(module, PREFIX + name).items():
                 layer = next((end for end in ends if isinstance(end, LoraLayer) and end.base_layer is module), None)
                 merged = layer is not None and slot.attribute == layer.weight_name
-                found[key] = slot._replace(tensor=layer.original_weight) if merged and layer else slot
+                found[key] = slot._replace(tensor=layer.original_weight()) if merged and layer else slot
     return found
 
 
@@ -103,6 +110,9 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
     problems = [f"{key}: is missing" for key in expected if key not in tensors]
     problems += [f"{key}: is not expected" for key in tensors if key not in expected and key not in optional]
     places = {key: expected.get(key) or optional[key] for key in tensors if key in expected or key in optional}
+    left = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer) and m.lora_taken}
+    changed = [key for key in places if key not in expected and id(optional[key].owner) in left]
+    problems += [f"{key}: is a base weight that the initialisation of an adapter has changed" for key in changed]
     ready = []
     for key, slot in places.items():
         tensor, now = tensors[key], slot.tensor

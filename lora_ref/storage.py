@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import config_file
+from . import config_file, conversion
 from .atomic import transaction
 from .config import LoraConfig
 from .decomposition import Factors
-from .layer import Init
+from .init import CHANGE_BASE, method_of
+from .layer import Init, LoraLayer
 from .model import LoraModel
-from .slots import PREFIX, assign, embedding_slots, is_finite, slots, some
+from .slots import PREFIX, assign, embedding_slots, is_finite, slots, some, wrappers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -34,9 +35,16 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(
-    model: LoraModel, adapter_name: str, directory: Path, save_embedding_layers: bool | str = "auto"
+    model: LoraModel,
+    adapter_name: str,
+    directory: Path,
+    save_embedding_layers: bool | str = "auto",
+    convert: bool = True,
 ) -> None:
-    """Write one adapter's folder. PEFT loads it with equal outputs.
+    """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
+
+    With convert=False an adapter whose initialisation changed the base weight is written as it is: right
+    only on the changed base weight.
 
     Raises:
         ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
@@ -49,7 +57,14 @@ def save_adapter(
         # where embeddings are targeted, those that are adapted; else (resized ones) both
         ends = embedding_slots(model).items()
         found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}
-    tensors = {key: slot.tensor.detach().cpu().contiguous().clone() for key, slot in found.items()}
+    config, live = model.peft_config[adapter_name], {key: slot.tensor.detach() for key, slot in found.items()}
+    if convert:
+        config, live = conversion.convert(model, adapter_name, live)
+    else:  # of a targeted embedding, too, what the initialisation left
+        layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers(model, adapter_name)}
+        changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and adapter_name in m.lora_taken}
+        live |= {key: layer.left_by(adapter_name) for key, layer in changed.items() if key in live}
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in live.items()}
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         warnings.warn(
@@ -57,8 +72,7 @@ def save_adapter(
             f"{', ...' if len(broken) > 3 else ''}): it is written, but cannot be read back",
             stacklevel=4,
         )
-    config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
-    write_folder(directory, config, tensors)
+    write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
 
 
 def _targets_embeddings(model: LoraModel, adapter_name: str) -> bool:
@@ -154,8 +168,8 @@ def load_adapter(
             fit is listed.
     """
     config, tensors = read_adapter(directory)
-    changes_base = ("pissa", "olora", "corda", "loftq", "lora_ga")
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(changes_base):
+    again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them
+    if method_of(config.init_lora_weights) in CHANGE_BASE and not again:
         raise ValueError(
             f"{directory}: saved with init_lora_weights={config.init_lora_weights!r} and not converted: its update "
             "belongs to a base weight that the init had changed, so on the original base it would be wrong. Save it "
@@ -164,23 +178,44 @@ def load_adapter(
     config.inference_mode = not is_trainable
     with transaction(model):
         try:
-            model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=_blank)
-            assign(model, adapter_name, tensors)
+            model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=None if again else _blank)
+            assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors))
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
 
 
+def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give linear layers the base weights that an adapter brings along (LoftQ's), and return the other tensors."""
+    ends, left = embedding_slots(model), dict(tensors)
+    layers = {
+        f"{PREFIX}{name}.base_layer.weight": layer
+        for name, layer in wrappers(model, adapter_name)
+        if isinstance(layer, LoraLayer) and layer.kind == "linear"
+    }
+    brought = [key for key in layers if key in left]
+    if all(key in ends for key in brought):  # the embeddings of the model itself: see `assign`
+        return left
+    for key in brought:
+        W, layer = left.pop(key), layers[key]
+        if W.shape != layer.base_weight.shape or not W.is_floating_point():
+            needed = f"{tuple(layer.base_weight.shape)} of floating point"
+            raise ValueError(f"{key}: has shape {tuple(W.shape)} of {W.dtype}, the model needs {needed}")
+        layer.take(adapter_name, layer.stored(W), product=None)
+    return left
+
+
 def _blank(name: str) -> Init:
-    """An initialisation that allocates nothing: the numbers come from the file once its shapes are checked."""
+    return _allocate_nothing
 
-    def init(weight: Tensor, r: int, scaling: float) -> Factors:
-        *batch, n_out, n_in = weight.shape
-        if r * max(n_out, n_in) > 1 << 48:
-            raise ValueError(f"{name}: r={r} is beyond any memory")
-        shapes = (*batch, r, n_in), (*batch, n_out, r)
-        return Factors(*(torch.empty(shape, device="meta") for shape in shapes))
 
-    return init
+def _allocate_nothing(weight: Tensor, r: int, scaling: float) -> Factors:
+    """An initialisation whose numbers come from the file once its shapes are checked."""
+    *batch, n_out, n_in = weight.shape
+    if r * max(n_out, n_in) > 1 << 48:
+        raise ValueError(f"r={r} is beyond any memory")
+    shapes = (*batch, r, n_in), (*batch, n_out, r)
+    A, B = (torch.empty(shape, device="meta") for shape in shapes)
+    return Factors(A, B)
 
 
 def adapter_folders(model: LoraModel, directory: Path) -> Iterator[tuple[str, Path]]:

@@ -4,8 +4,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from . import merge
 from .adapters import AdaptedModel
 from .bias import biases
+from .layer import LoraLayer
 
 
 class SwitchModel(AdaptedModel):
@@ -33,10 +35,14 @@ class SwitchModel(AdaptedModel):
             # adapters may have been renamed, deleted and added meanwhile: a config is one adapter's for good
             names = {then: now for then, c in configs.items() for now, d in self.peft_config.items() if c is d}
             for wrapper in self.wrappers():
-                wrapper.enable_adapters(not off)
+                wrapper.enable_adapters(True)
                 wrapper.set_adapter([])
             for wrapper, state in states:
                 wrapper.restore(state, names)
+                if isinstance(wrapper, LoraLayer):  # where the merged weight is not right any more: merge again
+                    merge.merge({"": wrapper}, [names[name] for name in state["merged"] if name in names])
+            for wrapper in self.wrappers():
+                wrapper.enable_adapters(not off)
             for parameter, requires_grad in trains:
                 parameter.requires_grad_(requires_grad)
             for bias in [bias for name in configs.keys() - names.keys() for bias in owned[name]]:

@@ -35,12 +35,13 @@ def combine(
     if not all(math.isfinite(w) for w in weights):
         raise ValueError(f"weights={list(weights)}: must be finite")
     combined = {}
-    largest = max(layer.r.get(name, 0) for layer in layers.values() for name in adapters)
+    both = [(layer, name) for layer in layers.values() for name in adapters if name in layer.r]
+    largest = max((layer.r[name] * (2 if name in layer.lora_taken else 1) for layer, name in both), default=0)
     for where, layer in layers.items():
         parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
         if not parents:
             continue
-        As, Bs = zip(*([f.detach() for f in layer.factors(name)] for name, _ in parents), strict=True)
+        As, Bs = zip(*(layer.converted(name) for name, _ in parents), strict=True)
         scales = [w * layer.scaling[name] for name, w in parents]
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")

@@ -89,15 +89,14 @@ class AdapterModule(nn.Module):
         self.active_adapters = [new if x == old else x for x in self.active_adapters]
 
     def rows(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each adapter of `sample_adapters` that has a part here, with the indices of its rows."""
+        """Each name in `sample_adapters`, with the indices of its rows."""
         names = list(self.sample_adapters or [])
         if len(names) != batch:
             raise ValueError(
                 f"adapter_names has {len(names)} names for a batch of {batch} samples at {type(self).__name__}"
             )
         for name in dict.fromkeys(names):
-            if name in self.adapters():
-                yield name, torch.tensor([i for i, other in enumerate(names) if other == name])
+            yield name, torch.tensor([i for i, other in enumerate(names) if other == name])
 
     def __getattr__(self, name: str) -> Any:
         """What is not ours is the answering module's: weight, in_features, embed_scale, ..."""
@@ -153,8 +152,9 @@ class ModulesToSave(AdapterModule):
         x, *rest = args
         y = self.original_module(x, *rest, **kwargs).clone()
         for name, rows in self.rows(x.shape[0]):
-            rows = rows.to(x.device)
-            y[rows] = self.modules_to_save[name](x[rows], *rest, **kwargs).to(y.dtype)
+            if name in self.modules_to_save:
+                rows = rows.to(x.device)
+                y[rows] = self.modules_to_save[name](x[rows], *rest, **kwargs).to(y.dtype)
         return y
 
     def __repr__(self) -> str:

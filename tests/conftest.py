@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 # `Float[Array, "out in"]` in these modules' signatures is checked, shapes and all, at every call. Not in
 # `lora_ref.scaling`: it has to answer a rank of the wrong type with its own ValueError, not with beartype's.
-CHECKED = ("decomposition", "linalg", "combination", "init")
+CHECKED = ("decomposition", "linalg", "pca", "combination", "init")
 install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(1)

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_ref import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, TaskType, config_file, get_peft_model
+from lora_ref import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    TaskType,
+    config_file,
+    get_peft_model,
+)
 
 NOT_BOOL = [None, 0, 1, "true", np.True_, [], 0.0]
 NOT_NAMES = [5, True, {"a": 1}, [1], [None], [""], [["q"]]]
@@ -44,6 +53,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "eva_config": ([5, "x", True, [], LoftQConfig()], "a EvaConfig, a dict or None"),
     "loftq_config": ([5, "x", True, [], EvaConfig()], "a LoftQConfig, a dict or None"),
     "corda_config": ([5, "x", True, [], EvaConfig()], "a CordaConfig, a dict or None"),
+    "lora_ga_config": ([5, "x", True, [], EvaConfig()], "a LoraGAConfig, a dict or None"),
     "base_model_name_or_path": ([5, True, [], b"x"], "a string or None"),
     "revision": ([5, True, [], b"x"], "a string or None"),
     "peft_type": (["IA3", "lora", None, 5, []], "'LORA'"),
@@ -56,6 +66,9 @@ SUB_BAD: list[tuple[type, str, Any, str]] = [
     *((LoftQConfig, "loftq_bits", x, "2, 4 or 8") for x in (3, 0, "4", 4.0, None, True)),
     *((LoftQConfig, "loftq_iter", x, "an int > 0") for x in (0, -1, 1.0, "1", None, True)),
     *((CordaConfig, "corda_method", x, "'ipm' or 'kpm'") for x in ("x", None, 1)),
+    *((LoraGAConfig, "direction", x, "one of ArBr, A2rBr, ArB2r, random") for x in ("arbr", None, 1)),
+    *((LoraGAConfig, "scale", x, "one of stable, weight_svd, gd_scale, unit") for x in ("x", None, 1)),
+    *((LoraGAConfig, "stable_gamma", x, "a number > 0") for x in (0, -1, "1", None, True, float("nan"))),
 ]
 
 

@@ -19,16 +19,20 @@ CONCEPTS = [
     "lora_ref.config",
     "lora_ref.targeting",
     "lora_ref.linalg",
+    "lora_ref.quantization",
+    "lora_ref.pca",
     "lora_ref.init",
     "lora_ref.combination",
     "lora_ref.config_file",
 ]
 # a module imports nothing that stands in a later line; within a line there is no order
 ORDER = [
-    {"scaling", "decomposition", "patterns", "linalg", "options"},
+    {"scaling", "decomposition", "patterns", "linalg", "options", "progress"},
+    {"quantization", "pca"},
     {"config", "config_file"},  # LoraConfig.from_pretrained reads the file
     {"targeting", "init", "combination"},
-    {"wrappers", "atomic"},
+    {"wrappers", "atomic", "watch", "covariance", "gradients"},
+    {"weights"},
     {"layer"},
     {"layers"},
     {"parameters"},
@@ -41,8 +45,11 @@ ORDER = [
     {"switch"},
     {"model"},
     {"slots"},
+    {"conversion"},
     {"storage"},
     {"peft_model"},
+    {"eva_pass"},
+    {"prepare", "eva"},
     {"spectrum", "inspect_figure", "inspect", "demo"},
     {"cli"},
 ]
@@ -71,9 +78,15 @@ from lora_ref import combination, config_file, decomposition, init, linalg, patt
 rng = np.random.default_rng(0)
 W, x = rng.normal(size=(6, 4)), rng.normal(size=(3, 4))
 s = scaling.scaling(2, 4)
-for value in (True, False, "gaussian", "orthogonal"):
-    A, B, residual = init.find(value, "linear")(W, 2, s, rng)
-    assert A.shape == (2, 4) and B.shape == (6, 2) and residual is None
+for value in (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "loftq", "mica"):
+    A, B, residual, exact = init.find(value, "linear")(W, 2, s, rng)
+    assert A.shape == (2, 4) and B.shape == (6, 2) and (residual is None) is (value not in (
+        "pissa", "pissa_niter_2", "olora", "loftq"))
+    assert residual is None or not exact or np.allclose(residual + s * B @ A, W)
+A, B, residual, _ = init.find("corda", "linear")(W, 2, s, rng, covariance=x.T @ x)
+assert np.allclose(residual + s * B @ A, W)
+A, B, residual, _ = init.find("lora_ga", "linear")(W, 2, s, rng, gradient=W[::-1])
+assert np.allclose(residual + s * B @ A, W)
 D = decomposition.delta(A, B, s)
 y = decomposition.adapted_forward(x, W, None, decomposition.Factors(A, B), s)
 assert np.allclose(y, x @ (W + D).T)
@@ -82,7 +95,7 @@ U, S, Vh = linalg.svd(W)
 assert np.allclose(U * S @ Vh, W)
 for name in ("cat", "linear", "svd"):
     extra = dict(r=2) if name == "svd" else dict()
-    A2, B2, _ = combination.COMBINATIONS[name]([A], [B], [s], **extra)
+    A2, B2, *_ = combination.COMBINATIONS[name]([A], [B], [s], **extra)
     assert np.allclose(B2 @ A2, D)
 config = LoraConfig(target_modules=["q"], rank_pattern={{"q": 2}})
 assert config_file.from_dict(config_file.to_dict(config)) == config

@@ -1,0 +1,28 @@
+"""A progress bar for work that takes minutes: on stderr, if that is a terminal or Jupyter; gone when it is done."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+T = TypeVar("T")
+
+
+def progress_bar(show: bool = True) -> Progress:
+    """A `rich` progress bar, to be used in a `with` statement: an exception takes it down, too."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not (show and (console.is_terminal or console.is_jupyter)))
+
+
+@contextmanager
+def steps(items: Sequence[T], what: str, show: bool = True) -> Iterator[Iterable[T]]:
+    """The items again, with a bar that follows them.
+
+    >>> with steps([1, 2, 3], "adding") as numbers:
+    ...     sum(numbers)
+    6
+    """
+    with progress_bar(show) as bar:
+        yield bar.track(items, description=what)
