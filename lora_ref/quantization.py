@@ -85,8 +85,6 @@ def quantize(weight: Float[Array, "..."], bits: int) -> Quantized:
 
     Source: QLoRA, arXiv 2305.14314, equation 1 and section 3; LoftQ, arXiv 2310.08659, section 3.1.
 
-    Differs from bitsandbytes: any size, 2 and 8 bits as well, float64 stays float64.
-
     >>> q = quantize(np.array([[0.5, -2.0, 0.0], [2.0, 0.3, 0.9]]), bits=2)
     >>> q.codes[0, :6], q.scales
     (array([2, 0, 1, 3, 1, 2], dtype=uint8), array([[2.]]))
