@@ -390,10 +390,14 @@ class AdaptedModel(RuleBasedStateMachine):
 
     # -- the rules
 
-    @initialize(seed=st.integers(0, 99), name=NAMES, options=CONFIGS)
-    def start(self, seed: int, name: str, options: dict[str, Any]) -> None:
+    @initialize(
+        seed=st.integers(0, 99), name=NAMES, options=CONFIGS, more=st.lists(st.tuples(NAMES, CONFIGS), max_size=2)
+    )
+    def start(self, seed: int, name: str, options: dict[str, Any], more: list[tuple[str, dict[str, Any]]]) -> None:
         torch.manual_seed(seed)
         self.adapt(Net().double(), name, options)
+        for other in more:
+            self.add(*other, fault=None)
 
     @rule(name=NAMES, options=CONFIGS, fault=FAULTS)
     def add(self, name: str, options: dict[str, Any], fault: Fault | None) -> None:
