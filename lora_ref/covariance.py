@@ -33,7 +33,9 @@ class Sum:
         if self.next is None or not self.next.ends_in(x):
             # not in the half precision of a surrounding autocast
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self.next = Sum(self.total + call_covariance(x), self.calls + 1, x)
+                total = call_covariance(x)
+                total += self.total  # into the new array, of in x in: one more would cost as much as the sum
+                self.next = Sum(total, self.calls + 1, x)
         return self.next
 
     def ends_in(self, x: Tensor) -> bool:

@@ -21,18 +21,22 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 
 from . import linalg
 from .linalg import Array
+from .linalg.arrays import library
 
 EPS = 2.0**-52  # of float64
+BLOCK = 256  # columns of a symmetric product that are computed at a time
 SMALL = 256  # below this size a dense eigenproblem is as quick
 
 
 class Moments(NamedTuple):
     """What is known of the rows seen: how many, their mean, and their scatter S about it.
 
-    S is `kept` itself if `squared`, else kept^T @ kept: as long as that has fewer rows than columns.
+    S is `kept` if `squared` (its upper triangle: S is symmetric), else kept^T @ kept, as long as that has fewer rows
+    than columns.
     """
 
     seen: int
@@ -69,7 +73,7 @@ def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
     (3, array([3., 5.]), array([[8., 0.],
            [0., 0.]]))
     """
-    xp = sys.modules["torch"] if linalg.is_torch(X) else np
+    xp = library(X)
     m, n_in = X.shape
     if m == 0:
         raise ValueError("there are no rows to learn from")
@@ -83,11 +87,12 @@ def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
         rows = xp.concatenate([rows, math.sqrt(before.seen * m / seen) * d[None]])  # its square is the last term
         mean = before.mean + (m / seen) * d
         if before.squared:
-            before.kept[:] += _gram(rows)
+            _add_gram(before.kept, rows)
             return before._replace(seen=seen, mean=mean)
         rows = xp.concatenate([before.kept, rows])
     squared = rows.shape[0] >= n_in
-    return Moments(seen, mean, _gram(rows) if squared else rows, squared)
+    kept = _add_gram(linalg.cast(linalg.zeros((n_in, n_in), rows), rows), rows) if squared else rows
+    return Moments(seen, mean, kept, squared)
 
 
 def components(moments: Moments, n: int) -> Components:
@@ -113,10 +118,11 @@ def components(moments: Moments, n: int) -> Components:
     if not 0 < n <= min(n_in, seen):
         raise ValueError(f"n={n} components of {seen} rows of {n_in} numbers: there are 1 to {min(n_in, seen)}")
     if squared:
-        values, V = leading_eigh(kept, n)
+        xp = library(kept)
+        values, V = leading_eigh(xp.triu(kept) + xp.triu(kept, 1).T, n)
         trace = kept.diagonal().sum()
     else:  # S = R^T R and the smaller R R^T = U diag(sigma^2) U^T have the same sigma, and V diag(sigma) = R^T U
-        values, U = leading_eigh(_gram(kept.T), n)
+        values, U = leading_eigh(kept @ kept.T, n)
         V = linalg.qr(kept.T @ U)[0]  # (in, k) @ (k, n) -> (in, n), orthonormal even where sigma is 0
         trace = (kept**2).sum()
     values = values * (values > n_in * EPS * values[0])
@@ -138,41 +144,41 @@ def leading_eigh(C: Float[Array, "d d"], n: int) -> tuple[Float[Array, " n"], Fl
         values, V = sys.modules["torch"].linalg.eigh(C)
         return values[-n:].flip(0).clamp(min=0), V[:, -n:].flip(1)
     c = np.asarray(C)  # a tensor on the CPU is read where it lies
+    as_given = sys.modules["torch"].from_numpy if linalg.is_torch(C) else np.asarray
     found = _lanczos(c, n) if len(c) > SMALL and 8 * n <= len(c) else None
-    if found is None or not _are_leading(c, *found):
+    if found is None or not _are_leading(C, *map(as_given, found)):
         found = scipy.linalg.eigh(c, subset_by_index=[len(c) - n, len(c) - 1])
-    values, V = np.maximum(found[0][::-1], 0), found[1][:, ::-1].copy()
-    return tuple(map(sys.modules["torch"].from_numpy, (values, V))) if linalg.is_torch(C) else (values, V)
+    return as_given(np.maximum(found[0][::-1], 0)), as_given(found[1][:, ::-1].copy())
 
 
 def _lanczos(c: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray] | None:
     """n leading eigenpairs, rising; None where they do not converge soon (a dense decomposition is as quick)."""
     start = np.random.default_rng(0).standard_normal(len(c))
     try:
-        return scipy.sparse.linalg.eigsh(c, n, which="LA", v0=start, maxiter=10)
+        with threadpool_limits(1, user_api="blas"):  # NumPy's threads and torch's, each waiting in turn, cost far more
+            return scipy.sparse.linalg.eigsh(c, n, which="LA", v0=start, maxiter=10)
     except scipy.sparse.linalg.ArpackError:
         return None
 
 
-def _are_leading(c: np.ndarray, values: np.ndarray, V: np.ndarray) -> bool:
-    """Are these eigenpairs, and c - V diag(values) V^T <= values[0] (1 + rounding) I?"""
-    VL, allowed = V * values, len(c) * EPS * values[-1]
-    rest = VL @ V.T  # (d, n) @ (n, d) -> (d, d)
-    rest -= c
-    rest.flat[:: len(c) + 1] += values[0] + allowed
+def _are_leading(C: Float[Array, "d d"], values: Float[Array, " n"], V: Float[Array, "d n"]) -> bool:
+    """Are these eigenpairs (rising), and C - V diag(values) V^T <= values[0] (1 + rounding) I?"""
+    n, xp, VL, ii = len(C), library(C).linalg, V * values, list(range(len(C)))
+    allowed = n * EPS * values[-1]
+    rest = VL @ V.T - C  # (d, n) @ (n, d) -> (d, d)
+    rest[ii, ii] += values[0] + allowed
     try:
-        np.linalg.cholesky(rest)  # exists for positive definite matrices only
-    except np.linalg.LinAlgError:
+        xp.cholesky(rest)  # exists for positive definite matrices only
+    except xp.LinAlgError:
         return False
-    return bool(np.linalg.norm(c @ V - VL) <= allowed)
+    return bool(xp.norm(C @ V - VL) <= allowed)
 
 
-def _gram(X: Float[Array, "k d"]) -> Float[Array, "d d"]:
-    """X^T X. NumPy sees that it is a square and does half the work, so a tensor on the CPU goes there."""
-    if linalg.is_torch(X) and X.device.type == "cpu":
-        x = X.numpy()
-        return sys.modules["torch"].from_numpy(x.T @ x)
-    return X.T @ X
+def _add_gram(S: Float[Array, "d d"], X: Float[Array, "k d"]) -> Float[Array, "d d"]:
+    """S += X^T X in place, but for what is left of the blocks on the diagonal: nearly half of the work."""
+    for i in range(0, len(S), BLOCK):
+        S[i : i + BLOCK, i:] += X[:, i : i + BLOCK].T @ X[:, i:]
+    return S
 
 
 def _signs(V: Float[Array, "d n"]) -> Float[Array, " n"]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import linalg
 from .wrappers import AdapterModule, unwrapped
 
 
@@ -125,13 +126,18 @@ class WeightKeeper(AdapterModule):
         """
         if self.spare:
             raise ValueError(f"{', '.join(self.merged_adapters)} is merged: call unmerge_adapter first")
-        now, D = self.base_weight.detach(), at_least_float32(self.logical_weight()) - residual
-        after = now - self.stored(D) if self.lora_taken else self.stored(residual)  # others may have taken their parts
+        now = self.base_weight.detach()
+        taken = Taken(None, *product) if product else Taken(self._without(residual).to(now.dtype))
+        # where others have taken their parts already, this one's comes off what they left
+        after = now - self.stored(self._without(residual)) if self.lora_taken else self.stored(residual)
         after = after.to(now).contiguous()
-        if not torch.isfinite(after).all():
+        if not linalg.is_finite(after):
             raise ValueError(f"what the initialisation leaves of the base weight is not finite in {now.dtype}")
         self.put_weight(after)
-        self.lora_taken[name] = Taken(None, *product) if product else Taken(D.to(now.dtype))
+        self.lora_taken[name] = taken
+
+    def _without(self, residual: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        return at_least_float32(self.logical_weight()) - residual
 
     def left_by(self, name: str) -> Tensor:
         """The base weight as stored, had this adapter alone taken its part."""

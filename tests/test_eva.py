@@ -37,7 +37,7 @@ def moments(parts, library=np.asarray):
 
 def scatter(found):
     kept = np.asarray(found.kept)
-    return kept if found.squared else kept.T @ kept
+    return np.triu(kept) + np.triu(kept, 1).T if found.squared else kept.T @ kept
 
 
 @given(seeds, sizes, st.lists(sizes, min_size=1, max_size=5), spectra, st.sampled_from([0.0, 3.0, 1e4]), libraries)
@@ -188,13 +188,23 @@ def test_leading_eigenvalues_of_a_large_matrix(values, turned, library):
     assert np.abs(V.T @ V - np.eye(10)).max() <= 300 * 100 * U64
 
 
+@pytest.mark.parametrize("d", [1, 256, 257, 600])
+@pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+def test_the_upper_triangle_of_a_square_is_whole(d, library):
+    X = np.random.default_rng(0).standard_normal((5, d))
+    S = np.asarray(pca._add_gram(library(np.ones((d, d))), library(X)))
+    assert np.allclose(np.triu(S), np.triu(1 + X.T @ X), rtol=1e-13, atol=1e-13)
+
+
 def test_lanczos_is_believed_only_with_a_proof(monkeypatch):
     C = symmetric(0.9 ** np.arange(300))
     right = pca._lanczos(C, 5)
     assert pca._are_leading(C, *right)
+    assert pca._are_leading(*map(torch.from_numpy, (C, *right)))
     values, V = np.linalg.eigh(C)
     skipped = [-7, -5, -4, -3, -1]  # two of the leading five are missing
     assert not pca._are_leading(C, values[skipped], V[:, skipped])
+    assert not pca._are_leading(*map(torch.from_numpy, (C, values[skipped], V[:, skipped])))
     assert not pca._are_leading(C, right[0], right[1] + 1e-6)
     monkeypatch.setattr(pca, "_lanczos", lambda c, n: (values[skipped], V[:, skipped]))
     assert np.allclose(pca.leading_eigh(C, 5)[0], values[:-6:-1], rtol=1e-12)

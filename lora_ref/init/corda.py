@@ -93,7 +93,7 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
 
     Source: PEFT's preprocess_corda; the authors' code has the same loop.
 
-    Differs from PEFT: the error is estimated, to about 10 %; so within that of .05, d may differ by a factor of two.
+    Differs from PEFT: the error is estimated, to 30 % at worst; so within that of .05, d may differ by a factor of two.
 
     >>> import numpy as np
     >>> damped(np.diag([1.0, 3.0]))
@@ -101,21 +101,21 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
            [0.  , 3.02]])
     """
     C = linalg.at_least_float32(covariance)
-    xp, diagonal = library(C), C.diagonal()
-    mean, damping = float(diagonal.mean()), 0.01
+    xp, mean, damping = library(C), float(C.diagonal().mean()), 0.01
     if not (mean > 0 and math.isfinite(C.sum())):
         raise ValueError(
             "the covariance of the inputs is zero, or not finite: it says nothing of which directions matter"
         )
-    eye = xp.diag(xp.ones_like(diagonal))
-    D = C + damping * mean * eye
+    D, ii = C + 0, list(range(len(C)))
+    D[ii, ii] += damping * mean
     error = 10 * float(xp.finfo(C.dtype).eps) / 2 * xp.linalg.norm(D) / (damping * mean)
     if error >= 0.05:
         Z = seeded_normal((len(C), PROBES), C, seed=0)
         error = xp.linalg.norm(D @ xp.linalg.solve(D, Z) - Z) / PROBES**0.5  # (in, in) @ (in, probes)
     while error >= 0.05:
+        D[ii, ii] += damping * mean  # twice as much in all
         damping, error = 2 * damping, error / 2
-    return D if damping == 0.01 else C + damping * mean * eye
+    return D
 
 
 def directions(

@@ -5,7 +5,7 @@ least float32 (half precision has no decompositions). Importing this package doe
 a tensor can only arrive if torch is there already.
 """
 
-from .arrays import Array, at_least_float32, cast, check_finite, is_torch, normal, uniform, zeros
+from .arrays import Array, at_least_float32, cast, check_finite, is_finite, is_torch, normal, uniform, zeros
 from .dense import qr, subtract_product, svd, svd_of_product
 from .leading import leading_svd, randomized_svd
 
@@ -14,6 +14,7 @@ __all__ = [
     "at_least_float32",
     "cast",
     "check_finite",
+    "is_finite",
     "is_torch",
     "leading_svd",
     "normal",

@@ -35,15 +35,24 @@ def cast(x: Array, like: Array) -> Array:
     return x.to(like) if is_torch(x) else x.astype(like.dtype, copy=False)
 
 
+def is_finite(x: Array) -> bool:
+    """Has x neither NaN nor infinite entries? Makes no array of x's size, as `isfinite(x).all()` does.
+
+    >>> is_finite(np.array([1.0, np.nan]))
+    False
+    """
+    return math.isfinite(x.min()) and math.isfinite(x.max())
+
+
 def check_finite(x: Array) -> None:
-    """Raise ValueError if x has NaN or infinite entries, which no decomposition survives. Makes no copy of x.
+    """Raise ValueError if x has NaN or infinite entries, which no decomposition survives.
 
     >>> check_finite(np.array([1.0, np.nan]))
     Traceback (most recent call last):
     ...
     ValueError: the weight has NaN or infinite entries: it cannot be decomposed
     """
-    if not (math.isfinite(x.min()) and math.isfinite(x.max())):
+    if not is_finite(x):
         raise ValueError("the weight has NaN or infinite entries: it cannot be decomposed")
 
 

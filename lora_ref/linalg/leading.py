@@ -1,6 +1,5 @@
 """The leading singular triples of a big matrix, exactly or approximately, without those that nobody needs."""
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -8,23 +7,21 @@ from jaxtyping import Float
 from .arrays import Array, at_least_float32, cast, check_finite, library, seeded_normal
 from .dense import qr, signed, svd
 
-Product = Callable[[Array], Array]
-
 LONGEST_BASIS, KEPT = 16, 4  # blocks in a Krylov basis, and blocks that a restart keeps
 PATIENCE = 128  # products with W before the dense decomposition is the better choice
 
 
 def leading_svd(
-    W: Float[Array, "out in"], r: int, right: Float[Array, "in in"] | None = None
+    W: Float[Array, "out in"], r: int
 ) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]]:
-    """The r leading triples of `svd(W)`, or of `svd(W @ right)` without forming that product.
+    """The r leading triples of `svd(W)`.
 
     As exact as the dense decomposition and, for r much smaller than W, 10 to 100 times faster:
     `_block_krylov` needs products with W only, a few dozen times r of them. Its answer is verified; where
     that fails, and where r is not small against W, the dense decomposition answers.
 
     Raises:
-        ValueError: W or right has NaN or infinite entries.
+        ValueError: W has NaN or infinite entries.
 
     >>> import numpy as np
     >>> U, S, Vh = leading_svd(np.array([[3.0, 0.0], [0.0, -5.0]]), r=1)
@@ -32,29 +29,19 @@ def leading_svd(
     (array([5.]), array([[0., 1.]]))
     """
     W = at_least_float32(W)
-    for x in [W] if right is None else [W, right]:
-        check_finite(x)
-
-    def times(X: Array) -> Array:
-        return _times(W, X if right is None else _times(right, X))
-
-    def transposed_times(Y: Array) -> Array:
-        return _times(W.T, Y) if right is None else _times(right.T, _times(W.T, Y))
-
+    check_finite(W)
     width = max(r, 8)
     if LONGEST_BASIS * width <= min(W.shape) // 2:
         start = seeded_normal((W.shape[1], width), W, seed=0)
         tolerance = float(library(W).finfo(W.dtype).eps) * max(64, sum(W.shape) ** 0.5)
-        triples = _block_krylov(times, transposed_times, start, r, tolerance / 4)
-        if triples and _are_leading(times, transposed_times, *triples, tolerance):
+        triples = _block_krylov(W, start, r, tolerance / 4)
+        if triples and _are_leading(W, *triples, tolerance):
             return signed(*triples)
-    U, S, Vh = svd(W if right is None else W @ right)
+    U, S, Vh = svd(W)
     return U[:, :r], S[:r], Vh[:r]
 
 
-def _block_krylov(
-    times: Product, transposed_times: Product, X: Array, r: int, tolerance: float
-) -> tuple[Array, Array, Array] | None:
+def _block_krylov(W: Array, X: Array, r: int, tolerance: float) -> tuple[Array, Array, Array] | None:
     """The r leading triples of W by block Lanczos bidiagonalisation with thick restarts; None without convergence.
 
     Orthonormal bases V and U grow by a block at a time, from a random block X on:
@@ -71,12 +58,12 @@ def _block_krylov(
     """
     xp = library(X)
     width, check_at = X.shape[1], 1
-    V, U, H = X[:, :0], times(X[:, :0]), X[:0, :0]
+    V, U, H = X[:, :0], W[:, :0], X[:0, :0]
     for _ in range(PATIENCE):
         X = _orthonormal(X, V)
-        V, WX = xp.concatenate([V, X], 1), times(X)
+        V, WX = xp.concatenate([V, X], 1), _times(W, X)
         Y = _orthonormal(WX, U)
-        Z = transposed_times(Y)
+        Z = _times(W.T, Y)
         H = xp.concatenate([xp.concatenate([H, U.T @ WX], 1), Z.T @ V], 0)  # U^T W V
         U = xp.concatenate([U, Y], 1)
         X = Z - V @ H[-width:].T  # (in, width), what W^T U has outside the range of V
@@ -93,15 +80,15 @@ def _block_krylov(
     return None
 
 
-def _are_leading(times: Product, transposed_times: Product, U: Array, S: Array, Vh: Array, tolerance: float) -> bool:
+def _are_leading(W: Array, U: Array, S: Array, Vh: Array, tolerance: float) -> bool:
     """Are these singular triples of W, and is there no larger one beside them?"""
     norm, eye = library(S).linalg.norm, cast(library(S).eye(len(S)), S)
     defects = [U.T @ U - eye, Vh @ Vh.T - eye]
-    errors = [times(Vh.T) - U * S, transposed_times(U) - Vh.T * S]
+    errors = [_times(W, Vh.T) - U * S, _times(W.T, U) - Vh.T * S]
     X = seeded_normal((Vh.shape[1], 8), S, seed=1)  # another random block, for what the first may have missed
     for _ in range(2):
-        X = transposed_times(times(_orthonormal(X, Vh.T)))
-    largest_left = norm(times(_orthonormal(X, Vh.T)), axis=0).max()
+        X = _times(W.T, _times(W, _orthonormal(X, Vh.T)))
+    largest_left = norm(_times(W, _orthonormal(X, Vh.T)), axis=0).max()
     return bool(
         all(norm(x, axis=0).max() <= tolerance for x in defects)
         and all(norm(x, axis=0).max() <= tolerance * S[0] for x in errors)
