@@ -306,7 +306,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "corda": lambda: CorDA("corda ipm, after the data", (1024, 4096), 8),
     "corda_kpm": lambda: CorDA("corda kpm, after the data", (1024, 4096), 5, method="kpm"),
     "corda_whole": lambda: CorDA("corda ipm, with 2048 tokens", (1024, 4096), 1, whole=True),
-    "eva": lambda: EVA(1024, 0.5, 3),
+    "eva": lambda: EVA(1024, 0.25, 3),
     "eva_steep": lambda: EVA(1024, 1.0, 1),
     "loftq": lambda: LoftQ("loftq, 4 bits, 5 iterations", (1024, 4096), 7),
 }
@@ -455,6 +455,10 @@ def main() -> None:
     show(results, console)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        before = arguments.out / "init.json"
+        if before.exists() and len(arguments.only) < len(CASES):  # --only renews its cases
+            cases = json.loads(before.read_text(encoding="utf-8"))["cases"] | results["cases"]
+            results["cases"] = {key: cases[key] for key in CASES if key in cases}
         (arguments.out / "init.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (arguments.out / "init.md").write_text(markdown(results), encoding="utf-8")
         console.print(f"written: {arguments.out / 'init.json'}, {arguments.out / 'init.md'}")
