@@ -1,0 +1,1 @@
+"""Adapter classes of real implementations."""

@@ -1,0 +1,34 @@
+"""lora_ref on PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import lora_ref
+
+from ..contract import CLAIMS, LayerSpec
+from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
+
+
+class LoraRefTorch(PeftStyle):
+    """Claims everything."""
+
+    name = "lora_ref"
+    library = lora_ref
+    claims = frozenset(CLAIMS)
+
+    def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
+        if spec.init_lora_weights == "corda":
+            made = configuration(lora_ref, config)
+            data = [to_torch(X, spec.dtype) for X in spec.init_options["inputs"]]
+            lora_ref.preprocess_corda(net, made, run_model=lambda: [net(x) for x in data], progress=False)
+        if spec.init_lora_weights == "lora_ga":
+            made = configuration(lora_ref, config)
+            x, dy = (to_torch(spec.init_options[name], spec.dtype) for name in ("x", "dy"))
+            lora_ref.preprocess_loraga(net, made, train_step=lambda: (net(x) * dy).sum().backward(), progress=False)
+
+    def after(self, model: PeftStyleModel, spec: LayerSpec) -> None:
+        data = [to_torch(X, spec.dtype) for X in spec.init_options["inputs"]]
+        lora_ref.initialize_lora_eva_weights(model.peft, data, show_progress_bar=False)

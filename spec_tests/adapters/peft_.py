@@ -1,0 +1,77 @@
+"""Hugging Face PEFT, any release: what a release has no option or class for is not claimed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import peft
+from torch import nn
+
+from ..contract import CLAIMS, LayerSpec
+from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
+
+OPTION_OF = {
+    "rslora": "use_rslora",
+    "patterns": "rank_pattern",
+    "exclude": "exclude_modules",
+    "parameter": "target_parameters",
+    "experts": "target_parameters",
+    "target_parameters": "target_parameters",
+    "init:corda": "corda_config",
+    "init:eva": "eva_config",
+    "init:lora_ga": "lora_ga_config",
+}  # claim: the option of LoraConfig that it needs
+CLASS_OF = {"conv1d": "Conv1d", "conv2d": "Conv2d", "conv3d": "Conv3d", "embedding": "Embedding"}
+SINCE = {
+    "init:gaussian": (0, 6),
+    "all-linear": (0, 7),
+    "init:pissa": (0, 11),
+    "init:pissa_niter": (0, 11),
+    "init:olora": (0, 12),
+    "batch": (0, 11),
+    "init:orthogonal": (0, 17),
+    "init:mica": (0, 20),
+}  # claim: the release whose notes announce it
+
+
+def claims_of_this_release() -> frozenset[str]:
+    """All but what needs a GPU or other packages, and what this release does not have yet."""
+    options = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    release = tuple(int(part) for part in peft.__version__.split(".")[:2])
+    missing = {claim for claim, option in OPTION_OF.items() if option not in options}
+    layers = getattr(peft.tuners.lora, "layer", peft.tuners.lora)  # one module in early releases
+    missing |= {claim for claim, name in CLASS_OF.items() if not hasattr(layers, name)}
+    missing |= {claim for claim, first in SINCE.items() if release < first}
+    return frozenset(CLAIMS) - missing - {"init:loftq"}  # its LoftQ needs CUDA and bitsandbytes
+
+
+class Peft(PeftStyle):
+    """Claims what its documentation does."""
+
+    name = "peft"
+    library = peft
+    claims = claims_of_this_release()
+
+    def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
+        if spec.init_lora_weights == "corda":
+            from peft.tuners.lora.corda import preprocess_corda
+
+            data = [to_torch(X, spec.dtype) for X in spec.init_options["inputs"]]
+            preprocess_corda(net, configuration(peft, config), run_model=lambda: [net(x) for x in data])
+        if spec.init_lora_weights == "lora_ga":
+            from peft.tuners.lora.loraga import preprocess_loraga
+
+            x, dy = (to_torch(spec.init_options[name], spec.dtype) for name in ("x", "dy"))
+            preprocess_loraga(net, configuration(peft, config), lambda: (net(x) * dy).sum().backward())
+
+    def after(self, model: PeftStyleModel, spec: LayerSpec) -> None:
+        data = [{"x": to_torch(X, spec.dtype)} for X in spec.init_options["inputs"]]
+        peft.initialize_lora_eva_weights(
+            model.peft,
+            data,
+            forward_fn=lambda net, batch: net(**batch),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).reshape(-1, spec.W.shape[1]),
+            show_progress_bar=False,
+        )

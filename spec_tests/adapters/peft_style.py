@@ -1,0 +1,404 @@
+"""The adapter class of libraries on PyTorch that have PEFT's interface: PEFT itself, and lora_ref."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..contract import MESH, Array, Implementation, Layer, LayerSpec, LayerState, Model, ModelSpec, ModuleSpec
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def to_torch(x: Array, dtype: str = "float64") -> Tensor:
+    return torch.tensor(np.ascontiguousarray(x)).to(getattr(torch, dtype))
+
+
+def to_numpy(x: Tensor) -> Array:
+    return x.detach().double().numpy().copy()
+
+
+# -- base layers and models --------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    """y = W * x + b."""
+
+    def __init__(self, W: Tensor, b: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(W)
+        self.bias = None if b is None else nn.Parameter(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x + (0 if self.bias is None else self.bias)
+
+
+class Raw(nn.Module):
+    """x W^T with a raw parameter (out, in), or one for each expert: x (experts, tokens, in)."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.mT
+
+
+def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpec | None = None) -> nn.Module:
+    """A layer of torch (or transformers' Conv1D) with these logical weights."""
+    if kind == "norm":
+        return Norm(to_torch(W, dtype), None if b is None else to_torch(b, dtype))
+    if kind in ("parameter", "experts"):
+        return Raw(to_torch(W, dtype))
+    out, n_in = W.shape[:2]
+    if kind == "linear":
+        module: nn.Module = nn.Linear(n_in, out, bias=b is not None)
+    elif kind == "transposed":
+        from transformers.pytorch_utils import Conv1D
+
+        module = Conv1D(out, n_in)
+        if b is None:
+            module.bias.data.zero_()
+    elif kind == "embedding":
+        module = nn.Embedding(n_in, out, padding_idx=spec.padding_idx if spec else None)
+    else:
+        assert spec is not None
+        make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[MESH[kind] - 1]
+        options = {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation, "bias": b is not None}
+        module = make(n_in, out, W.shape[2:], **options)
+    stored = W.T if kind in ("transposed", "embedding") else W
+    module.weight.data = to_torch(stored, dtype)
+    if b is not None:
+        module.bias.data = to_torch(b, dtype)
+    return module.to(getattr(torch, dtype))
+
+
+def logical(kind: str, weight: Tensor) -> Array:
+    return to_numpy(weight.T if kind in ("transposed", "embedding") else weight)
+
+
+class Chain(nn.Module):
+    """Modules of dotted names, one after the other."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.order = list(modules)
+        for name, module in modules.items():
+            *path, last = name.split(".")
+            parent: nn.Module = self
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent._modules[part]  # type: ignore[assignment]
+            parent.add_module(last, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.order:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The base layer inside the wrappers."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def configuration(library: ModuleType, options: Mapping[str, Any]) -> Any:
+    """A LoraConfig; the options of an initialisation are given as mappings."""
+    made = dict(options)
+    for name, kind in (("eva_config", "EvaConfig"), ("loftq_config", "LoftQConfig"), ("corda_config", "CordaConfig")):
+        if isinstance(made.get(name), Mapping):
+            home = library if hasattr(library, kind) else library.tuners.lora.config
+            made[name] = getattr(home, kind)(**made[name])
+    return library.LoraConfig(**made)
+
+
+# -- the two handles ---------------------------------------------------------------------------
+
+
+class PeftStyleModel(Model):
+    """A PeftModel of either library."""
+
+    def __init__(
+        self, library: ModuleType, spec: ModelSpec, net: nn.Module | None = None, folder: Path | None = None
+    ) -> None:
+        self.library, self.spec = library, spec
+        self.kinds = {name: module.kind for name, module in spec.modules.items()}
+        self.net = net or Chain({n: base_module(m.kind, m.W, m.b, spec.dtype) for n, m in spec.modules.items()})
+        torch.manual_seed(spec.seed)
+        if folder is None:
+            self.peft = library.get_peft_model(self.net, self.config(spec.config))
+        else:
+            self.peft = library.PeftModel.from_pretrained(self.net, folder)
+
+    def config(self, options: Mapping[str, Any]) -> Any:
+        return configuration(self.library, options)
+
+    def module(self, name: str) -> nn.Module:
+        return self.peft.base_model.model.get_submodule(name)
+
+    def adapted(self, adapter: str = "default") -> dict[str, tuple[int, float]]:
+        found = {}
+        for name in self.spec.modules:
+            module = self.module(name)
+            if adapter in getattr(module, "scaling", {}):
+                found[name] = int(module.r[adapter]), float(module.scaling[adapter])
+        return found
+
+    def factors(self, module: nn.Module, adapter: str) -> tuple[Any, Any]:
+        """The parameters that hold A and B."""
+        if adapter in getattr(module, "lora_embedding_A", {}):
+            return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+
+    def read(self, module: str, adapter: str = "default") -> LayerState:
+        layer = self.module(module)
+        base = bare(layer)
+        A, B = map(to_numpy, self.factors(layer, adapter))
+        b = getattr(base, "bias", None)
+        W = logical(self.kinds[module], base.weight)
+        return LayerState(W, None if b is None else to_numpy(b), A, B, float(layer.scaling[adapter]))
+
+    def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:
+        for parameter, value in zip(self.factors(self.module(module), adapter), (A, B), strict=True):
+            parameter.data = torch.tensor(value).to(parameter.dtype).reshape(parameter.shape)
+
+    def forward(
+        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+    ) -> Array:
+        self.peft.train(train)
+        torch.manual_seed(seed)
+        given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype)
+        with torch.no_grad():
+            y = self.peft(given) if adapter_names is None else self.peft(given, adapter_names=list(adapter_names))
+        self.peft.eval()
+        return to_numpy(y)
+
+    def trainable(self) -> set[str]:
+        found = set()
+        for name in self.spec.modules:
+            module = self.module(name)
+            if hasattr(module, "modules_to_save"):
+                for adapter, copy in module.modules_to_save.items():
+                    found |= {f"{name}.{p}:{adapter}" for p, v in copy.named_parameters() if v.requires_grad}
+                module = module.original_module
+            base = bare(module)
+            found |= {f"{name}.{p}" for p, v in base._parameters.items() if v is not None and v.requires_grad}
+            for adapter in getattr(module, "scaling", {}):
+                for letter, value in zip("AB", self.factors(module, adapter), strict=True):
+                    found |= {f"{name}.{letter}:{adapter}"} if value.requires_grad else set()
+        return found
+
+    def _written(self, name: str) -> nn.Module:
+        """The module that training would change: the active copy of modules_to_save, or the base."""
+        module = self.module(name)
+        if hasattr(module, "modules_to_save"):
+            active = module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapters[0]
+            return module.modules_to_save[active]
+        return bare(module)
+
+    def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:
+        target = self._written(module)
+        if W is not None:
+            stored = W.T if self.kinds[module] in ("transposed", "embedding") else W
+            target.weight.data = to_torch(stored, self.spec.dtype)
+        if b is not None:
+            target.bias.data = to_torch(b, self.spec.dtype)
+
+    def base(self) -> dict[str, tuple[Array, Array | None]]:
+        return self.plain(self.peft.base_model.model)
+
+    def plain(self, net: nn.Module) -> dict[str, tuple[Array, Array | None]]:
+        found = {}
+        for name, kind in self.kinds.items():
+            module = net.get_submodule(name)
+            module = bare(getattr(module, "original_module", module))
+            b = getattr(module, "bias", None)
+            found[name] = logical(kind, module.weight), None if b is None else to_numpy(b)
+        return found
+
+    def merge(self, adapters: Sequence[str] | None = None) -> None:
+        self.peft.merge_adapter(None if adapters is None else list(adapters))
+
+    def unmerge(self) -> None:
+        self.peft.unmerge_adapter()
+
+    def enable(self, enabled: bool) -> None:
+        (self.peft.enable_adapter_layers if enabled else self.peft.disable_adapter_layers)()
+
+    def add(self, adapter: str, config: Mapping[str, Any]) -> None:
+        self.peft.add_adapter(adapter, self.config(config))
+
+    def set(self, adapters: Sequence[str]) -> None:
+        if len(adapters) == 1:
+            self.peft.set_adapter(adapters[0])
+        else:
+            self.peft.base_model.set_adapter(list(adapters))
+
+    def active(self) -> list[str]:
+        return list(self.peft.active_adapters)
+
+    def delete(self, adapter: str) -> None:
+        self.peft.delete_adapter(adapter)
+
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, how: str) -> None:
+        self.peft.add_weighted_adapter(list(adapters), list(weights), name, combination_type=how)
+
+    def unload(self, merge: bool) -> dict[str, tuple[Array, Array | None]]:
+        return self.plain(self.peft.merge_and_unload() if merge else self.peft.unload())
+
+    def save(self, folder: Path, **options: Any) -> None:
+        self.peft.save_pretrained(str(folder), **options)
+
+    def load(self, folder: Path, adapter: str) -> None:
+        self.peft.load_adapter(str(folder), adapter)
+
+
+class PeftStyleLayer(Layer):
+    """One adapted layer, in a model of its own."""
+
+    NAME = "layer"
+
+    def __init__(self, implementation: PeftStyle, spec: LayerSpec) -> None:
+        self.spec, library = spec, implementation.library
+        raw = spec.kind in ("parameter", "experts")
+        where = (
+            {"target_modules": [], "target_parameters": [f"{self.NAME}.w"]} if raw else {"target_modules": [self.NAME]}
+        )
+        config = {
+            "r": spec.r,
+            "lora_alpha": int(spec.lora_alpha) if spec.lora_alpha == int(spec.lora_alpha) else spec.lora_alpha,
+            **where,
+            **implementation.layer_options(spec),
+        }
+        for option, default in (("use_rslora", False), ("lora_dropout", 0.0), ("init_lora_weights", True)):
+            if getattr(spec, option) is not default:  # what is not asked for need not be there, in old releases
+                config[option] = getattr(spec, option)
+        if spec.kind == "transposed":
+            config["fan_in_fan_out"] = True
+        net = Chain({self.NAME: base_module(spec.kind, spec.W, spec.b, spec.dtype, spec)})
+        implementation.prepare(net, config, spec)
+        whole = ModelSpec({self.NAME: ModuleSpec(spec.kind, spec.W, spec.b)}, config, spec.dtype, spec.seed)
+        self.model = implementation.model_class(library, whole, net)
+        if spec.init_lora_weights == "eva":
+            implementation.after(self.model, spec)
+        self.model.peft.eval()
+
+    @property
+    def wrapper(self) -> Any:
+        return self.model.module(self.NAME)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.model.factors(self.wrapper, "default")
+
+    def read(self) -> LayerState:
+        kind, wrapper = self.spec.kind, self.wrapper
+        if kind not in ("parameter", "experts"):
+            state = self.model.read(self.NAME)
+            if MESH.get(kind):
+                return state._replace(B=state.B.reshape(state.B.shape[:2]))
+            return state if kind != "transposed" or self.spec.b is not None else state._replace(b=None)
+        A, B = map(to_numpy, self.factors())
+        if kind == "experts":  # A (r E, in), B (out, r E) with the expert innermost
+            E = len(self.spec.W)
+            A, B = A.reshape(E, -1, A.shape[-1]), B.reshape(len(B), -1, E).transpose(2, 0, 1)
+        return LayerState(to_numpy(bare(wrapper).w), None, A, B, float(wrapper.scaling["default"]))
+
+    def write(self, A: Array, B: Array) -> None:
+        if self.spec.kind == "experts":
+            E, out, r = B.shape
+            A, B = A.reshape(-1, A.shape[-1]), B.transpose(1, 2, 0).reshape(out, r * E)
+        self.model.write(self.NAME, A, B)
+
+    def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
+        y = self.model.forward(self._oriented(x), train, seed)
+        return y
+
+    def _oriented(self, x: Array) -> Array:
+        return x
+
+    def merge(self) -> None:
+        self.model.merge()
+
+    def unmerge(self) -> None:
+        self.model.unmerge()
+
+    def enable(self, enabled: bool) -> None:
+        self.model.enable(enabled)
+
+    def rescale(self, how: str, factor: float | None) -> None:
+        if how == "set":
+            self.wrapper.set_scale("default", factor)
+        else:
+            getattr(self.wrapper, f"{how}_layer")(factor)
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
+        self.model.peft.zero_grad()
+        given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype).requires_grad_()
+        y = self.model.peft(given)
+        (y * to_torch(dy).to(y.dtype)).sum().backward()
+        A, B = self.factors()
+        base = bare(self.wrapper)
+        W = base.w if hasattr(base, "w") else base.weight
+        found = {"x": given, "A": A, "B": B, "W": W, "b": getattr(base, "bias", None)}
+        return {
+            k: None if v is None or v.grad is None else to_numpy(v.grad).reshape(self._shape(k, v))
+            for k, v in found.items()
+        }
+
+    def _shape(self, name: str, value: Tensor) -> Any:
+        """B of a convolution is (out, r, 1, 1) in torch."""
+        return value.shape[:2] if name == "B" and MESH.get(self.spec.kind, 0) else value.shape
+
+    def trainable(self) -> set[str]:
+        A, B = self.factors()
+        base = bare(self.wrapper)
+        W = base.w if hasattr(base, "w") else base.weight
+        found = {"A": A, "B": B, "W": W, "b": getattr(base, "bias", None)}
+        return {name for name, value in found.items() if value is not None and value.requires_grad}
+
+
+class PeftStyle(Implementation):
+    """What is common; a subclass gives `library`, `claims` and how an initialisation gets its data."""
+
+    library: ModuleType
+    model_class = PeftStyleModel
+
+    def version(self) -> str:
+        return f"{self.library.__name__} {self.library.__version__}, torch {torch.__version__}"
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        return PeftStyleLayer(self, spec)
+
+    def model(self, spec: ModelSpec) -> Model:
+        return self.model_class(self.library, spec)
+
+    def load(self, spec: ModelSpec, folder: Path) -> Model:
+        return self.model_class(self.library, dataclasses.replace(spec, config={}), folder=folder)
+
+    def layer_options(self, spec: LayerSpec) -> dict[str, Any]:
+        """More options of the configuration, for the initialisation."""
+        options, init = spec.init_options, spec.init_lora_weights
+        if init == "loftq":
+            return {"loftq_config": {"loftq_bits": options["bits"], "loftq_iter": options["iterations"]}}
+        if init == "corda":
+            return {"corda_config": {"corda_method": options["method"]}}
+        if init == "eva":
+            return {"eva_config": {"rho": options.get("rho", 1.0), "whiten": options.get("whiten", False)}}
+        return {}
+
+    def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
+        """What must run before get_peft_model."""
+
+    def after(self, model: PeftStyleModel, spec: LayerSpec) -> None:
+        """What must run after get_peft_model."""

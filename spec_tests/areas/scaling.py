@@ -1,0 +1,122 @@
+"""lora_alpha, r and use_rslora."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from .. import oracle
+from ..check import Check
+from ..contract import Implementation, LayerSpec
+from ..generate import MERGEABLE, inputs, layers
+from ..registry import requirement
+from .forward import made
+
+RSLORA = "rsLoRA, arXiv 2312.03732, theorem 3.2 (S1)"
+
+
+@requirement(
+    "SCALE-001",
+    "s = lora_alpha / r.",
+    "LoRA, arXiv 2106.09685, section 4.1 (S1)",
+    (),
+    lambda i: layers(i, use_rslora=False),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    s = implementation.layer(spec).read().scaling
+    check.close(s, spec.lora_alpha / spec.r, abs(spec.lora_alpha / spec.r), "float64", "s")
+
+
+@requirement(
+    "SCALE-002", "With use_rslora s = lora_alpha / sqrt(r).", RSLORA, "rslora", lambda i: layers(i, use_rslora=True)
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    s = implementation.layer(spec).read().scaling
+    check.close(s, spec.lora_alpha / spec.r**0.5, abs(spec.lora_alpha / spec.r**0.5), "float64", "s")
+
+
+@requirement(
+    "SCALE-003",
+    "The branch is linear in lora_alpha: twice the alpha gives twice the branch.",
+    "S1",
+    "write",
+    lambda i: layers(i),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    spec = spec.but(lora_alpha=abs(spec.lora_alpha) + 1)
+    x = inputs(spec)
+    _, state = made(implementation, spec)
+    other, _ = made(implementation, spec.but(lora_alpha=2 * spec.lora_alpha))
+    want, bound = oracle.forward(spec, state._replace(scaling=2 * spec.scaling), x)
+    check.close(other.forward(x), want, bound, spec.dtype, "the output with twice the alpha")
+
+
+@requirement(
+    "SCALE-004", "lora_alpha = 0 switches the update off.", "S3", "write alpha", lambda i: layers(i, lora_alpha=0.0)
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, _ = made(implementation, spec)
+    x = inputs(spec)
+    check.close(
+        layer.forward(x),
+        oracle.apply(spec, spec.W, spec.b, x),
+        oracle.apply_bound(spec, spec.W, spec.b, x),
+        spec.dtype,
+        "the output",
+    )
+
+
+@requirement(
+    "SCALE-005",
+    "A negative lora_alpha turns the update's sign.",
+    "S3",
+    "write alpha",
+    lambda i: layers(i, lora_alpha=-3.0),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    x = inputs(spec)
+    want, bound = oracle.forward(spec, state._replace(scaling=spec.scaling), x)
+    check.close(layer.forward(x), want, bound, spec.dtype, "the output")
+
+
+_steps = st.lists(
+    st.tuples(st.sampled_from(("set", "scale", "unscale")), st.sampled_from((0.5, 2.0, 4.0))), min_size=1, max_size=4
+)
+
+
+@requirement(
+    "SCALE-006",
+    "set_scale(f) makes s = f times the initial s, scale_layer(f) multiplies s by f, unscale_layer(f) divides it, and "
+    "unscale_layer(None) restores the initial s.",
+    "PEFT's documentation of LoraLayer (S4)",
+    "rescale",
+    lambda i: st.tuples(layers(i), _steps),
+)
+def _(implementation: Implementation, case: tuple[LayerSpec, list[tuple[str, float]]], check: Check) -> None:
+    spec, steps = case
+    layer = implementation.layer(spec)
+    first = s = layer.read().scaling
+    for how, factor in steps:
+        layer.rescale(how, factor)
+        s = {"set": first * factor, "scale": s * factor, "unscale": s / factor}[how]
+        check.close(layer.read().scaling, s, abs(s), "float64", f"s after {how} {factor}")
+    layer.rescale("unscale", None)
+    check.close(layer.read().scaling, first, abs(first), "float64", "s after unscale_layer(None)")
+
+
+@requirement(
+    "SCALE-007",
+    "The scaling acts in the forward and in the merge alike, whatever it was changed to.",
+    "S4, S5",
+    "rescale write merge",
+    lambda i: layers(i, MERGEABLE),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, _ = made(implementation, spec)
+    layer.rescale("scale", 3.0)
+    state, x = layer.read(), inputs(spec)
+    want, bound = oracle.forward(spec, state, x)
+    check.close(layer.forward(x), want, bound, spec.dtype, "the output")
+    layer.merge()
+    D, size = oracle.delta(state.A, state.B, state.scaling), oracle.delta_bound(state.A, state.B, state.scaling)
+    check.close(layer.read().W, spec.W + D, abs(spec.W) + size, spec.dtype, "the merged weight")

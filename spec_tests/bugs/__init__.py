@@ -1,0 +1,1 @@
+"""Seeded bugs: the proof that the requirements are strict."""

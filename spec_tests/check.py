@@ -1,0 +1,72 @@
+"""How a requirement says that something does not hold, and how near two numbers must be.
+
+Tolerances are derived, not tuned: |got - want| <= 8 u * bound, where u is the unit roundoff of the dtype and `bound`
+the same formula on absolute values, so that cancellation is allowed for and nothing else. Where all numbers are
+small integers and powers of two every dtype is exact, and `equal` is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+class Broken(AssertionError):
+    """A requirement does not hold."""
+
+
+class Check:
+    """What a requirement's body calls; it remembers the largest error, in units of u * bound."""
+
+    def __init__(self) -> None:
+        self.max_error_u = 0.0
+        self.examples = 0
+
+    def that(self, holds: Any, otherwise: str) -> None:
+        """Something must hold."""
+        if not holds:
+            raise Broken(otherwise)
+
+    def equal(self, got: Any, want: Any, what: str) -> None:
+        """Exactly equal: shape and every number."""
+        got, want = np.asarray(got), np.asarray(want)
+        self.that(got.shape == want.shape, f"{what}: has the shape {got.shape}, must have {want.shape}")
+        if not np.array_equal(got, want):
+            at = _worst(got, want)
+            raise Broken(f"{what}: {got[at]!r} at {list(at)}, must be exactly {want[at]!r}")
+
+    def close(self, got: Any, want: Any, bound: Any, dtype: str, what: str, factor: float = 8.0) -> None:
+        """Equal up to `factor` roundings of numbers as large as `bound` (an array, or one number for all)."""
+        got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+        self.that(got.shape == want.shape, f"{what}: has the shape {got.shape}, must have {want.shape}")
+        self.that(np.isfinite(got).all() or not np.isfinite(want).all(), f"{what}: has NaN or infinite numbers")
+        if not got.size:
+            return
+        unit = UNIT[dtype] * np.maximum(np.broadcast_to(bound, got.shape), 2.0**-120)
+        error = abs(got - want) / unit
+        self.max_error_u = max(self.max_error_u, float(error.max()))
+        if (error > factor).any():
+            at = np.unravel_index(error.argmax(), error.shape)
+            raise Broken(
+                f"{what}: {got[at]:.9g} at {[int(i) for i in at]}, must be {want[at]:.9g} "
+                f"(off by {error[at]:.3g} roundings of {dtype}, {factor:g} are allowed)"
+            )
+
+    def refused(self, action: Callable[[], object], what: str) -> Exception:
+        """An error must be raised: any kind, but NotImplementedError."""
+        try:
+            action()
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            return error
+        raise Broken(f"{what}: must be refused with an error, but was accepted")
+
+
+def _worst(got: np.ndarray, want: np.ndarray) -> tuple[int, ...]:
+    differs = ~((got == want) | (np.isnan(got) & np.isnan(want))) if got.dtype.kind == "f" else got != want
+    return tuple(int(i) for i in np.argwhere(differs)[0])

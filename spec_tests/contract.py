@@ -1,0 +1,336 @@
+"""The contract: what an implementation of LoRA must offer to be tested, in NumPy float64 arrays both ways.
+
+Write a class with a few methods, name what it can do in `claims`, and every requirement that needs no more than
+that is checked on it. Nothing is assumed to happen in place, and no framework is assumed at all: the class
+casts and orients inside.
+
+Everything is in LOGICAL orientation, whatever the storage: y = W x + b, W (out, in), A (r, in), B (out, r),
+update D = s * B @ A. An embedding of V rows of d numbers has in = V and out = d: W is the transposed table (d, V).
+A convolution has W (out, in, *kernel), A (r, in, *kernel), B (out, r).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+CLAIMS = {
+    # layers
+    "linear": "adapts a linear layer",
+    "transposed": "adapts a linear layer whose weight is stored as (in, out), such as transformers' Conv1D",
+    "embedding": "adapts an embedding",
+    "conv1d": "adapts a 1-dimensional convolution",
+    "conv2d": "adapts a 2-dimensional convolution",
+    "conv3d": "adapts a 3-dimensional convolution",
+    "parameter": "adapts a raw parameter (out, in)",
+    "experts": "adapts a stack of raw parameters (experts, out, in)",
+    # options of a layer
+    "rslora": "use_rslora: s = lora_alpha / sqrt(r)",
+    "alpha": "any finite lora_alpha, fractions and negative ones too",
+    "dropout": "lora_dropout, in training only",
+    "large_r": "r may exceed min(in, out)",
+    "float64": "computes in float64",
+    "float32": "computes in float32",
+    "float16": "has float16 weights",
+    "bfloat16": "has bfloat16 weights",
+    # operations of a layer
+    "write": "A and B can be set from outside",
+    "merge": "merges the update into the weight, and takes it out again",
+    "grad": "gives gradients",
+    "trainable": "says what trains",
+    "disable": "switches the adapter off and on again",
+    "rescale": "set_scale, scale_layer, unscale_layer",
+    # initialisations: init_lora_weights
+    "init:True": "the default: A random, B zero (an embedding: A zero, B random)",
+    "init:False": "both factors random",
+    "init:gaussian": "A normal with standard deviation 1 / r",
+    "init:orthogonal": "B @ A = 0 with both factors nonzero",
+    "init:pissa": "the principal singular triples",
+    "init:pissa_niter": "those, by a randomised method",
+    "init:olora": "QR",
+    "init:loftq": "the best start for a quantised weight",
+    "init:mica": "the minor left singular vectors, frozen",
+    "init:corda": "directions that matter for the inputs (needs data)",
+    "init:eva": "principal components of the inputs (needs data)",
+    "init:lora_ga": "directions of the gradient (needs data)",
+    # a model
+    "model": "adapts a model of named layers by target_modules",
+    "patterns": "rank_pattern and alpha_pattern",
+    "exclude": "exclude_modules",
+    "layers_to_transform": "layers_to_transform and layers_pattern",
+    "all-linear": "target_modules='all-linear'",
+    "bias": "bias='all' and 'lora_only'",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "target_parameters",
+    "adapters": "several named adapters, switched, combined and deleted",
+    "weighted": "add_weighted_adapter: cat, svd, linear",
+    "batch": "another adapter for each sample of a batch",
+    "unload": "gives the plain model back, merged or not",
+    "files": "adapter folders in PEFT's format",
+    "errors": "refuses what the documentation says is wrong",
+}
+
+CONVENTIONS = {
+    "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",
+    "merges_on_eval": "evaluation mode merges, training mode unmerges (loralib): False by default",
+    "embedding_dropout": "lora_dropout acts on embeddings too: False by default",
+}
+
+MESH = {"linear": 0, "transposed": 0, "embedding": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}  # dimensions of the kernel
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        kind = "" if value.dtype == np.float64 else f", {value.dtype.name!r}"
+        return f"array({value.tolist()!r}{kind})"
+    return repr(value)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerSpec:
+    """A base layer and the adapter that it is to get; the options have LoraConfig's names.
+
+    Attributes:
+        kind: "linear", "transposed", "embedding", "conv1d", "conv2d", "conv3d", "parameter" or "experts".
+        W: (out, in), of an embedding (d, V), of a convolution (out, in / groups, *kernel), of experts (E, out, in).
+        b: (out,) or None.
+        dtype: of the base weight: "float64", "float32", "float16" or "bfloat16". W and b are exact in it.
+        init_options: loftq: {"bits", "iterations"}; corda: {"inputs": [X (tokens, in), ...], "method"}.
+        seed: the seed of everything random.
+    """
+
+    kind: str
+    W: Array
+    b: Array | None = None
+    r: int = 1
+    lora_alpha: float = 1.0
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    init_lora_weights: bool | str = True
+    init_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    seed: int = 0
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    padding_idx: int | None = None
+
+    @property
+    def scaling(self) -> float:
+        """s as the definition has it."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def __repr__(self) -> str:
+        changed = [f for f in dataclasses.fields(self) if not _is_default(f, getattr(self, f.name))]
+        return f"LayerSpec({', '.join(f'{f.name}={_shown(getattr(self, f.name))}' for f in changed)})"
+
+    def but(self, **changes: Any) -> LayerSpec:
+        """The same with some changes."""
+        return dataclasses.replace(self, **changes)
+
+
+class LayerState(NamedTuple):
+    """What a layer holds now: the weight that its base uses, the factors, and s."""
+
+    W: Array
+    b: Array | None
+    A: Array
+    B: Array
+    scaling: float
+
+
+class Layer:
+    """An adapted layer. `read`, `forward` are needed by all requirements, the others by those that need the claim.
+
+    x: (*tokens, in), of an embedding integers (*tokens,), of a convolution (batch, in, *size).
+    """
+
+    def read(self) -> LayerState:
+        raise NotImplementedError
+
+    def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
+        """y, (*tokens, out), of a convolution (batch, out, *size). In training mode dropout draws from `seed`."""
+        raise NotImplementedError
+
+    def write(self, A: Array, B: Array) -> None:
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def enable(self, enabled: bool) -> None:
+        raise NotImplementedError
+
+    def rescale(self, how: str, factor: float | None) -> None:
+        """how: "set", "scale" or "unscale"."""
+        raise NotImplementedError
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
+        """The gradients of sum(dy * forward(x)): "x" (None for an embedding), "A", "B", "W", "b"; None: no gradient."""
+        raise NotImplementedError
+
+    def trainable(self) -> set[str]:
+        """Which of "A", "B", "W", "b" train."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleSpec:
+    """A module of a model: "linear", "transposed", "embedding" or "norm" (elementwise y = W * x + b, W (n,))."""
+
+    kind: str
+    W: Array
+    b: Array | None = None
+
+    def __repr__(self) -> str:
+        return f"ModuleSpec({self.kind!r}, {_shown(self.W)}{'' if self.b is None else ', ' + _shown(self.b)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """A base model and the configuration of its adapter "default".
+
+    Attributes:
+        modules: {dotted name: module}; the model's output is the last module's of that of the one before ... of x.
+        config: LoraConfig's options by name.
+    """
+
+    modules: Mapping[str, ModuleSpec]
+    config: Mapping[str, Any]
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        changed = "".join(
+            f", {f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if not _is_default(f, getattr(self, f.name))
+        ).removeprefix(f", modules={self.modules!r}")
+        return f"ModelSpec({dict(self.modules)!r}{changed})"
+
+    def but(self, **config: Any) -> ModelSpec:
+        """The same with some options changed."""
+        return dataclasses.replace(self, config={**self.config, **config})
+
+
+class Model:
+    """An adapted model. `x`: (batch, in), or integers (batch,) where the first module is an embedding."""
+
+    def adapted(self, adapter: str = "default") -> dict[str, tuple[int, float]]:
+        """{module: (r, s)}."""
+        raise NotImplementedError
+
+    def read(self, module: str, adapter: str = "default") -> LayerState:
+        raise NotImplementedError
+
+    def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:
+        raise NotImplementedError
+
+    def forward(
+        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+    ) -> Array:
+        """adapter_names (claim "batch"): one for each sample, "__base__" for none."""
+        raise NotImplementedError
+
+    def trainable(self) -> set[str]:
+        """What trains: "module.weight", "module.bias" of the base, "module.A:adapter", "module.B:adapter",
+        and "module.weight:adapter", "module.bias:adapter" of a copy that modules_to_save made."""
+        raise NotImplementedError
+
+    def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:
+        """Set base weights as training would (claim "bias": only b; "modules_to_save": of the active copy)."""
+        raise NotImplementedError
+
+    def base(self) -> dict[str, tuple[Array, Array | None]]:
+        """{module: (W, b)} as the base model has them now."""
+        raise NotImplementedError
+
+    def merge(self, adapters: Sequence[str] | None = None) -> None:
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def enable(self, enabled: bool) -> None:
+        raise NotImplementedError
+
+    def add(self, adapter: str, config: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def set(self, adapters: Sequence[str]) -> None:
+        """Make these adapters active, and no others."""
+        raise NotImplementedError
+
+    def active(self) -> list[str]:
+        raise NotImplementedError
+
+    def delete(self, adapter: str) -> None:
+        raise NotImplementedError
+
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, how: str) -> None:
+        """add_weighted_adapter; how: "cat", "svd" or "linear"."""
+        raise NotImplementedError
+
+    def unload(self, merge: bool) -> dict[str, tuple[Array, Array | None]]:
+        """The plain model's {module: (W, b)}; this object is not used afterwards."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, **options: Any) -> None:
+        raise NotImplementedError
+
+    def load(self, folder: Path, adapter: str) -> None:
+        """Load an adapter folder as a further adapter, not active."""
+        raise NotImplementedError
+
+
+class Implementation:
+    """An implementation of LoRA. Subclass it, or write a class that has the same names.
+
+    Attributes:
+        name: as reports show it.
+        claims: which of `CLAIMS` it makes; the others are reported as unsupported.
+        conventions: where it differs from the usual by choice: see `CONVENTIONS`.
+        dtypes: which of the dtype claims hold; part of `claims`.
+    """
+
+    name = "unnamed"
+    claims: frozenset[str] = frozenset()
+    conventions: Mapping[str, Any] = {}
+
+    def version(self) -> str:
+        """What was tested, as reports show it: "peft 0.21.2, torch 2.13.0"."""
+        return ""
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        raise NotImplementedError
+
+    def model(self, spec: ModelSpec) -> Model:
+        raise NotImplementedError
+
+    def load(self, spec: ModelSpec, folder: Path) -> Model:
+        """The base model of `spec` (its config is not used) with the adapter of a folder, active (claim "files")."""
+        raise NotImplementedError
+
+
+def check_claims(implementation: Implementation) -> None:
+    """Raise TypeError for claims and conventions that do not exist: an over-claim must not pass unseen."""
+    unknown: Iterable[str] = set(implementation.claims) - CLAIMS.keys()
+    if unknown := sorted(unknown):
+        raise TypeError(f"{implementation.name} claims {', '.join(unknown)}: there are {', '.join(CLAIMS)}")
+    if unknown := sorted(set(implementation.conventions) - CONVENTIONS.keys()):
+        raise TypeError(f"{implementation.name}: conventions {', '.join(unknown)}: there are {', '.join(CONVENTIONS)}")
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.default is not dataclasses.MISSING:
+        return value is field.default or (not isinstance(value, np.ndarray) and value == field.default)
+    return field.default_factory is not dataclasses.MISSING and value == field.default_factory()

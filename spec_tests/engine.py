@@ -1,0 +1,194 @@
+"""Runs requirements on an implementation: one of five outcomes for each, with an example and a script where it fails.
+
+PASS, FAIL, UNSUPPORTED (not claimed), KNOWN (fails, and is listed with a reason), ERROR (the implementation or its
+adapter class crashed, or the list of known deviations is wrong).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import tomllib
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, settings
+
+from . import smoke
+from .check import Broken, Check
+from .contract import Implementation, check_claims
+from .registry import Requirement, Unsupported, load
+
+OUTCOMES = ("PASS", "FAIL", "UNSUPPORTED", "KNOWN", "ERROR")
+PROFILES = {"quick": 10, "default": 40, "deep": 400}  # examples of each requirement
+HERE = Path(__file__).parent
+BUNDLED = {
+    "lora_ref": "spec_tests.adapters.lora_ref_torch:LoraRefTorch",
+    "lora_ref_numpy": "spec_tests.adapters.lora_ref_numpy:LoraRefNumpy",
+    "peft": "spec_tests.adapters.peft_:Peft",
+    "loralib": "spec_tests.adapters.loralib_:Loralib",
+    "minlora": "spec_tests.adapters.parametrized:Parametrized",
+}
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of one requirement."""
+
+    id: str
+    outcome: str
+    sentence: str
+    source: str
+    examples: int = 0
+    max_error_u: float = 0.0
+    message: str = ""
+    repro: str = ""
+    reason: str = ""  # of a known deviation
+    link: str = ""
+
+
+def find(name: str) -> tuple[str, Implementation]:
+    """The implementation of a short name of `BUNDLED`, or of "package.module:Class", with that name.
+
+    Raises:
+        ValueError: neither of the two, or there is no such class.
+    """
+    path = BUNDLED.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r}: give package.module:Class, or one of {', '.join(BUNDLED)}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    made = getattr(importlib.import_module(module), attribute, None)
+    if made is None:
+        raise ValueError(f"{module} has no class {attribute}")
+    return name, made()
+
+
+def known_deviations(name: str, requirements: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{id: {"reason", "link"}} of `known/<name>.toml`, or of the TOML file of that path; {} if there is none.
+
+    Raises:
+        ValueError: an id that does not exist, or an entry without a reason.
+    """
+    path = HERE / "known" / f"{name}.toml"
+    if not path.exists():
+        return {}
+    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("deviation", [])
+    ids = set(requirements)
+    for entry in entries:
+        if entry.get("id") not in ids:
+            raise ValueError(f"{path.name}: there is no requirement {entry.get('id')!r}")
+        if not entry.get("reason"):
+            raise ValueError(f"{path.name}: {entry['id']} has no reason")
+    return {entry["id"]: entry for entry in entries}
+
+
+def run(
+    name: str,
+    implementation: Implementation | None = None,
+    only: Callable[[Requirement], bool] = lambda requirement: True,
+    profile: str = "default",
+    seed: int | None = None,
+) -> Iterator[Result]:
+    """The result of every requirement, as they come. `name`: see `find`.
+
+    Raises:
+        ValueError, TypeError: the implementation cannot be found, claims what does not exist, or its adapter class
+            does not keep the contract (see `smoke`).
+    """
+    if implementation is None:
+        name, implementation = find(name)
+    check_claims(implementation)
+    requirements = load()
+    known = known_deviations(name, requirements)
+    smoke.check(implementation)
+    for requirement in requirements.values():
+        if only(requirement):
+            result = examine(name, implementation, requirement, profile, seed)
+            yield with_known(result, known.get(requirement.id))
+
+
+def with_known(result: Result, entry: dict[str, str] | None) -> Result:
+    """A listed failure is KNOWN; a listed requirement that passes is an error of the list."""
+    if entry is None or result.outcome == "UNSUPPORTED":
+        return result
+    if result.outcome == "PASS":
+        message = f"it passes, but is listed as a known deviation ({entry['reason']}): take it off the list"
+        return dataclasses.replace(result, outcome="ERROR", message=message)
+    return dataclasses.replace(result, outcome="KNOWN", reason=entry["reason"], link=entry.get("link", ""))
+
+
+def examine(
+    name: str,
+    implementation: Implementation,
+    requirement: Requirement,
+    profile: str = "default",
+    seed: int | None = None,
+) -> Result:
+    """Try a requirement on generated cases, and shrink the first that breaks it."""
+    result = Result(requirement.id, "PASS", requirement.sentence, requirement.source)
+    if not requirement.needs <= implementation.claims:
+        missing = ", ".join(sorted(requirement.needs - implementation.claims))
+        return dataclasses.replace(result, outcome="UNSUPPORTED", message=f"does not claim {missing}")
+    check, latest = Check(), []
+
+    def body(case: Any) -> None:
+        check.examples += 1
+        latest[:] = [case]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            requirement.body(implementation, case, check)
+
+    try:
+        test = hypothesis.given(requirement.given(implementation))(body)
+        test = settings(
+            max_examples=max(PROFILES[profile] // requirement.slow, 5),
+            derandomize=seed is None,
+            database=None,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            print_blob=False,
+        )(test)
+        (test if seed is None else hypothesis.seed(seed)(test))()
+    except Unsupported as why:
+        return dataclasses.replace(result, outcome="UNSUPPORTED", message=str(why))
+    except Broken as error:
+        result.outcome, result.message = "FAIL", str(error)
+    except NotImplementedError:
+        result.outcome = "FAIL"
+        result.message = f"claimed ({', '.join(sorted(requirement.needs))}), but it raises NotImplementedError"
+    except hypothesis.errors.Flaky as error:
+        result.outcome, result.message = "FAIL", f"the same case gives different results: {error}"
+    except Exception as error:
+        result.outcome = "ERROR"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        result.message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    result.examples, result.max_error_u = check.examples, check.max_error_u
+    if result.outcome != "PASS":
+        result.repro = script(name, requirement, latest[0] if latest else None)
+    return result
+
+
+def script(name: str, requirement: Requirement, case: Any) -> str:
+    """A script that shows the failure again."""
+    return (
+        f"# {requirement.id}: {requirement.sentence}\n"
+        "from numpy import array\n"
+        "from spec_tests import LayerSpec, ModelSpec, ModuleSpec, reproduce\n\n"
+        f"reproduce({name!r}, {requirement.id!r}, {case!r})\n"
+    )
+
+
+def reproduce(name: str, id: str, case: Any) -> None:
+    """Try one requirement on one case, without catching anything."""
+    _, implementation = find(name)
+    load()[id].body(implementation, case, Check())
+    print(f"{id} holds here")
