@@ -42,6 +42,8 @@ CLAIMS = {
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight, and takes it out again",
+    "exact_unmerge": "unmerging gives the base weight back bit for bit",
+    "safe_merge": "can merge so that NaN and infinite weights are refused",
     "grad": "gives gradients",
     "trainable": "says what trains",
     "disable": "switches the adapter off and on again",
@@ -161,7 +163,8 @@ class Layer:
     def write(self, A: Array, B: Array) -> None:
         raise NotImplementedError
 
-    def merge(self) -> None:
+    def merge(self, safe: bool = False) -> None:
+        """safe (claim "safe_merge"): refuse to write NaN or infinite weights."""
         raise NotImplementedError
 
     def unmerge(self) -> None:
@@ -254,7 +257,8 @@ class Model:
         """{module: (W, b)} as the base model has them now."""
         raise NotImplementedError
 
-    def merge(self, adapters: Sequence[str] | None = None) -> None:
+    def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
+        """safe (claim "safe_merge"): refuse to write NaN or infinite weights."""
         raise NotImplementedError
 
     def unmerge(self) -> None:

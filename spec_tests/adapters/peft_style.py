@@ -227,8 +227,8 @@ class PeftStyleModel(Model):
             found[name] = logical(kind, module.weight), None if b is None else to_numpy(b)
         return found
 
-    def merge(self, adapters: Sequence[str] | None = None) -> None:
-        self.peft.merge_adapter(None if adapters is None else list(adapters))
+    def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
+        self.peft.merge_adapter(None if adapters is None else list(adapters), safe_merge=safe)
 
     def unmerge(self) -> None:
         self.peft.unmerge_adapter()
@@ -327,8 +327,8 @@ class PeftStyleLayer(Layer):
     def _oriented(self, x: Array) -> Array:
         return x
 
-    def merge(self) -> None:
-        self.model.merge()
+    def merge(self, safe: bool = False) -> None:
+        self.model.merge(safe=safe)
 
     def unmerge(self) -> None:
         self.model.unmerge()
