@@ -1,7 +1,7 @@
-"""The `lora-ref` command: `lora-ref demo` and `lora-ref inspect DIR`.
+"""The `lora-ref` command: `lora-ref demo`, `lora-ref inspect DIR` and `lora-ref check IMPL ...`.
 
-Exit codes: 0 done, 1 it could not be done (one sentence on standard error says why), 2 wrong usage,
-130 interrupted. Heavy imports wait until a subcommand needs them, so that `--help` answers at once.
+Exit codes: 0 done, 1 it could not be done (one sentence on standard error says why) or a check failed,
+2 wrong usage, 130 interrupted. Heavy imports wait until a subcommand needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
     try:
-        options.action(options)
+        code = options.action(options)
         sys.stdout.flush()  # a closed pipe shows here at the latest, not while the interpreter ends
-        return 0
+        return code or 0
     except BrokenPipeError:
         # The reader has left, as in `lora-ref inspect DIR | head -1`: nobody is there to be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
     """Every option of every subcommand."""
     top = argparse.ArgumentParser(
         prog="lora-ref",
-        description="LoRA, shown and inspected: a demo that trains adapters, and a look into adapter folders.",
-        epilog="lora-ref demo --help and lora-ref inspect --help say more.",
+        description="LoRA, shown, inspected and checked: a demo that trains adapters, a look into adapter folders, "
+        "and a conformance suite for any implementation.",
+        epilog="lora-ref demo --help, lora-ref inspect --help and lora-ref check --help say more.",
     )
     top.add_argument("--version", action="version", version=f"lora-ref {version()}")
-    commands = top.add_subparsers(title="commands", metavar="{demo,inspect}", required=True)
+    commands = top.add_subparsers(title="commands", metavar="{demo,inspect,check}", required=True)
 
     demo = commands.add_parser(
         "demo",
@@ -83,6 +84,29 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     inspect.add_argument("--figure", type=Path, metavar="PNG", help="also draw the singular values to this file")
     inspect.set_defaults(action=run_inspect)
+
+    check = commands.add_parser(
+        "check",
+        help="try an implementation of LoRA, this one or another, on the requirements of spec_tests",
+        description="Try implementations of LoRA on the requirements of spec_tests: one line for each area, and for "
+        "each failure its sentence, the smallest example found and a script. Exit code 0: all that is claimed holds, "
+        "or is a known deviation; 1: something fails. Needs pip install 'lora_ref[spec]'.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    check.add_argument(
+        "implementations",
+        nargs="*",
+        metavar="IMPL",
+        default=["lora_ref"],
+        help="package.module:Class, or a bundled one: lora_ref, lora_ref_numpy, peft, loralib, minlora",
+    )
+    check.add_argument("--report", type=Path, metavar="JSON", help="write a report (a list, of several IMPL)")
+    check.add_argument("--html", type=Path, metavar="HTML", help="write the matrix as one page")
+    check.add_argument("--only", nargs="+", default=[], metavar="AREA", help="only these areas, or requirements")
+    check.add_argument("--profile", choices=("quick", "default", "deep"), default="default", help="how many examples")
+    check.add_argument("--seed", type=seed, metavar="N", help="other cases than the usual, the same for the same N")
+    check.add_argument("--list", action="store_true", help="list the requirements, and try nothing")
+    check.set_defaults(action=run_check)
     return top
 
 
@@ -120,3 +144,12 @@ def run_inspect(options: argparse.Namespace) -> None:
     from lora_ref.inspect import run
 
     run(options.directory, options.json, options.figure)
+
+
+def run_check(options: argparse.Namespace) -> int:
+    try:
+        from spec_tests.command import Options, check
+    except ModuleNotFoundError as error:
+        raise ImportError(f"check needs {error.name}: pip install 'lora_ref[spec]'") from error
+    given = vars(options)
+    return check(Options(**{name: given[name] for name in Options.__dataclass_fields__}))

@@ -39,6 +39,7 @@ CLAIMS = {
     "float32": "computes in float32",
     "float16": "has float16 weights",
     "bfloat16": "has bfloat16 weights",
+    "float32_factors": "keeps the factors of a half precision weight in float32",
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight, and takes it out again",
@@ -61,6 +62,7 @@ CLAIMS = {
     "init:corda": "directions that matter for the inputs (needs data)",
     "init:eva": "principal components of the inputs (needs data)",
     "init:lora_ga": "directions of the gradient (needs data)",
+    "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
     # a model
     "model": "adapts a model of named layers by target_modules",
     "patterns": "rank_pattern and alpha_pattern",
@@ -103,7 +105,9 @@ class LayerSpec:
         W: (out, in), of an embedding (d, V), of a convolution (out, in / groups, *kernel), of experts (E, out, in).
         b: (out,) or None.
         dtype: of the base weight: "float64", "float32", "float16" or "bfloat16". W and b are exact in it.
-        init_options: loftq: {"bits", "iterations"}; corda: {"inputs": [X (tokens, in), ...], "method"}.
+        init_options: loftq: {"bits", "iterations"}; corda: {"inputs": [X (tokens, in), ...], "method": "ipm" or
+            "kpm"}; eva: {"inputs", "rho", "whiten"}; lora_ga: {"x" (tokens, in), "dy" (tokens, out)}, where the loss is
+            sum(dy * y).
         seed: the seed of everything random.
     """
 

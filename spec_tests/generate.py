@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from .contract import MESH, Array, Implementation, LayerSpec, LayerState, ModelSpec, ModuleSpec
 from .registry import Unsupported
 
-SHAPES = ((4, 4), (3, 8), (8, 3), (1, 5), (5, 1))  # (out, in)
+SHAPES = ((2, 2), (4, 4), (3, 8), (8, 3), (1, 5), (5, 1))  # (out, in)
 RANKS = (1, 2, 3, 4, 9)  # 4 and 9: their roots are exact
 ALPHAS = (1.0, 2.0, 8.0, 16.0)
 ODD_ALPHAS = (0.5, 3.0, 7.5, -4.0, 0.0)

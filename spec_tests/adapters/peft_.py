@@ -43,7 +43,15 @@ def claims_of_this_release() -> frozenset[str]:
     layers = getattr(peft.tuners.lora, "layer", peft.tuners.lora)  # one module in early releases
     missing |= {claim for claim, name in CLASS_OF.items() if not hasattr(layers, name)}
     missing |= {claim for claim, first in SINCE.items() if release < first}
-    return frozenset(CLAIMS) - missing - {"init:loftq", "exact_unmerge"}  # its LoftQ needs CUDA and bitsandbytes
+    return (
+        frozenset(CLAIMS)
+        - missing
+        - {
+            "init:loftq",  # needs CUDA and bitsandbytes
+            "exact_unmerge",
+            "exact_residual",
+        }
+    )
 
 
 class Peft(PeftStyle):

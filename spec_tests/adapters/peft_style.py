@@ -309,9 +309,8 @@ class PeftStyleLayer(Layer):
                 return state._replace(B=state.B.reshape(state.B.shape[:2]))
             return state if kind != "transposed" or self.spec.b is not None else state._replace(b=None)
         A, B = map(to_numpy, self.factors())
-        if kind == "experts":  # A (r E, in), B (out, r E) with the expert innermost
-            E = len(self.spec.W)
-            A, B = A.reshape(E, -1, A.shape[-1]), B.reshape(len(B), -1, E).transpose(2, 0, 1)
+        if kind == "experts":
+            A, B = self._unpacked("A", A), self._unpacked("B", B)
         return LayerState(to_numpy(bare(wrapper).w), None, A, B, float(wrapper.scaling["default"]))
 
     def write(self, A: Array, B: Array) -> None:
@@ -351,14 +350,20 @@ class PeftStyleLayer(Layer):
         base = bare(self.wrapper)
         W = base.w if hasattr(base, "w") else base.weight
         found = {"x": given, "A": A, "B": B, "W": W, "b": getattr(base, "bias", None)}
-        return {
-            k: None if v is None or v.grad is None else to_numpy(v.grad).reshape(self._shape(k, v))
-            for k, v in found.items()
-        }
+        grads = {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
+        return {k: None if v is None else self._unpacked(k, v) for k, v in grads.items()}
 
-    def _shape(self, name: str, value: Tensor) -> Any:
-        """B of a convolution is (out, r, 1, 1) in torch."""
-        return value.shape[:2] if name == "B" and MESH.get(self.spec.kind, 0) else value.shape
+    def _unpacked(self, name: str, value: Array) -> Array:
+        """As the contract has it. In torch B of a convolution is (out, r, 1, 1); of experts A is (r E, in), expert
+        after expert, and B (out, r E) with the expert innermost."""
+        if self.spec.kind == "experts" and name in "AB":
+            E = len(self.spec.W)
+            return (
+                value.reshape(E, -1, value.shape[-1])
+                if name == "A"
+                else value.reshape(len(value), -1, E).transpose(2, 0, 1)
+            )
+        return value.reshape(value.shape[:2]) if name == "B" and MESH.get(self.spec.kind, 0) else value
 
     def trainable(self) -> set[str]:
         A, B = self.factors()

@@ -1,0 +1,177 @@
+"""Gradients: of A, B and x as the formula has them, of W and b none."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import oracle
+from ..check import Check
+from ..contract import Array, Implementation, LayerSpec, LayerState
+from ..generate import CONVOLUTIONS, LINEAR, MERGEABLE, inputs, integers, layers
+from ..registry import requirement
+from .forward import made
+
+FROZEN = "LoRA, arXiv 2106.09685, section 4: W is frozen, A and B train (D1)"
+WITH_X = (*LINEAR, *CONVOLUTIONS, "parameter", "experts")
+
+
+def of_weight(spec: LayerSpec, x: Array, dy: Array) -> Array:
+    """dL/dW of L = sum(dy * apply(W, x)), entry by entry: the layer is linear in W."""
+    unit = np.zeros_like(spec.W)
+    found = np.empty_like(spec.W)
+    for at in np.ndindex(*spec.W.shape):
+        unit[at] = 1
+        found[at] = (dy * oracle.apply(spec, unit, None, x)).sum()
+        unit[at] = 0
+    return found
+
+
+def of_factors(dW: Array, state: LayerState) -> tuple[Array, Array]:
+    """dL/dA = s B^T dL/dW and dL/dB = s dL/dW A^T."""
+    A, B, s = state.A, state.B, state.scaling
+    if A.ndim == B.ndim == 3:
+        return s * B.transpose(0, 2, 1) @ dW, s * dW @ A.transpose(0, 2, 1)
+    flat = A.reshape(len(A), -1)
+    return (s * B.T @ dW.reshape(len(B), -1)).reshape(A.shape), s * dW.reshape(len(B), -1) @ flat.T
+
+
+def upstream(spec: LayerSpec, x: Array) -> Array:
+    """dL/dy."""
+    y = oracle.apply(spec, spec.W, None, x)
+    return integers(np.random.default_rng([spec.seed, 9]), y.shape)
+
+
+def _factors(id: str, kind: str) -> None:
+    @requirement(
+        id,
+        f"dL/dA = s B^T dL/dW and dL/dB = s dL/dW A^T, where dL/dW is the base layer's ({kind}).",
+        "the chain rule on y = W x + b + s B A x (D1)",
+        f"{kind} write grad",
+        lambda i: layers(i, (kind,)),
+        slow=2,
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        layer, state = made(implementation, spec)
+        x = inputs(spec)
+        dy = upstream(spec, x)
+        got = layer.grad(x, dy)
+        want = of_factors(of_weight(spec, x, dy), state)
+        sizes = of_factors(
+            of_weight(spec, x if kind == "embedding" else abs(x), abs(dy)),
+            LayerState(state.W, None, abs(state.A), abs(state.B), abs(state.scaling)),
+        )
+        for name, value, bound in zip("AB", want, sizes, strict=True):
+            check.that(got[name] is not None, f"{name} gets no gradient")
+            check.close(got[name], value, bound, spec.dtype, f"dL/d{name}")
+
+
+for _number, _kind in enumerate(MERGEABLE, 1):
+    _factors(f"GRAD-{_number:03}", _kind)
+
+
+@requirement(
+    "GRAD-009",
+    "dL/dx is that of a plain layer with the weight W + s B A.",
+    "the chain rule on y = W x + b + s B A x (D1)",
+    "write grad",
+    lambda i: layers(i, WITH_X),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    dx = layer.grad(x, dy)["x"]
+    check.that(dx is not None, "x gets no gradient")
+    W = spec.W + oracle.delta(state.A, state.B, state.scaling)
+    size = abs(spec.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+    for salt in range(3):  # dL/dx is the one array whose product with any x' is L(x')
+        other = inputs(spec, exact=True, salt=7 + salt)
+        want = (dy * oracle.apply(spec, W, None, other)).sum()
+        bound = (abs(dy) * oracle.apply(spec, size, None, abs(other))).sum()
+        check.close((np.asarray(dx) * other).sum(), want, bound, spec.dtype, "the product of dL/dx with another input")
+
+
+@requirement("GRAD-010", "W and b get no gradient.", FROZEN, "write grad", lambda i: layers(i, MERGEABLE))
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, _ = made(implementation, spec)
+    x = inputs(spec)
+    got = layer.grad(x, upstream(spec, x))
+    for name in ("W", "b"):
+        check.that(got.get(name) is None, f"{name} has a gradient")
+
+
+@requirement("GRAD-011", "A and B train, and nothing else.", FROZEN, "trainable", lambda i: layers(i, MERGEABLE))
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    check.equal(sorted(implementation.layer(spec).trainable()), ["A", "B"], "what trains")
+
+
+@requirement(
+    "GRAD-012",
+    "At the start the zero factor gets a gradient and the other one gets zeros.",
+    "LoRA, arXiv 2106.09685, section 4.1: one factor starts at zero (I1, I2)",
+    "grad init:True",
+    lambda i: layers(i, MERGEABLE, lora_alpha=8.0),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer = implementation.layer(spec)
+    state = layer.read()
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    got = layer.grad(x, dy)
+    zero, other = ("A", "B") if not state.A.any() else ("B", "A")
+    for name in "AB":
+        check.that(got[name] is not None, f"{name} gets no gradient")
+    check.equal(got[other], np.zeros_like(got[other]), f"dL/d{other} where {zero} = 0")
+    if of_weight(spec, x, dy).any():
+        check.that(np.asarray(got[zero]).any(), f"dL/d{zero} is 0: training cannot begin")
+
+
+@requirement(
+    "GRAD-013",
+    "Only the columns of A of the indices that are in a batch get a gradient.",
+    "an embedding's row i is W_i + s B a_i (D4)",
+    "embedding write grad",
+    lambda i: layers(i, ("embedding",)),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    x = np.array([[0]])
+    got = layer.grad(x, upstream(spec, x))["A"]
+    check.that(got is not None, "A gets no gradient")
+    check.equal(np.asarray(got)[:, 1:], np.zeros_like(state.A[:, 1:]), "dL/dA of the indices that are not there")
+
+
+@requirement(
+    "GRAD-014",
+    "A layer whose adapter is switched off gives A and B no gradient.",
+    "PEFT's documentation of disable_adapter (U2)",
+    "write grad disable",
+    lambda i: layers(i, MERGEABLE),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, _ = made(implementation, spec)
+    layer.enable(False)
+    x = inputs(spec)
+    try:
+        got = layer.grad(x, upstream(spec, x))
+    except RuntimeError:  # nothing needs a gradient: frameworks may say so
+        check.that(spec.kind == "embedding", "a gradient of x is there, but it cannot be had")
+        return
+    for name in "AB":
+        check.that(got[name] is None or not np.any(got[name]), f"{name} has a gradient")
+
+
+@requirement(
+    "GRAD-015",
+    "An embedding's A gets no gradient at padding_idx, and the forward still uses its column there.",
+    "torch.nn.Embedding's documentation of padding_idx (D4)",
+    "embedding write grad",
+    lambda i: layers(i, ("embedding",), padding_idx=0),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    x = np.array([[0, spec.W.shape[1] - 1, 0]])
+    check.close(layer.forward(x), *oracle.forward(spec, state, x), spec.dtype, "the output at padding_idx")
+    got = layer.grad(x, upstream(spec, x))["A"]
+    check.that(got is not None, "A gets no gradient")
+    check.equal(np.asarray(got)[:, 0], np.zeros(len(state.A)), "dL/dA at padding_idx")

@@ -1,0 +1,562 @@
+"""Starts that decompose the weight: PiSSA, OLoRA, LoftQ, MiCA.
+
+Singular vectors have free signs, and rotate freely within equal singular values: so products, projectors and
+singular values are compared, and W has singular values 8, 4, 2, ... What a decomposition may be wrong by is
+c u |W|_2 for itself, and |W|_2 / gap times that for a subspace; c = 32 allows for the sizes here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from .. import oracle
+from ..check import UNIT, Check
+from ..contract import Array, Implementation, LayerSpec, LayerState
+from ..generate import ALPHAS, LINEAR, claimed, inputs, layers, seeds
+from ..registry import requirement
+
+PISSA = "PiSSA, arXiv 2404.02948, equations 2 to 4 (Q1, Q2)"
+OLORA = "OLoRA, arXiv 2406.01775, section 3 (O1, O2)"
+LOFTQ = "LoftQ, arXiv 2310.08659, algorithm 1 (L1, L3)"
+MICA = "MiCA, arXiv 2604.01694 (M1)"
+SHIFTED = "the adapted model starts as the base model"
+FACTOR = 32.0
+
+
+def separated(rng: np.random.Generator, out: int, n_in: int) -> Array:
+    """(out, in) in float32, with the singular values 8, 4, 2, ... up to rounding."""
+    n = min(out, n_in)
+    U, V = (np.linalg.qr(rng.standard_normal((m, n)))[0] for m in (out, n_in))
+    return np.asarray((U * 8.0 * 0.5 ** np.arange(n)) @ V.T, dtype=np.float32).astype(np.float64)
+
+
+@st.composite
+def specs(
+    draw: Any, implementation: Implementation, init: str, kinds: tuple[str, ...] = LINEAR, **fixed: Any
+) -> LayerSpec:
+    """A layer with well separated singular values, and a rank below min(in, out)."""
+    kind = draw(st.sampled_from(claimed(implementation, kinds)))
+    out, n_in = draw(st.sampled_from(((5, 5), (6, 4), (4, 6)))) if "W" not in fixed else fixed["W"].shape
+    rng = np.random.default_rng(draw(seeds))
+    options: dict[str, Any] = {
+        "W": separated(rng, out, n_in),
+        "b": np.arange(1.0, out + 1) if kind in LINEAR and draw(st.booleans()) else None,
+        "r": draw(st.sampled_from((1, 2, 3))),
+        "lora_alpha": draw(st.sampled_from(ALPHAS)),
+        "use_rslora": "rslora" in implementation.claims and draw(st.booleans()),
+        "seed": draw(seeds),
+    }
+    return LayerSpec(kind, **options | fixed, init_lora_weights=init)
+
+
+def update(state: LayerState) -> Array:
+    return oracle.delta(state.A, state.B, state.scaling)
+
+
+def start(implementation: Implementation, spec: LayerSpec) -> LayerState:
+    return implementation.layer(spec).read()
+
+
+def wide_bound(spec: LayerSpec, at: int | None = None) -> float:
+    """|W|_2 times |W|_2 / gap, with the gap below singular value `at` (the rank)."""
+    S = np.linalg.svd(spec.W, compute_uv=False)
+    at = spec.r if at is None else at
+    gap = S[at - 1] - (S[at] if at < len(S) else 0.0)
+    return float(S[0] * S[0] / gap)
+
+
+def best(W: Array, r: int) -> Array:
+    """The nearest matrix of rank r."""
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    return np.asarray((U[:, :r] * S[:r]) @ Vt[:r])
+
+
+def keeps_the_sum(implementation: Implementation, spec: LayerSpec, check: Check, dtype: str = "") -> None:
+    state = start(implementation, spec)
+    bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+    check.close(state.W + update(state), spec.W, bound, dtype or spec.dtype, "W_res + s B A")
+    check.that(update(state).any(), "s B A is 0")
+
+
+def _common(area: str, init: str, source: str) -> None:
+    """What holds of every start that moves a part of W into s B A."""
+    claim = f"init:{init.removesuffix('_16')}"
+
+    @requirement(
+        f"{area}-001", f"{init}: W_res + s B A = W, and s B A is not 0.", source, claim, lambda i: specs(i, init)
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        keeps_the_sum(implementation, spec, check)
+
+    @requirement(
+        f"{area}-002",
+        f"{init}: the output at the start is the base's.",
+        f"{source}: {SHIFTED}",
+        claim,
+        lambda i: specs(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        layer = implementation.layer(spec)
+        state = layer.read()
+        x = inputs(spec)
+        bound = oracle.forward(spec, state, x)[1]
+        check.close(layer.forward(x), oracle.apply(spec, spec.W, spec.b, x), bound, spec.dtype, "the output")
+
+    @requirement(
+        f"{area}-003",
+        f"{init}: a transposed weight starts as the linear layer with the same W does.",
+        "the start is that of the logical weight, whatever its storage (F3)",
+        f"linear transposed {claim}",
+        lambda i: specs(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
+        bound = wide_bound(spec) * max(1.0, spec.scaling)
+        loose = FACTOR if "niter" not in init else FACTOR * 2**6  # another random start of an approximation
+        check.close(update(transposed), update(linear), bound, spec.dtype, "s B A", loose)
+        check.close(transposed.W, linear.W, bound, spec.dtype, "W_res", loose)
+
+    @requirement(
+        f"{area}-004",
+        f"{init}: in half precision, too, W_res + s B A = W up to rounding.",
+        f"{source}: {SHIFTED} (T4)",
+        claim,
+        lambda i: half(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        keeps_the_sum(implementation, spec, check)
+
+    @requirement(
+        f"{area}-005",
+        f"{init}: in half precision W_res + s B A is as near to W as the rounding of W_res alone allows.",
+        "T4: the residual is that of the factors as they are stored",
+        f"{claim} exact_residual",
+        lambda i: half(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        state = start(implementation, spec)
+        inner = oracle.delta_bound(state.A, state.B, state.scaling)
+        slack = 8 * UNIT["float32"] / UNIT[spec.dtype] * (abs(spec.W) + inner)
+        bound = abs(state.W) * (1 + 2 * UNIT[spec.dtype]) + slack
+        check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A", factor=1.0)
+
+    @requirement(
+        f"{area}-006",
+        f"{init}: switched off, the layer is the base layer.",
+        'PEFT\'s documentation of disable_adapter: "Use this to run inference on the base model" (Q5, U2)',
+        f"disable {claim}",
+        lambda i: specs(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        layer = implementation.layer(spec)
+        x = inputs(spec)
+        bound = oracle.forward(spec, layer.read(), x)[1]
+        layer.enable(False)
+        check.close(layer.forward(x), oracle.apply(spec, spec.W, spec.b, x), bound, spec.dtype, "the output, off")
+
+    @requirement(
+        f"{area}-007",
+        f"{init}: r > min(in, out) is refused, or else everything holds with A (r, in) and B (out, r).",
+        "there are min(in, out) singular triples, or columns of Q (D8)",
+        f"{claim} errors",
+        lambda i: specs(i, init, r=7),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        try:
+            state = start(implementation, spec)
+        except Exception:
+            return
+        out, n_in = spec.W.shape
+        check.equal((state.A.shape, state.B.shape), ((7, n_in), (out, 7)), "the shapes of A and B with r = 7")
+        keeps_the_sum(implementation, spec, check)
+
+    @requirement(
+        f"{area}-008",
+        f"{init}: merging at the start gives W back.",
+        f"{source}: {SHIFTED}",
+        f"merge {claim}",
+        lambda i: specs(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        layer = implementation.layer(spec)
+        state = layer.read()
+        layer.merge()
+        bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+        check.close(layer.read().W, spec.W, bound, spec.dtype, "the merged weight")
+
+
+def half(implementation: Implementation, init: str) -> Any:
+    """The same in float16 and bfloat16: W is rounded to bfloat16 first, so that it is exact in both."""
+    dtypes = claimed(implementation, ("float16", "bfloat16"))
+
+    def rounded(spec: LayerSpec, dtype: str) -> LayerSpec:
+        mantissa, exponent = np.frexp(spec.W)
+        return spec.but(dtype=dtype, W=np.ldexp(np.round(mantissa * 128) / 128, exponent))
+
+    return st.builds(rounded, specs(implementation, init), st.sampled_from(dtypes))
+
+
+_common("PISSA", "pissa", PISSA)
+_common("OLORA", "olora", OLORA)
+_common("PISSANITER", "pissa_niter_16", PISSA)
+
+
+def _alpha(id: str, init: str, what: str) -> None:
+    @requirement(
+        id,
+        f"{init}: s B A is the same for every lora_alpha, with use_rslora and without.",
+        what,
+        f"init:{init}",
+        lambda i: specs(i, init),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        want = update(start(implementation, spec))
+        other = start(implementation, spec.but(lora_alpha=3 * spec.lora_alpha))
+        check.close(other.scaling, 3 * spec.scaling, 3 * spec.scaling, "float64", "s with three times the lora_alpha")
+        check.close(update(other), want, wide_bound(spec), spec.dtype, "s B A with three times the lora_alpha", FACTOR)
+
+
+_alpha("PISSA-010", "pissa", PISSA + ": the factors are divided by sqrt(s)")
+
+
+@requirement(
+    "PISSA-011", "pissa: s B A is the nearest matrix of rank r to W.", PISSA, "init:pissa", lambda i: specs(i, "pissa")
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    check.close(update(state), best(spec.W, spec.r), wide_bound(spec), spec.dtype, "s B A", FACTOR)
+
+
+@requirement(
+    "PISSA-012", "pissa: the singular values of W_res are those of W beyond the r-th.", PISSA, "init:pissa",
+    lambda i: specs(i, "pissa"),
+)  # fmt: skip
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    S = np.linalg.svd(spec.W, compute_uv=False)
+    got = np.linalg.svd(start(implementation, spec).W, compute_uv=False)
+    want = np.concatenate([S[spec.r :], np.zeros(spec.r)])
+    check.close(got, want, S[0], spec.dtype, "the singular values of W_res", FACTOR)
+
+
+@requirement(
+    "PISSA-013", "pissa: A A^T = B^T B = diag(S_1, ..., S_r) / s.", PISSA, "init:pissa", lambda i: specs(i, "pissa")
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    want = np.diag(np.linalg.svd(spec.W, compute_uv=False)[: spec.r]) / spec.scaling
+    bound = wide_bound(spec) / spec.scaling
+    check.close(state.A @ state.A.T, want, bound, spec.dtype, "A A^T", FACTOR)
+    check.close(state.B.T @ state.B, want, bound, spec.dtype, "B^T B", FACTOR)
+
+
+@requirement(
+    "PISSA-014", "pissa: B^T W_res = 0 and W_res A^T = 0.", PISSA, "init:pissa", lambda i: specs(i, "pissa"),
+    redundant="it follows from PISSA-011 and PISSA-013, and is stated because readers know it",
+)  # fmt: skip
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    bound = wide_bound(spec) / spec.scaling**0.5 * 3
+    check.close(state.B.T @ state.W, np.zeros_like(state.A), bound, spec.dtype, "B^T W_res", FACTOR)
+    check.close(state.W @ state.A.T, np.zeros_like(state.B), bound, spec.dtype, "W_res A^T", FACTOR)
+
+
+def _no_nan(id: str, init: str) -> None:
+    @requirement(
+        id,
+        f"{init}: lora_alpha = 0 or below is refused, or else W_res + s B A = W without NaN.",
+        "dividing by sqrt(s) needs s > 0 (S3)",
+        f"init:{init} alpha errors",
+        lambda i: st.tuples(specs(i, init), st.sampled_from((0.0, -4.0))),
+    )
+    def _(implementation: Implementation, case: tuple[LayerSpec, float], check: Check) -> None:
+        spec = case[0].but(lora_alpha=case[1])
+        try:
+            state = start(implementation, spec)
+        except Exception:
+            return
+        finite = all(np.isfinite(v).all() for v in (state.W, state.A, state.B))
+        check.that(finite, f"accepted with lora_alpha = {case[1]:g}, and the layer now holds NaN or infinite numbers")
+        bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+        check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
+
+
+_no_nan("PISSA-015", "pissa")
+_no_nan("OLORA-014", "olora")
+
+
+@requirement(
+    "PISSA-016", "pissa: in float64 the start is as exact as float64.", PISSA, "init:pissa float64",
+    lambda i: specs(i, "pissa", dtype="float64"),
+)  # fmt: skip
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    check.close(update(state), best(spec.W, spec.r), wide_bound(spec), "float64", "s B A", FACTOR)
+
+
+@requirement(
+    "PISSANITER-010",
+    "pissa_niter_16: s B A is nearly the nearest matrix of rank r, where singular values halve.",
+    "Halko, Martinsson and Tropp, arXiv 0909.4061, corollary 10.10: each iteration squares the ratio (Q3)",
+    "init:pissa_niter",
+    lambda i: specs(i, "pissa_niter_16"),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    D = update(start(implementation, spec))
+    off = np.linalg.norm(D - best(spec.W, spec.r), 2) / np.linalg.norm(spec.W, 2)
+    check.that(off < 1e-4, f"s B A is off by {off:.2g} of |W|")
+
+
+@requirement(
+    "PISSANITER-011",
+    "pissa_niter: the same seed gives the same factors.",
+    "experiments can be repeated (Q3)",
+    "init:pissa_niter",
+    lambda i: specs(i, "pissa_niter_1"),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    one, two = (start(implementation, spec) for _ in range(2))
+    check.equal(two.A, one.A, "A of the same seed")
+    check.equal(two.B, one.B, "B of the same seed")
+
+
+# -- OLoRA -------------------------------------------------------------------------------------
+
+
+@requirement("OLORA-010", "olora: B^T B = 1.", OLORA, "init:olora", lambda i: specs(i, "olora"))
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    B = start(implementation, spec).B
+    check.close(B.T @ B, np.eye(spec.r), 1.0, spec.dtype, "B^T B", FACTOR)
+
+
+@requirement("OLORA-011", "olora: A is upper trapezoidal.", OLORA, "init:olora", lambda i: specs(i, "olora"))
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    A = start(implementation, spec).A
+    check.close(np.tril(A, -1), np.zeros_like(A), np.linalg.norm(spec.W, 2), spec.dtype, "A below its diagonal", FACTOR)
+
+
+@requirement(
+    "OLORA-012",
+    "olora: B A is W in the first r columns, Q_r R_r in all.",
+    OLORA,
+    "init:olora",
+    lambda i: specs(i, "olora"),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    Q, R = np.linalg.qr(spec.W)
+    size = np.linalg.norm(spec.W, 2)
+    first = np.linalg.svd(spec.W[:, : spec.r], compute_uv=False)
+    check.close(
+        (state.B @ state.A)[:, : spec.r], spec.W[:, : spec.r], size, spec.dtype, "B A, its first r columns", FACTOR
+    )
+    bound = size * size / first[-1]
+    check.close(state.B @ state.A, Q[:, : spec.r] @ R[: spec.r], bound, spec.dtype, "B A", FACTOR)
+
+
+@requirement(
+    "OLORA-013", "olora: A and B are the same for every lora_alpha.", OLORA, "init:olora", lambda i: specs(i, "olora")
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    one, two = (start(implementation, spec.but(lora_alpha=a)) for a in (1.0, 8.0))
+    check.equal(two.A, one.A, "A with another lora_alpha")
+    check.equal(two.B, one.B, "B with another lora_alpha")
+
+
+# -- LoftQ -------------------------------------------------------------------------------------
+
+
+def codes(bits: int) -> Array:
+    """The NormalFloat codebook, QLoRA, arXiv 2305.14314, equation 4 and appendix E (L2)."""
+    n, offset = 2**bits, 0.9677083
+    high = norm.ppf(np.linspace(offset, 0.5, n // 2 + 1)[:-1])
+    low = -norm.ppf(np.linspace(offset, 0.5, n // 2)[:-1])
+    values = np.sort(np.concatenate([high, [0.0], low]))
+    return np.asarray(values / values.max())
+
+
+def loftq(implementation: Implementation, iterations: int | None = None) -> Any:
+    steps = st.just(iterations) if iterations else st.integers(1, 3)
+
+    def build(spec: LayerSpec, bits: int, steps: int, shape: tuple[int, int], seed: int) -> LayerSpec:
+        W = np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(np.float64)
+        return spec.but(W=W, b=None, init_options={"bits": bits, "iterations": steps})
+
+    shapes = st.sampled_from(((16, 8), (8, 16), (5, 9)))  # 45 numbers: less than a block
+    return st.builds(build, specs(implementation, "loftq"), st.sampled_from((2, 4, 8)), steps, shapes, seeds)
+
+
+def blocks(W: Array) -> tuple[Array, Array]:
+    """W row by row in blocks of 64, filled up with zeros, and the largest absolute value of each."""
+    flat = np.pad(W.ravel(), (0, -W.size % 64)).reshape(-1, 64)
+    return flat, abs(flat).max(1, keepdims=True)
+
+
+@requirement(
+    "LOFTQ-001",
+    "loftq with one iteration: the base weight is W in blocks of 64, each number at its nearest code.",
+    LOFTQ + "; QLoRA's NormalFloat (L2)",
+    "init:loftq",
+    lambda i: loftq(i, 1),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    Q = start(implementation, spec).W
+    check.equal(Q.shape, spec.W.shape, "the shape of the base weight")
+    table = codes(spec.init_options["bits"])
+    given, scale = blocks(spec.W)
+    got, _ = blocks(Q)
+    nearest = abs(given[..., None] - scale[..., None] * table).min(-1)
+    size = np.broadcast_to(scale, given.shape)
+    check.close(abs(given - got), nearest, size, "float32", "the distance to the weight, against the nearest code's")
+    ratio = np.clip(got / np.where(scale > 0, scale, 1), -1, 1)
+    off = abs(ratio[..., None] - table).min(-1)
+    check.close(off, np.zeros_like(off), 1.0, "float32", "the distance to the nearest code of the table", factor=16)
+
+
+@requirement(
+    "LOFTQ-002", "loftq: s B A is the nearest matrix of rank r to W - Q.", LOFTQ, "init:loftq", lambda i: loftq(i)
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    gap_free = np.linalg.norm(spec.W - state.W - best(spec.W - state.W, spec.r))
+    got = np.linalg.norm(spec.W - state.W - update(state))
+    size = np.linalg.norm(spec.W)  # the error of the best is well defined, the best one itself is not
+    check.close(got, gap_free, size, spec.dtype, "|W - Q - s B A|", FACTOR)
+    S = np.linalg.svd(update(state), compute_uv=False)
+    check.close(S[spec.r :], np.zeros_like(S[spec.r :]), size, spec.dtype, "singular values of s B A beyond r", FACTOR)
+
+
+@requirement(
+    "LOFTQ-003", "loftq with one iteration: with the adapter, W is met better than by quantisation alone.", LOFTQ,
+    "init:loftq", lambda i: loftq(i, 1),
+)  # fmt: skip
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    alone, together = (np.linalg.norm(spec.W - W) for W in (state.W, state.W + update(state)))
+    check.that(together < alone, f"|W - Q - s B A| is {together:.6g}, |W - Q| is {alone:.6g}")
+
+
+@requirement(
+    "LOFTQ-004",
+    "loftq: Q + s B A is the same for every lora_alpha, so that the model starts as near to W with each.",
+    LOFTQ + ": the objective is |W - Q - A B^T| as the model computes it",
+    "init:loftq",
+    lambda i: loftq(i),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    one, two = (start(implementation, spec.but(lora_alpha=a * spec.lora_alpha)) for a in (1, 4))
+    errors = [np.linalg.norm(spec.W - state.W - update(state)) for state in (one, two)]
+    check.close(
+        errors[1], errors[0], np.linalg.norm(spec.W), spec.dtype, "|W - Q - s B A|, 4 times the lora_alpha", FACTOR
+    )
+
+
+@requirement(
+    "LOFTQ-005",
+    "loftq quantises a transposed weight as it does the linear layer's.",
+    "the start is that of the logical weight, whatever its storage (F3, L3)",
+    "linear transposed init:loftq",
+    lambda i: loftq(i),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
+    check.equal(transposed.W, linear.W, "the quantised weight")
+
+
+# -- MiCA --------------------------------------------------------------------------------------
+
+CLAIMED_BY_MICA = (*LINEAR, "embedding")
+
+
+@requirement(
+    "MICA-001",
+    "mica: A = 0 and W is bit for bit what it was.",
+    MICA,
+    "init:mica",
+    lambda i: specs(i, "mica", CLAIMED_BY_MICA),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    check.equal(state.W, spec.W, "the base weight")
+    check.equal(state.A, np.zeros_like(state.A), "A")
+
+
+@requirement("MICA-002", "mica: B^T B = 1.", MICA, "init:mica", lambda i: specs(i, "mica", CLAIMED_BY_MICA))
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    B = start(implementation, spec).B
+    check.close(B.T @ B, np.eye(spec.r), 1.0, spec.dtype, "B^T B", FACTOR)
+
+
+def _minor(id: str, kinds: tuple[str, ...]) -> None:
+    @requirement(
+        id,
+        f"mica: B spans the left singular vectors of the r smallest singular values of W ({', '.join(kinds)}).",
+        MICA,
+        {"init:mica", *(kinds if len(kinds) == 1 else ())},
+        lambda i: specs(i, "mica", kinds, W=separated(np.random.default_rng(7), 4, 6)),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        B = start(implementation, spec).B
+        U = np.linalg.svd(spec.W)[0][:, -spec.r :]
+        bound = wide_bound(spec, 4 - spec.r) / 8.0
+        check.close(B @ B.T, U @ U.T, bound, spec.dtype, "the projector B B^T", FACTOR)
+
+
+_minor("MICA-003", LINEAR)
+_minor("MICA-004", ("embedding",))
+
+
+@requirement(
+    "MICA-005", "mica: only A trains.", MICA, "init:mica trainable", lambda i: specs(i, "mica", CLAIMED_BY_MICA)
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    check.equal(sorted(implementation.layer(spec).trainable()), ["A"], "what trains")
+
+
+@requirement(
+    "MICA-006",
+    "mica: only A trains, after the adapter was switched off and on again, too.",
+    MICA,
+    "init:mica trainable disable",
+    lambda i: specs(i, "mica", LINEAR),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer = implementation.layer(spec)
+    layer.enable(False)
+    layer.enable(True)
+    check.equal(sorted(layer.trainable()), ["A"], "what trains")
+
+
+@requirement(
+    "MICA-007",
+    "mica: more directions than there are (r > out) are refused.",
+    "B has orthonormal columns (D8)",
+    "init:mica errors",
+    lambda i: specs(i, "mica", LINEAR, r=7),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    check.refused(lambda: implementation.layer(spec), f"mica with r = 7 on a weight {spec.W.shape}")
+
+
+def _only_linear(id: str, init: str, options: Any = None) -> None:
+    @requirement(
+        id,
+        f"{init} on a convolution or an embedding is refused, or else the model starts as the base.",
+        "it is defined for a matrix (I8)",
+        f"init:{init} errors",
+        lambda i: layers(i, ("conv1d", "conv2d", "embedding"), init_lora_weights=init, r=1, lora_alpha=1.0),
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        try:
+            state = start(implementation, spec)
+        except Exception:
+            return
+        bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+        check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
+
+
+_only_linear("PISSA-017", "pissa")
+_only_linear("OLORA-015", "olora")

@@ -1,0 +1,118 @@
+"""Which shapes the factors have, and which inputs a layer takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..check import UNIT, Check
+from ..contract import MESH, Implementation, LayerSpec
+from ..generate import LINEAR, MERGEABLE, inputs, layers
+from ..registry import requirement
+from .forward import made
+
+SHAPES = {
+    "linear": ("LoRA, arXiv 2106.09685, section 4.1 (D2)", "A is (r, in), B is (out, r)"),
+    "transposed": ("PEFT's documentation of fan_in_fan_out (D3)", "A is (r, in), B is (out, r), as of a linear layer"),
+    "embedding": ("loralib's Embedding (D4)", "A is (r, rows), B is (dimension, r)"),
+    "conv1d": ("PEFT's convolutions (D5)", "A is (r, in, kernel), B is (out, r)"),
+    "conv2d": ("PEFT's convolutions (D5)", "A is (r, in, *kernel), B is (out, r)"),
+    "conv3d": ("PEFT's convolutions (D5)", "A is (r, in, *kernel), B is (out, r)"),
+    "parameter": ("PEFT's documentation of target_parameters (D7)", "A is (r, in), B is (out, r)"),
+    "experts": ("PEFT's documentation of target_parameters (D7)", "each expert has A (r, in) and B (out, r)"),
+}
+
+
+def _shapes(id: str, kind: str) -> None:
+    source, sentence = SHAPES[kind]
+
+    @requirement(id, f"{kind}: {sentence}.", source, kind, lambda i: layers(i, (kind,)))
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        state = implementation.layer(spec).read()
+        experts = spec.W.shape[:-2] if kind == "experts" else ()
+        kernel = spec.W.shape[2:] if MESH.get(kind) else ()
+        out, n_in = spec.W.shape[len(experts) : len(experts) + 2]
+        check.equal(state.A.shape, (*experts, spec.r, n_in, *kernel), "the shape of A")
+        check.equal(state.B.shape, (*experts, out, spec.r), "the shape of B")
+
+
+for _number, _kind in enumerate(SHAPES, 1):
+    _shapes(f"SHAPE-{_number:03}", _kind)
+
+
+@requirement(
+    "SHAPE-009",
+    "r may exceed both in and out.",
+    "PEFT's documentation gives r no upper bound (D8)",
+    "large_r write",
+    lambda i: layers(
+        i, ("linear", "transposed"), r=9, lora_alpha=2.0, W=np.array([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]]), b=None
+    ),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    check.equal((state.A.shape, state.B.shape), ((9, 3), (2, 9)), "the shapes of A and B")
+    x = np.array([[1.0, 2.0, -1.0]])
+    D = spec.scaling * state.B @ state.A
+    bound = abs(x) @ (abs(spec.W) + spec.scaling * abs(state.B) @ abs(state.A)).T
+    check.close(layer.forward(x), x @ (spec.W + D).T, bound, spec.dtype, "the output")
+
+
+@requirement(
+    "SHAPE-010",
+    "The factors of a half precision weight are kept in float32.",
+    "PEFT's documentation of autocast_adapter_dtype (T1)",
+    "write float32_factors",
+    lambda i: layers(i, LINEAR, ("float16", "bfloat16")),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    fine = 2.0**-20  # far below the spacing of float16 and of bfloat16
+    layer.write(np.full_like(state.A, 1 + fine), np.full_like(state.B, 1 - fine))
+    kept = layer.read()
+    check.equal(kept.A, np.full_like(state.A, 1 + fine), "A after 1 + 2**-20 was written")
+    check.equal(kept.B, np.full_like(state.B, 1 - fine), "B after 1 - 2**-20 was written")
+
+
+@requirement(
+    "SHAPE-011",
+    "Factors that are set are the factors that are used: read gives them back.",
+    "A and B are ordinary parameters (D2)",
+    "write",
+    lambda i: layers(i, MERGEABLE),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer = implementation.layer(spec)
+    before = layer.read()
+    rng = np.random.default_rng(spec.seed)
+    A, B = (rng.integers(-8, 9, like.shape) / 4 for like in (before.A, before.B))
+    layer.write(A, B)
+    after = layer.read()
+    check.equal(after.A, A, "A as read after it was written")
+    check.equal(after.B, B, "B as read after it was written")
+    check.equal(after.W, spec.W, "W after A and B were written")
+
+
+@requirement(
+    "SHAPE-012",
+    "A batch without tokens gives an output without tokens.",
+    "y = W x + b for each token (D1)",
+    "linear",
+    lambda i: layers(i, LINEAR),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer = implementation.layer(spec)
+    check.equal(layer.forward(np.zeros((0, spec.W.shape[1]))).shape, (0, len(spec.W)), "the shape for no tokens")
+
+
+@requirement(
+    "SHAPE-013",
+    "The output is a number of the base weight's dtype: nothing finer.",
+    "T2: the sum is cast back to the dtype of the base's output",
+    "write",
+    lambda i: layers(i, LINEAR, ("float16", "bfloat16")),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    y = layer.forward(inputs(spec))
+    mantissa = np.frexp(y)[0] / UNIT[spec.dtype]  # an integer, if y has no more bits than the dtype
+    check.equal(mantissa, np.round(mantissa), f"the output's bits beyond {spec.dtype}'s")

@@ -1,0 +1,129 @@
+"""CONFORMANCE.md: the reports as Markdown. The same reports always give the same text.
+
+python -m spec_tests.markdown CONFORMANCE.md REPORT.json ...
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .contract import CLAIMS, CONVENTIONS
+from .engine import OUTCOMES
+from .report import Report, area_of, areas, counts_of, example, merge, printable, read, titles
+
+DEVIATIONS = ("FAIL", "ERROR", "KNOWN")
+
+
+def plain(text: str) -> str:
+    """Text in one line, that Markdown shows as it is.
+
+    >>> print(plain("s * B @ A | x_1\\n<b>"))
+    s \\* B @ A \\| x\\_1 &lt;b>
+    """
+    line = " ".join(printable(text).split())
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def code(text: str) -> str:
+    """A fenced block, with a fence that the text does not contain."""
+    text = printable(text).strip("\n")
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}python\n{text}\n{fence}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """A table of Markdown; the columns but the first are aligned to the right where they hold numbers."""
+    lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def claims_table() -> str:
+    """The claims, as the guide shows them."""
+    return table(("claim", "what it says"), ([f"`{claim}`", plain(words)] for claim, words in CLAIMS.items()), False)
+
+
+def conventions_table() -> str:
+    """The conventions, likewise."""
+    rows = ([f"`{name}`", plain(words)] for name, words in CONVENTIONS.items())
+    return table(("convention", "what it says"), rows, False)
+
+
+def page(reports: Sequence[Report]) -> str:
+    """The whole document."""
+    reports = merge(reports)
+    names = titles(reports)
+    parts = [
+        "# Conformance",
+        "How implementations of LoRA do in the requirements of `spec_tests`. Made by `python -m spec_tests.markdown` "
+        "from the reports of `lora-ref check`; do not edit it.",
+        "## Summary",
+        table(
+            ("implementation", "version", "claims", "passes", *(o for o in OUTCOMES if o != "PASS"), "profile"),
+            (_summary(name, report) for name, report in zip(names, reports, strict=True)),
+        ),
+        "FAIL: what is claimed does not hold. KNOWN: neither, and it is listed with a reason. UNSUPPORTED: not "
+        "claimed. ERROR: the implementation, or its adapter class, crashed.",
+        "## Areas",
+        "Passed of claimed; a dash where nothing is claimed.",
+        table(("area", "requirements", *map(plain, names)), _areas(reports)),
+        "## Deviations",
+    ]
+    for name, report in zip(names, reports, strict=True):
+        parts += [f"### {plain(name)}", *_deviations(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(name: str, report: Report) -> list[str]:
+    footer = report["footer"]
+    counts = footer["counts"]
+    total = sum(counts.values())
+    claimed = total - counts["UNSUPPORTED"]
+    others = [str(counts[outcome]) for outcome in OUTCOMES if outcome != "PASS"]
+    claims, passes = f"{claimed} of {total}", f"{counts['PASS']} of {claimed}"
+    return [plain(name), plain(report["implementation"]["version"]), claims, passes, *others, footer["profile"]]
+
+
+def _areas(reports: Sequence[Report]) -> Iterable[list[str]]:
+    for area, rows in areas(reports).items():
+        line = [area, str(len(rows))]
+        for report in reports:
+            counts = counts_of(result for result in report["results"] if area_of(result["id"]) == area)
+            claimed = sum(counts.values()) - counts["UNSUPPORTED"]
+            line.append(f"{counts['PASS']} of {claimed}" if claimed else "-")
+        yield line
+
+
+def _deviations(report: Report) -> list[str]:
+    found = [result for result in report["results"] if result["outcome"] in DEVIATIONS]
+    return [_deviation(result) for result in found] or ["None."]
+
+
+def _deviation(result: Mapping[str, Any]) -> str:
+    lines = [
+        f"**{result['id']}, {result['outcome']}.** {plain(result['sentence'])}",
+        f"Source: {plain(result['source'])}. It does: {plain(result['message'])}",
+    ]
+    if result["reason"]:
+        lines.append(f"Reason: {plain(result['reason'])}")
+    if re.fullmatch(r"https?://[^\s<>]+", result["link"]):
+        lines.append(f"Link: <{result['link']}>")
+    if example(result):
+        lines.append(code(result["repro"]))
+    return "\n\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) < 2:
+        print("usage: python -m spec_tests.markdown CONFORMANCE.md REPORT.json ...", file=sys.stderr)
+        return 2
+    to, *files = map(Path, arguments)
+    to.write_text(page([report for file in files for report in read(file)]), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

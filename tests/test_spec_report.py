@@ -1,0 +1,320 @@
+"""The conformance suite as a tool: its command, its reports, its pages, its plugin. (What it finds: test_spec.py.)"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_ref.cli import main
+from spec_tests import markdown, page, report, smoke
+from spec_tests.contract import Implementation, Layer, LayerSpec, LayerState, check_claims
+from spec_tests.engine import examine, find, known_deviations, run, with_known
+from spec_tests.registry import load
+
+IMPL = f"{__name__}:Tiny"
+
+
+class TinyLayer(Layer):
+    def __init__(self, spec: LayerSpec) -> None:
+        rng = np.random.default_rng(spec.seed)
+        out, n_in = spec.W.shape
+        bound = n_in**-0.5
+        A, B = rng.uniform(-bound, bound, (spec.r, n_in)), np.zeros((out, spec.r))
+        self.state = LayerState(spec.W, spec.b, A, B, spec.lora_alpha / spec.r)
+
+    def read(self) -> LayerState:
+        return self.state
+
+    def forward(self, x: np.ndarray, train: bool = False, seed: int = 0) -> np.ndarray:
+        W, b, A, B, s = self.state
+        return x @ W.T + (0 if b is None else b) + s * (x @ A.T) @ B.T
+
+    def write(self, A: np.ndarray, B: np.ndarray) -> None:
+        self.state = self.state._replace(A=A, B=B)
+
+
+class Tiny(Implementation):
+    """LoRA in a dozen lines: the smallest adapter class that makes sense."""
+
+    name = "tiny"
+    claims = frozenset({"linear", "write", "float64", "float32", "alpha", "large_r"})
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        return TinyLayer(spec)
+
+
+class Doubled(Tiny):
+    """Its scaling is twice what it must be."""
+
+    name = "doubled"
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        made = TinyLayer(spec)
+        made.state = made.state._replace(scaling=2 * made.state.scaling)
+        return made
+
+
+class Crashing(Tiny):
+    def layer(self, spec: LayerSpec) -> Layer:
+        if spec.r > 2:
+            raise MemoryError("no room")
+        return TinyLayer(spec)
+
+
+class OverClaiming(Tiny):
+    claims = Tiny.claims | {"merge"}
+
+
+class Transposing(Tiny):
+    def layer(self, spec: LayerSpec) -> Layer:
+        return TinyLayer(spec.but(W=spec.W.T))
+
+
+def outcomes(implementation: Implementation, *ids: str, profile: str = "quick") -> dict[str, str]:
+    found = run("nobody", implementation, lambda r: r.id in ids, profile)
+    return {result.id: result.outcome for result in found}
+
+
+def test_outcomes_of_small_implementations() -> None:
+    ids = ("FORWARD-001", "SCALE-001", "MERGE-001", "FORWARD-004")
+    good = {"FORWARD-001": "PASS", "SCALE-001": "PASS", "MERGE-001": "UNSUPPORTED", "FORWARD-004": "UNSUPPORTED"}
+    assert outcomes(Tiny(), *ids) == good
+    assert outcomes(Doubled(), *ids) == good | {"SCALE-001": "FAIL", "FORWARD-001": "FAIL"}
+    assert outcomes(Crashing(), *ids) == good | {"SCALE-001": "ERROR", "FORWARD-001": "ERROR"}
+    assert outcomes(OverClaiming(), *ids) == good | {"MERGE-001": "FAIL"}
+
+
+def test_a_wrong_adapter_class_is_told_before_anything_is_tried() -> None:
+    with pytest.raises(TypeError, match=r"the adapter class of tiny is wrong .* read\(\)\.W"):
+        list(run("nobody", Transposing()))
+    unknown = type("Unknown", (Tiny,), {"claims": Tiny.claims | {"flying"}})()
+    with pytest.raises(TypeError, match="flying"):
+        check_claims(unknown)
+    none = type("None", (Tiny,), {"claims": frozenset({"write"})})()
+    with pytest.raises(TypeError, match="claims no kind of layer"):
+        smoke.check(none)
+
+
+def test_the_script_of_a_failure_fails_alone(tmp_path: Path) -> None:
+    result = examine(f"{__name__}:Doubled", Doubled(), load()["SCALE-001"], "quick")
+    assert result.outcome == "FAIL" and "must be" in result.message
+    (tmp_path / "again.py").write_text(result.repro)
+    again = subprocess.run(
+        [sys.executable, str(tmp_path / "again.py")],
+        capture_output=True, text=True, cwd=Path(__file__).parent, env={"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert again.returncode == 1 and result.message in again.stderr
+
+
+def test_the_same_run_twice_gives_the_same_results_and_another_seed_other_cases() -> None:
+    requirement = load()["SCALE-001"]
+    first, second = (examine("x", Doubled(), requirement, "quick") for _ in range(2))
+    assert first == second
+    seen: list[list[str]] = []
+    for seed in (1, 1, 2):
+        watched: list[str] = []
+
+        class Watching(Tiny):
+            def layer(self, spec: LayerSpec, watched: list[str] = watched) -> Layer:
+                watched.append(repr(spec))
+                return TinyLayer(spec)
+
+        examine("x", Watching(), requirement, "quick", seed)
+        seen.append(watched)
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_find_says_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"package\.module:Class, or one of lora_ref, "):
+        find("nobody")
+    with pytest.raises(ValueError, match="has no class Missing"):
+        find(f"{__name__}:Missing")
+
+
+# -- known deviations --------------------------------------------------------------------------
+
+
+def listed(tmp_path: Path, text: str) -> str:
+    (tmp_path / "some.toml").write_text(text)
+    return str(tmp_path / "some")
+
+
+def test_known_deviations_are_strict(tmp_path: Path) -> None:
+    requirements = load()
+    good = '[[deviation]]\nid = "SCALE-001"\nreason = "doubled"\nlink = "https://example.org/1"\n'
+    known = known_deviations(listed(tmp_path, good), requirements)
+    failing = examine("x", Doubled(), requirements["SCALE-001"], "quick")
+    passing = examine("x", Tiny(), requirements["SCALE-001"], "quick")
+    assert with_known(failing, known["SCALE-001"]).outcome == "KNOWN"
+    stale = with_known(passing, known["SCALE-001"])
+    assert stale.outcome == "ERROR" and "take it off the list" in stale.message
+    with pytest.raises(ValueError, match="no requirement 'SCALE-999'"):
+        known_deviations(listed(tmp_path, good.replace("001", "999")), requirements)
+    with pytest.raises(ValueError, match="SCALE-001 has no reason"):
+        known_deviations(listed(tmp_path, good.replace("doubled", "")), requirements)
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, Path, str]:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["check", IMPL, f"{__name__}:Doubled", "--only", "SCALE", "FORWARD-001", "--profile", "quick"]
+    code = main([*arguments, "--report", "r.json", "--html", "m.html"])
+    return code, tmp_path, capsys.readouterr().out
+
+
+def test_the_command_shows_and_writes_what_it_found(found: tuple[int, Path, str]) -> None:
+    code, folder, said = found
+    assert code == 1
+    assert "SCALE-001: s = lora_alpha / r." in said and "reproduce(" in said
+    first, second = report.read(folder / "r.json")
+    assert first["footer"]["counts"]["FAIL"] == 0 < second["footer"]["counts"]["FAIL"]
+    assert first["footer"]["covered"]["options"] >= 4
+    assert set(first["results"][0]) >= {"id", "outcome", "sentence", "examples", "max_error_u", "message", "repro"}
+    assert first["footer"]["headline"] in said
+
+
+def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "nobody"]) == 2 and "package.module:Class" in capsys.readouterr().err
+    assert main(["check", IMPL, "--only", "NOWHERE"]) == 2 and "there is no such area" in capsys.readouterr().err
+    assert main(["check", f"{__name__}:Transposing"]) == 1 and "adapter class" in capsys.readouterr().err
+
+
+def test_the_command_passes_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", IMPL, "--only", "SCALE-001", "--profile", "quick"]) == 0
+    assert "claims 1 of 1, passes 1 of 1" in capsys.readouterr().out
+    assert main(["check", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(id in shown for id in load())
+
+
+# -- the report --------------------------------------------------------------------------------
+
+
+def broken(change: Callable[[report.Report], object]) -> report.Report:
+    results = [examine("x", Tiny(), load()[id], "quick") for id in ("SCALE-001", "FORWARD-001")]
+    made = report.make(Tiny(), results, "quick")
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda r: r.pop("footer"), "no 'footer'"),
+        (lambda r: r["results"][0].update(outcome="MAYBE"), "MAYBE"),
+        (lambda r: r["results"][0].update(id="scale 1"), "no id"),
+        (lambda r: r["results"].append(r["results"][0]), "twice"),
+        (lambda r: r["results"][0].update(outcome="FAIL"), "counts"),
+        (lambda r: r["footer"].update(headline="passes all"), "headline"),
+        (lambda r: r["footer"].update(profile="lenient"), "profile"),
+        (lambda r: r["footer"].update(seed="1"), "seed"),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_refused(change: Callable[[report.Report], object], says: str) -> None:
+    report.validate(broken(lambda r: None))
+    with pytest.raises(ValueError, match=says):
+        report.validate(broken(change))
+
+
+def test_parts_of_a_run_are_put_together(tmp_path: Path) -> None:
+    first, second = (
+        report.make(Tiny(), [examine("x", Tiny(), load()[id], "quick")], "quick") for id in ("SCALE-001", "FORWARD-001")
+    )
+    (whole,) = report.merge([first, second])
+    assert [result["id"] for result in whole["results"]] == ["FORWARD-001", "SCALE-001"]
+    report.validate(whole)
+    with pytest.raises(ValueError, match="reported on twice: SCALE-001"):
+        report.merge([first, first])
+    report.write(tmp_path / "r.json", [whole])
+    assert report.read(tmp_path / "r.json") == [whole]
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        report.read(tmp_path / "r.json")
+
+
+# -- the pages ---------------------------------------------------------------------------------
+
+
+def test_the_page_shows_every_failure_and_loads_nothing(found: tuple[int, Path, str]) -> None:
+    text = (found[1] / "m.html").read_text()
+    failed = [r for made in report.read(found[1] / "r.json") for r in made["results"] if r["outcome"] == "FAIL"]
+    assert text.count("<dialog ") == len(failed) > 0
+    assert not re.search(r"""(src|href)=["']?(https?:|//)""", text)
+    assert page.page(report.read(found[1] / "r.json")) == text
+
+
+def test_hostile_text_stays_text(found: tuple[int, Path, str]) -> None:
+    reports = report.read(found[1] / "r.json")
+    bad = next(r for r in reports[1]["results"] if r["outcome"] == "FAIL")
+    bad |= {"message": "</pre><script>alert(1)</script>", "link": "javascript:alert(1)", "reason": "a|b `c` <b>"}
+    shown = page.page(reports)
+    assert "<script>alert" not in shown and "javascript:" not in shown
+    text = markdown.page(reports)
+    assert "<script>" not in text and "javascript" not in text and r"a\|b \`c\` &lt;b>" in text
+
+
+def test_markdown_is_the_same_for_the_same_reports(found: tuple[int, Path, str]) -> None:
+    reports = report.read(found[1] / "r.json")
+    assert markdown.page(reports) == markdown.page(json.loads(json.dumps(reports))) == markdown.page(reports[::-1])
+    assert "**SCALE-001, FAIL.**" in markdown.page(reports)
+
+
+# -- pytest ------------------------------------------------------------------------------------
+
+
+def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """An adopter's repository."""
+    text = Path(__file__).read_text()
+    start, end = text.index("class TinyLayer"), text.index("class Crashing")
+    head = (
+        "import numpy as np\nfrom spec_tests import Implementation, Layer, LayerSpec, LayerState, install\n"
+        "from spec_tests.contract import Layer, LayerState\n"
+    )
+    (tmp_path / "adopter.py").write_text(head + text[start:end])
+    (tmp_path / "test_adopter.py").write_text(
+        "from adopter import Tiny\nfrom spec_tests import install\n\ninstall(globals(), Tiny, profile='quick')\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return tmp_path
+
+
+def test_pytest_pyargs_runs_the_suite_on_an_implementation(elsewhere: Path) -> None:
+    common = ("--pyargs", "spec_tests", "--lora-profile", "quick", "-k", "SCALE")
+    good = pytest_in(elsewhere, *common, "--lora-impl", "adopter:Tiny", "--lora-report", "r.json")
+    assert good.returncode == 0, good.stdout + good.stderr
+    (made,) = report.read(elsewhere / "r.json")
+    assert made["implementation"]["name"] == "tiny" and made["footer"]["counts"]["FAIL"] == 0
+    bad = pytest_in(elsewhere, *common, "--lora-impl", "adopter:Doubled")
+    assert bad.returncode == 1 and "FAIL SCALE-001" in bad.stdout and "reproduce(" in bad.stdout
+    (elsewhere / "k.toml").write_text('[[deviation]]\nid = "SCALE-001"\nreason = "doubled"\n')
+    known = pytest_in(elsewhere, *common[:-1], "SCALE-001", "--lora-impl", "adopter:Doubled", "--lora-known", "k.toml")
+    assert known.returncode == 0 and "1 xfailed" in known.stdout
+
+
+def test_pytest_says_what_is_missing(elsewhere: Path) -> None:
+    assert "1 skipped" in pytest_in(elsewhere, "--pyargs", "spec_tests").stdout
+    wrong = pytest_in(elsewhere, "--pyargs", "spec_tests", "--lora-impl", "nobody")
+    assert wrong.returncode == 4 and "package.module:Class" in wrong.stderr
+    lonely = pytest_in(elsewhere, "--lora-profile", "quick")
+    assert lonely.returncode == 4 and "without --lora-impl" in lonely.stderr
+
+
+def test_install_puts_the_suite_into_a_repository_of_ones_own(elsewhere: Path) -> None:
+    ran = pytest_in(elsewhere, "test_adopter.py", "-k", "SCALE_001 or MERGE_001")
+    assert "1 passed, 1 skipped" in ran.stdout, ran.stdout
