@@ -70,8 +70,8 @@ OFF_IN_PEFT = (
 
 
 def dumps(config: LoraConfig) -> str:
-    """The text of adapter_config.json."""
-    return json.dumps(to_dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    """The text of adapter_config.json. Options are sorted, patterns are not: their first match counts."""
+    return json.dumps(dict(sorted(to_dict(config).items())), indent=2, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> LoraConfig:

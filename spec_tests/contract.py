@@ -70,13 +70,18 @@ CLAIMS = {
     "layers_to_transform": "layers_to_transform and layers_pattern",
     "all-linear": "target_modules='all-linear'",
     "bias": "bias='all' and 'lora_only'",
+    "bias_follows": "which biases train follows the active adapter",
     "modules_to_save": "modules_to_save",
     "target_parameters": "target_parameters",
     "adapters": "several named adapters, switched, combined and deleted",
+    "partial_merge": "with some of the active adapters merged, the others still act",
+    "strict_files": "refuses files with tensors that are missing, not expected or not finite, or options it ignores",
     "weighted": "add_weighted_adapter: cat, svd, linear",
     "batch": "another adapter for each sample of a batch",
     "unload": "gives the plain model back, merged or not",
     "files": "adapter folders in PEFT's format",
+    "strict_errors": "refuses values of a wrong type, NaN and infinity, when a configuration is made or used",
+    "all_or_nothing": "an operation on a model that is refused has changed no module",
     "errors": "refuses what the documentation says is wrong",
 }
 

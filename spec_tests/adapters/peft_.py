@@ -50,6 +50,11 @@ def claims_of_this_release() -> frozenset[str]:
             "init:loftq",  # needs CUDA and bitsandbytes
             "exact_unmerge",
             "exact_residual",
+            "partial_merge",
+            "strict_files",
+            "bias_follows",
+            "strict_errors",
+            "all_or_nothing",
         }
     )
 

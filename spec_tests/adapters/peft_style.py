@@ -203,8 +203,7 @@ class PeftStyleModel(Model):
         """The module that training would change: the active copy of modules_to_save, or the base."""
         module = self.module(name)
         if hasattr(module, "modules_to_save"):
-            active = module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapters[0]
-            return module.modules_to_save[active]
+            return module.modules_to_save[self.active()[0]]
         return bare(module)
 
     def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:

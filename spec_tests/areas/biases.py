@@ -307,7 +307,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "BIAS-013",
     "Which biases train follows the active adapter: none with another one, the same again when it is back.",
     "B6",
-    "model linear bias adapters",
+    "model linear bias adapters bias_follows",
     with_bias,
     slow=2,
 )
@@ -349,7 +349,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, str], check: Check)
     "BIAS-015",
     "A bias adapter may be the second one; its biases train when it is chosen.",
     "B6",
-    "model linear bias adapters",
+    "model linear bias adapters bias_follows",
     lambda i: st.tuples(small(i, bias="none"), MODES),
     slow=2,
 )

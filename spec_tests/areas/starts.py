@@ -202,7 +202,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = implementation.layer(spec).read()
     for name in "AB":
         S = np.linalg.svd(getattr(state, name), compute_uv=False)
-        found = int((S > 1e-5 * S[0]).sum())
+        found = int((1e-5 * S[0] < S).sum())
         check.equal(found, spec.r // 2, f"the rank of {name}")
 
 

@@ -1,0 +1,171 @@
+"""The conformance suite is strict: seeded bugs fail what the kill matrix says, and harmless variants fail nothing.
+
+After a new requirement or a new bug: `python -m spec_tests.bugs.matrix --write`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from fractions import Fraction
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+import spec_tests.contract
+from spec_tests import smoke
+from spec_tests.bugs import bad, harmless, matrix, removal, seeded
+from spec_tests.bugs.plain import Plain
+from spec_tests.engine import run
+from spec_tests.generate import DTYPES, MERGEABLE, layers
+from spec_tests.registry import load
+
+COMMITTED = matrix.committed()
+ROWS = {name: about["fails"] for name, about in COMMITTED["bugs"].items()}
+FOUND = [bug for bug in seeded.ALL if ROWS.get(bug.name)]
+
+
+# -- bugs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bug", seeded.ALL, ids=lambda bug: bug.name)
+def test_a_seeded_bug_fails_what_the_matrix_says(bug):
+    assert ROWS.get(bug.name) == matrix.row_of(bug), "run `python -m spec_tests.bugs.matrix --write`, and look at it"
+
+
+def test_the_matrix_has_the_bugs_that_there_are():
+    assert list(ROWS) == [bug.name for bug in seeded.ALL]
+
+
+def test_public_bugs_have_links_to_where_they_were_reported():
+    assert len(seeded.BUGS) >= 60
+    for bug in seeded.BUGS:
+        assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", bug.url), bug.name
+
+
+def test_what_the_matrix_says_of_requirements_follows_from_its_rows():
+    assert COMMITTED["only"] == matrix.only_killers(ROWS)
+    assert COMMITTED["never_alone"] == matrix.never_alone(COMMITTED["only"])
+    assert COMMITTED["idle"] == matrix.idle(ROWS)
+
+
+def test_every_requirement_finds_a_bug_or_says_why_it_need_not():
+    assert COMMITTED["idle"] == [], "plant a bug for each of these (seeded.MUTANTS), or give it `redundant`"
+
+
+@pytest.mark.parametrize("bug", FOUND[:: len(FOUND) // 4], ids=lambda bug: bug.name)
+def test_a_requirement_that_does_not_reach_a_bug_is_not_failed_by_it(bug):
+    rest = sorted(set(load()) - set(matrix.reach()[bug.name]))
+    assert set(matrix.row(seeded.broken(bug), rest[:20], bug.profile)) <= {matrix.SMOKE}
+
+
+# -- what is right must pass -------------------------------------------------------------------
+
+
+def test_the_sound_implementation_passes_everything():
+    assert Plain.claims == spec_tests.contract.CLAIMS.keys()
+    assert {(result.id, result.outcome) for result in run("plain", Plain(), profile="quick")} == {
+        (id, "PASS") for id in load()
+    }
+
+
+@pytest.mark.parametrize("name", harmless.VARIANTS)
+def test_a_harmless_variant_passes(name):
+    made = harmless.variant(name)
+    smoke.check(made)
+    reached = matrix.reach()[name]
+    assert reached
+    results = [matrix.outcome(made, load()[id], "quick") for id in reached]
+    assert [(r.id, r.message) for r in results if r.outcome not in ("PASS", "UNSUPPORTED")] == []
+
+
+# -- what is bad must be seen to be bad --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "why"), bad.REFUSED.items(), ids=lambda x: getattr(x, "__name__", None))
+def test_a_bad_adapter_class_is_refused_before_any_requirement(kind, why):
+    with pytest.raises(TypeError, match=why):
+        next(run("bad", kind(), profile="quick"))
+
+
+@pytest.mark.parametrize("kind", bad.COUNTED, ids=lambda kind: kind.__name__)
+def test_a_bad_implementation_has_its_outcomes(kind):
+    assert COMMITTED["bad"][kind.__name__] == bad.counts(kind)
+
+
+def test_an_over_claim_fails_rather_than_crashes():
+    assert set(COMMITTED["bad"]["OverClaiming"]) == {"PASS", "FAIL"}
+    assert set(COMMITTED["bad"]["Crashing"]) == {"PASS", "ERROR"}
+
+
+# -- the cases ---------------------------------------------------------------------------------
+
+
+def drawn(count, **options):
+    """That many layers, the same on every run."""
+    found = []
+    test = hypothesis.given(layers(Plain(), MERGEABLE, DTYPES, **options))(lambda spec: found.append(spec))
+    settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )(test)()
+    return found
+
+
+def rank_relation(spec):
+    out, n_in = spec.W.shape[1:] if spec.kind == "experts" else spec.W.shape[:2]
+    return "below" if spec.r < min(out, n_in) else "equal" if spec.r == min(out, n_in) else "above"
+
+
+def shape_relation(spec):
+    out, n_in = spec.W.shape[1:] if spec.kind == "experts" else spec.W.shape[:2]
+    return "square" if out == n_in else "wide" if out < n_in else "tall"
+
+
+def scaling_kind(spec):
+    a = spec.lora_alpha
+    sign = "zero" if a == 0 else "negative" if a < 0 else "fraction" if a != int(a) else "plain"
+    return ("rslora" if spec.use_rslora else "lora"), sign
+
+
+def test_cases_have_every_kind_with_every_dtype_and_every_relation_of_rank_and_scaling():
+    specs = drawn(1500)
+    for relation, count in ((rank_relation, 3), (shape_relation, 3), (scaling_kind, 8)):
+        cells = {(spec.kind, spec.dtype) for spec in specs}
+        assert len(cells) == len(MERGEABLE) * len(DTYPES)
+        found = Counter((spec.kind, relation(spec)) for spec in specs)
+        assert len(found) == len(MERGEABLE) * count, f"{relation.__name__}: {sorted(found)}"
+        found = Counter((spec.dtype, relation(spec)) for spec in specs)
+        assert len(found) == len(DTYPES) * count, f"{relation.__name__}: {sorted(found)}"
+    assert {spec.b is None for spec in specs if spec.kind == "linear"} == {True, False}
+    assert {(spec.stride, spec.padding) for spec in specs if spec.kind == "conv2d"} == {
+        (stride, padding) for stride in (1, 2) for padding in (0, 1, 2)
+    }
+
+
+def test_most_cases_can_tell_s_from_1():
+    specs = drawn(300)
+    assert sum(spec.scaling == 1 for spec in specs) < len(specs) / 5
+
+
+def test_exact_cases_are_exact():
+    for spec in drawn(300, exact=True):
+        assert (spec.W.astype(int) == spec.W).all()
+        s = Fraction(spec.scaling)
+        assert s in (Fraction(1, 2), 1, 2)
+
+
+# -- no check is there for nothing -------------------------------------------------------------
+
+CALLS = removal.calls()
+SAMPLE = [call for call in CALLS if call.number % 7 == 3 and not removal.is_idle(call, COMMITTED)]
+
+
+@pytest.mark.parametrize("call", SAMPLE, ids=lambda call: f"{call.module}-{call.number}")
+def test_without_a_check_a_bug_gets_through(call):
+    assert removal.lets_through(call, ROWS) is not None
