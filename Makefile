@@ -1,6 +1,8 @@
 # make          what can be made
 # make demo     the demo, in an environment of its own
 # make test     the tests
+# make check    which requirements an implementation of LoRA keeps
+# make peers    the same for other libraries, each in an environment of its own
 # make bench    what things cost, as ratios against PEFT
 
 PYTHON ?= python3
@@ -9,12 +11,14 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test bench lint readme format clean
+.PHONY: help demo test check peers bench lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
 	@echo "make test          run the tests; make test ARGS='-k merge -x' passes options on to pytest"
+	@echo "make check         try lora_ref on the requirements; make check ARGS='peft --html matrix.html'"
+	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md"
 	@echo "make bench         what the initialisations cost against PEFT's (10 minutes; make bench ARGS=--quick: one)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
 	@echo "make readme        renew the tables and outputs of the README"
@@ -30,6 +34,14 @@ test: $(VENV)/.installed-test
 	@echo "==> pytest $(ARGS)"
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
+check: $(VENV)/.installed-test
+	@echo "==> lora-ref check $(ARGS)"
+	@$(BIN)/lora-ref check $(ARGS)
+
+peers: $(VENV)/.installed-test
+	@echo "==> python -m spec_tests.peers $(ARGS)"
+	@$(BIN)/python -m spec_tests.peers $(ARGS)
+
 bench: $(VENV)/.installed-test
 	@echo "==> benchmarks/init.py $(ARGS)"
 	@$(BIN)/python benchmarks/init.py --out benchmarks/results $(ARGS)
@@ -40,10 +52,10 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@echo "==> cog: do the README's tables and outputs agree with the code?"
-	@COLUMNS=120 $(BIN)/cog -P --check --diff README.md
+	@COLUMNS=120 $(BIN)/cog -P --check --diff README.md spec_tests/README.md
 
 readme: $(VENV)/.installed-dev
-	@COLUMNS=120 $(BIN)/cog -P -r README.md
+	@COLUMNS=120 $(BIN)/cog -P -r README.md spec_tests/README.md
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .

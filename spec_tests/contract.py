@@ -34,6 +34,7 @@ CLAIMS = {
     "rslora": "use_rslora: s = lora_alpha / sqrt(r)",
     "alpha": "any finite lora_alpha, fractions and negative ones too",
     "dropout": "lora_dropout, in training only",
+    "unbatched": "takes a single token without a batch dimension",
     "large_r": "r may exceed min(in, out)",
     "float64": "computes in float64",
     "float32": "computes in float32",
@@ -87,6 +88,7 @@ CLAIMS = {
 
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",
+    "zero_factor_of_embedding": "likewise of an embedding: 'A' (default) or 'B'",
     "merges_on_eval": "evaluation mode merges, training mode unmerges (loralib): False by default",
     "embedding_dropout": "lora_dropout acts on embeddings too: False by default",
 }

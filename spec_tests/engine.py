@@ -33,6 +33,11 @@ BUNDLED = {
     "peft": "spec_tests.adapters.peft_:Peft",
     "loralib": "spec_tests.adapters.loralib_:Loralib",
     "minlora": "spec_tests.adapters.parametrized:Parametrized",
+    "litgpt": "spec_tests.adapters.litgpt_:Litgpt",
+    "torchtune": "spec_tests.adapters.torchtune_:Torchtune",
+    "lycoris": "spec_tests.adapters.lycoris_:Lycoris",
+    "mlx": "spec_tests.adapters.mlx_:Mlx",
+    "keras": "spec_tests.adapters.keras_:Keras",
 }
 
 
@@ -70,8 +75,9 @@ def find(name: str) -> tuple[str, Implementation]:
     return name, made()
 
 
-def known_deviations(name: str, requirements: Iterable[str]) -> dict[str, dict[str, str]]:
-    """{id: {"reason", "link"}} of `known/<name>.toml`, or of the TOML file of that path; {} if there is none.
+def known_deviations(name: str, requirements: Iterable[str], version: str = "") -> dict[str, dict[str, str]]:
+    """{id: {"reason", "link", "script"}} of `known/<name>.toml`, or of the TOML file of that path; {} if there is none,
+    or if it is about another `version` of the implementation.
 
     Raises:
         ValueError: an id that does not exist, or an entry without a reason.
@@ -79,7 +85,11 @@ def known_deviations(name: str, requirements: Iterable[str]) -> dict[str, dict[s
     path = HERE / "known" / f"{name}.toml"
     if not path.exists():
         return {}
-    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("deviation", [])
+    listed = tomllib.loads(path.read_text(encoding="utf-8"))
+    about = listed.get("version", "")
+    if version and about and about not in version.split(", "):
+        return {}
+    entries = listed.get("deviation", [])
     ids = set(requirements)
     for entry in entries:
         if entry.get("id") not in ids:
@@ -106,7 +116,7 @@ def run(
         name, implementation = find(name)
     check_claims(implementation)
     requirements = load()
-    known = known_deviations(name, requirements)
+    known = known_deviations(name, requirements, implementation.version())
     smoke.check(implementation)
     for requirement in requirements.values():
         if only(requirement):

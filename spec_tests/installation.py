@@ -20,8 +20,8 @@ def install(
     import pytest
 
     requirements = load()
-    listed = known_deviations(known, requirements) if known else {}
     made = implementation()
+    listed = known_deviations(known, requirements, made.version()) if known else {}
     name = f"{implementation.__module__}:{implementation.__qualname__}"
 
     def test_of(requirement: Requirement) -> Callable[[], None]:

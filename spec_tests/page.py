@@ -211,7 +211,8 @@ def _dialog(result: Mapping[str, Any], name: str, key: str) -> str:
     outcome = result["outcome"]
     parts = [
         f'<dialog id="{text(key)}" aria-labelledby="{text(key)}-title">',
-        f'<h2 id="{text(key)}-title"><span class="mark {outcome}">{outcome}</span> {text(name)}, {text(result["id"])}</h2>',
+        f'<h2 id="{text(key)}-title"><span class="mark {outcome}">{outcome}</span> {text(name)}, {text(result["id"])}'
+        "</h2>",
         f'<p>{text(result["sentence"])} <span class="source">{text(result["source"])}</span></p>',
         f"<h3>What it does</h3><pre>{text(result['message'])}</pre>",
     ]
@@ -225,7 +226,8 @@ def _dialog(result: Mapping[str, Any], name: str, key: str) -> str:
     if result["repro"]:
         parts.append(
             f'<h3>Script</h3><pre id="{text(key)}-script">{text(result["repro"])}</pre>'
-            f'<button type="button" data-copies="{text(key)}-script">Copy the script</button><span role="status"></span>'
+            f'<button type="button" data-copies="{text(key)}-script">Copy the script</button>'
+            '<span role="status"></span>'
         )
     parts.append('<form method="dialog"><button>Close</button></form></dialog>')
     return "".join(parts)

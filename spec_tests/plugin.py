@@ -60,7 +60,7 @@ class Suite:
             if known is not None and not known.exists():
                 raise ValueError(f"--lora-known: there is no file {known}")
             listed = self.name if known is None else str(known.resolve().with_suffix(""))
-            self.known = known_deviations(listed, self.requirements)
+            self.known = known_deviations(listed, self.requirements, self.implementation.version())
             check_claims(self.implementation)
             smoke.check(self.implementation)
         except (ValueError, TypeError, ImportError) as error:

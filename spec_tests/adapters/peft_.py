@@ -66,6 +66,11 @@ class Peft(PeftStyle):
     library = peft
     claims = claims_of_this_release()
 
+    def layer_options(self, spec: LayerSpec) -> dict[str, Any]:
+        if spec.init_lora_weights == "lora_ga":
+            return {"lora_ga_config": peft.tuners.lora.config.LoraGAConfig()}
+        return super().layer_options(spec)
+
     def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
         if spec.init_lora_weights == "corda":
             from peft.tuners.lora.corda import preprocess_corda

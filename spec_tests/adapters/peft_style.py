@@ -227,7 +227,8 @@ class PeftStyleModel(Model):
         return found
 
     def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
-        self.peft.merge_adapter(None if adapters is None else list(adapters), safe_merge=safe)
+        options = {"safe_merge": True} if safe else {}  # early releases do not have it
+        self.peft.merge_adapter(*([] if adapters is None else [list(adapters)]), **options)
 
     def unmerge(self) -> None:
         self.peft.unmerge_adapter()

@@ -49,7 +49,7 @@ def trained(model: Model, *adapters: str) -> list[str]:
     "ADAPTER-001", "A second adapter is neither active nor trained when it is added.", ADD, "model adapters", pairs
 )
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, name, first, _ = both(implementation, case)
+    model, spec, _name, first, _ = both(implementation, case)
     check.equal(model.active(), ["default"], "the active adapters")
     check.equal(sorted(model.trainable()), trained(model, "default"), "what trains")
     gives(check, model, spec, [first], "the output")
@@ -97,7 +97,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "ADAPTER-005", "Setting the factors of one adapter leaves the other's alone.", SUM, "model adapters", pairs
 )
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, name, first, second = both(implementation, case)
+    model, spec, name, first, _second = both(implementation, case)
     fill(model, spec, name, salt=2)
     for module, state in first.items():
         again = model.read(module)
@@ -141,10 +141,14 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     pairs,
 )
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, name, first, _ = both(implementation, case)
+    model, spec, name, _first, _ = both(implementation, case)
     model.delete(name)
-    model.add(name, {**case[2], "r": 3, "lora_alpha": 6.0, "use_rslora": False} if "rslora" in implementation.claims
-              else {**case[2], "r": 3, "lora_alpha": 6.0})  # fmt: skip
+    model.add(
+        name,
+        {**case[2], "r": 3, "lora_alpha": 6.0, "use_rslora": False}
+        if "rslora" in implementation.claims
+        else {**case[2], "r": 3, "lora_alpha": 6.0},
+    )
     again = fill(model, spec, name, salt=3)
     check.equal({r for r, _ in model.adapted(name).values()} | {3}, {3}, "the ranks of the new adapter")
     model.set([name])
@@ -179,9 +183,12 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "ADAPTER-011", "Adapters can be merged by name, one after the other.", "PEFT's documentation of merge_adapter (U1)",
-    "model adapters merge", pairs,
-)  # fmt: skip
+    "ADAPTER-011",
+    "Adapters can be merged by name, one after the other.",
+    "PEFT's documentation of merge_adapter (U1)",
+    "model adapters merge",
+    pairs,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set(["default", name])
@@ -193,9 +200,12 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "ADAPTER-012", "Where one of two active adapters is merged, the other still acts.", "D1, U1",
-    "model adapters merge partial_merge", pairs,
-)  # fmt: skip
+    "ADAPTER-012",
+    "Where one of two active adapters is merged, the other still acts.",
+    "D1, U1",
+    "model adapters merge partial_merge",
+    pairs,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set(["default", name])
@@ -204,9 +214,12 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "ADAPTER-013", "Setting another adapter on a merged model gives that adapter's output alone.", "U3",
-    "model adapters merge", pairs,
-)  # fmt: skip
+    "ADAPTER-013",
+    "Setting another adapter on a merged model gives that adapter's output alone.",
+    "U3",
+    "model adapters merge",
+    pairs,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.merge()
@@ -220,11 +233,14 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "ADAPTER-014", "Switching off and on again keeps what is active, what trains and what is frozen.",
-    "PEFT's documentation of disable_adapter (U2)", "model adapters disable", pairs,
-)  # fmt: skip
+    "ADAPTER-014",
+    "Switching off and on again keeps what is active, what trains and what is frozen.",
+    "PEFT's documentation of disable_adapter (U2)",
+    "model adapters disable",
+    pairs,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, name, first, second = both(implementation, case)
+    model, spec, name, _first, second = both(implementation, case)
     model.set([name])
     model.enable(False)
     gives(check, model, spec, [], "the output, off")
@@ -235,9 +251,12 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "ADAPTER-015", "Unloading with merging merges the active adapters alone.", "PEFT's documentation of merge_and_unload (U5)",
-    "model adapters merge unload", pairs,
-)  # fmt: skip
+    "ADAPTER-015",
+    "Unloading with merging merges the active adapters alone.",
+    "PEFT's documentation of merge_and_unload (U5)",
+    "model adapters merge unload",
+    pairs,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _, second = both(implementation, case)
     model.set([name])
@@ -253,7 +272,7 @@ def _unknown(id: str, what: str, call: Any) -> None:
         pairs,
     )
     def _(implementation: Implementation, case: Any, check: Check) -> None:
-        model, spec, name, first, _ = both(implementation, case)
+        model, spec, _name, first, _ = both(implementation, case)
         check.refused(lambda: call(model), f"{what} an adapter that does not exist")
         check.equal(model.active(), ["default"], "the active adapters after the refusal")
         gives(check, model, spec, [first], "the output after the refusal")
@@ -264,11 +283,14 @@ _unknown("ADAPTER-017", "Deleting", lambda model: model.delete("nobody"))
 
 
 @requirement(
-    "ADAPTER-018", "Adding an adapter under a name that is taken is refused, and the first one stays as it is.",
-    "PEFT's documentation of add_adapter: the name must be unique", "model adapters errors", pairs,
-)  # fmt: skip
+    "ADAPTER-018",
+    "Adding an adapter under a name that is taken is refused, and the first one stays as it is.",
+    "PEFT's documentation of add_adapter: the name must be unique",
+    "model adapters errors",
+    pairs,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, name, first, second = both(implementation, case)
+    model, spec, name, _first, second = both(implementation, case)
     check.refused(lambda: model.add(name, case[2]), "adding an adapter under a name that is taken")
     model.set([name])
     gives(check, model, spec, [second], "the output of the adapter that was there")

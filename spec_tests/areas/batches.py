@@ -78,9 +78,12 @@ _refused("BATCH-005", "A list of names that is not as long as the batch", lambda
 
 
 @requirement(
-    "BATCH-006", "In a merged model, or in training mode, adapter_names is refused: it would be wrong.", DOC + " (U3)",
-    "model adapters batch merge errors", lambda i: pairs(i),
-)  # fmt: skip
+    "BATCH-006",
+    "In a merged model, or in training mode, adapter_names is refused: it would be wrong.",
+    DOC + " (U3)",
+    "model adapters batch merge errors",
+    lambda i: pairs(i),
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _, _ = both(implementation, case)
     x = model_inputs(spec, batch=2)

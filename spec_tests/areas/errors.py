@@ -39,9 +39,12 @@ _refused(
     "patterns",
 )
 _refused(
-    "ERROR-003", "A dropout probability outside of [0, 1]", DOC + "lora_dropout: a probability (P4)",
-    [{"lora_dropout": -0.1}, {"lora_dropout": 1.5}], "dropout",
-)  # fmt: skip
+    "ERROR-003",
+    "A dropout probability outside of [0, 1]",
+    DOC + "lora_dropout: a probability (P4)",
+    [{"lora_dropout": -0.1}, {"lora_dropout": 1.5}],
+    "dropout",
+)
 _refused(
     "ERROR-004",
     "A bias mode that does not exist",
@@ -50,9 +53,11 @@ _refused(
     "bias",
 )
 _refused(
-    "ERROR-005", "An initialisation that does not exist", DOC + "init_lora_weights (I5)",
+    "ERROR-005",
+    "An initialisation that does not exist",
+    DOC + "init_lora_weights (I5)",
     [{"init_lora_weights": "xavier"}, {"init_lora_weights": "pissa_niter_many"}],
-)  # fmt: skip
+)
 _refused(
     "ERROR-006",
     "An odd rank for the orthogonal start",
@@ -69,9 +74,12 @@ _refused(
     "layers_to_transform",
 )
 _refused(
-    "ERROR-008", "layers_to_transform with a string for target_modules", DOC + "layers_to_transform (N7)",
-    [{"target_modules": ".*proj", "layers_to_transform": [0]}], "layers_to_transform",
-)  # fmt: skip
+    "ERROR-008",
+    "layers_to_transform with a string for target_modules",
+    DOC + "layers_to_transform (N7)",
+    [{"target_modules": ".*proj", "layers_to_transform": [0]}],
+    "layers_to_transform",
+)
 _refused("ERROR-009", "No target at all", "N5", [{"target_modules": []}, {"target_modules": ""}])
 _refused(
     "ERROR-010", "A target that no module has", "N9", [{"target_modules": ["nothing"]}, {"target_modules": "nothing.*"}]
@@ -99,8 +107,12 @@ _refused(
 )
 _refused("ERROR-016", "LoftQ without its configuration", "L5", [{"init_lora_weights": "loftq"}], "init:loftq")
 _refused(
-    "ERROR-017", "A rho below 1 or a tau outside of [0, 1]", "PEFT's documentation of EvaConfig (E9)",
+    "ERROR-017",
+    "A rho below 1 or a tau outside of [0, 1]",
+    "PEFT's documentation of EvaConfig (E9)",
     [{"eva_config": {"rho": 0.5}}, {"eva_config": {"tau": 1.5}}, {"eva_config": {"tau": -0.1}}],
-    "init:eva", init_lora_weights="eva", target_modules=["proj", "up"],
-)  # fmt: skip
+    "init:eva",
+    init_lora_weights="eva",
+    target_modules=["proj", "up"],
+)
 _refused("ERROR-018", "All targets excluded", "N9", [{"exclude_modules": ["proj", "up", "head", "emb"]}], "exclude")

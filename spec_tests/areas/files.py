@@ -70,8 +70,14 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     gives(check, again, spec, [states], "the output")
 
 
-@requirement("FILE-002", "The file holds A and B of every adapted module under PEFT's keys, and nothing else.", FORMAT,
-             "model files", small, slow=2)  # fmt: skip
+@requirement(
+    "FILE-002",
+    "The file holds A and B of every adapted module under PEFT's keys, and nothing else.",
+    FORMAT,
+    "model files",
+    small,
+    slow=2,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
@@ -84,8 +90,14 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
         check.equal(tensors[key], value, key)
 
 
-@requirement("FILE-003", "The configuration in the folder names the type, the rank, the alpha and the target modules.", FORMAT,
-             "model files", small, slow=2)  # fmt: skip
+@requirement(
+    "FILE-003",
+    "The configuration in the folder names the type, the rank, the alpha and the target modules.",
+    FORMAT,
+    "model files",
+    small,
+    slow=2,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     with tempfile.TemporaryDirectory() as place:
@@ -128,8 +140,14 @@ _reads(
 )
 
 
-@requirement("FILE-009", "Where a configuration has no r and no lora_alpha they are 8.", "LoraConfig's defaults (X8, S1)",
-             "model files", small, slow=2)  # fmt: skip
+@requirement(
+    "FILE-009",
+    "Where a configuration has no r and no lora_alpha they are 8.",
+    "LoraConfig's defaults (X8, S1)",
+    "model files",
+    small,
+    slow=2,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     spec = spec.but(r=8, lora_alpha=8)
     states = plain(spec)
@@ -141,9 +159,13 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement(
-    "FILE-010", "rank_pattern and alpha_pattern in the configuration set r and s of the modules they match.", FORMAT + ", N8",
-    "model files patterns", lambda i: small(i, rank_pattern={"up": 4}, alpha_pattern={"a.proj": 3, "head": 5}), slow=2,
-)  # fmt: skip
+    "FILE-010",
+    "rank_pattern and alpha_pattern in the configuration set r and s of the modules they match.",
+    FORMAT + ", N8",
+    "model files patterns",
+    lambda i: small(i, rank_pattern={"up": 4}, alpha_pattern={"a.proj": 3, "head": 5}),
+    slow=2,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     def r(name: str) -> int:
         return 4 if name == "a.up" else spec.config["r"]
@@ -159,8 +181,14 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     gives(check, again, spec, [states], "the output after saving and loading again")
 
 
-@requirement("FILE-011", "A loaded adapter is frozen unless training is asked for.", "PEFT's documentation of is_trainable (X9)",
-             "model files", small, slow=2)  # fmt: skip
+@requirement(
+    "FILE-011",
+    "A loaded adapter is frozen unless training is asked for.",
+    "PEFT's documentation of is_trainable (X9)",
+    "model files",
+    small,
+    slow=2,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with tempfile.TemporaryDirectory() as place:
         folders.write(Path(place), spec.config, tensors_of(spec, plain(spec)))
@@ -181,9 +209,13 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement(
-    "FILE-013", "Saving changes nothing: output, factors, what is active and what trains.", ROUND, "model files adapters",
-    pairs, slow=2,
-)  # fmt: skip
+    "FILE-013",
+    "Saving changes nothing: output, factors, what is active and what trains.",
+    ROUND,
+    "model files adapters",
+    pairs,
+    slow=2,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, _, first, _ = both(implementation, case)
     trained = sorted(model.trainable())
@@ -195,9 +227,13 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "FILE-014", "The adapter default lies in the folder, another one in a folder of its name in it.", "X1",
-    "model files adapters", pairs, slow=2,
-)  # fmt: skip
+    "FILE-014",
+    "The adapter default lies in the folder, another one in a folder of its name in it.",
+    "X1",
+    "model files adapters",
+    pairs,
+    slow=2,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     with tempfile.TemporaryDirectory() as place:
@@ -208,9 +244,13 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "FILE-015", "An adapter can be loaded into an adapted model, under another name, and waits until it is set.",
-    "PEFT's documentation of load_adapter", "model files adapters", pairs, slow=2,
-)  # fmt: skip
+    "FILE-015",
+    "An adapter can be loaded into an adapted model, under another name, and waits until it is set.",
+    "PEFT's documentation of load_adapter",
+    "model files adapters",
+    pairs,
+    slow=2,
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     spec, name, _ = case
     model = implementation.model(spec)

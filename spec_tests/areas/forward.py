@@ -47,7 +47,7 @@ def _dilated(id: str, kind: str) -> None:
         f"The branch of a {kind} has the base's dilation.",
         "D5: A has the base's stride, padding and dilation",
         f"{kind} write",
-        lambda i: layers(i, (kind,), dilation=2),
+        lambda i: layers(i, (kind,), dilation=2, stride=1),
     )
     def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer, state = made(implementation, spec)
@@ -119,7 +119,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "FORWARD-013",
     "Inputs of one dimension and of three give the same as in two.",
     "D1",
-    "linear write",
+    "linear write unbatched",
     lambda i: layers(i, generate.LINEAR),
 )
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:

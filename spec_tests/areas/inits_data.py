@@ -114,9 +114,13 @@ _corda("CORDA-004", "ipm", "r first", 2)
 
 
 @requirement(
-    "CORDA-005", "corda: the columns of B are orthogonal, with squared lengths S_k / s.", CORDA, "init:corda",
-    lambda i: corda(i, "ipm"), slow=2,
-)  # fmt: skip
+    "CORDA-005",
+    "corda: the columns of B are orthogonal, with squared lengths S_k / s.",
+    CORDA,
+    "init:corda",
+    lambda i: corda(i, "ipm"),
+    slow=2,
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     S = np.linalg.svd(spec.W @ covariance(list(spec.init_options["inputs"])), compute_uv=False)
     B = start(implementation, spec).B
@@ -238,9 +242,13 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "EVA-007", "eva: s is lora_alpha / r, or lora_alpha / sqrt(r), where ranks stay as they are.",
-    "PEFT's documentation of adjust_scaling_factors (E7)", "init:eva", lambda i: eva(i), slow=4,
-)  # fmt: skip
+    "EVA-007",
+    "eva: s is lora_alpha / r, or lora_alpha / sqrt(r), where ranks stay as they are.",
+    "PEFT's documentation of adjust_scaling_factors (E7)",
+    "init:eva",
+    lambda i: eva(i),
+    slow=4,
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     check.close(start(implementation, spec).scaling, spec.scaling, spec.scaling, "float64", "s")
 
@@ -275,7 +283,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 @requirement(
     "LORAGA-002",
-    "lora_ga: A and B take their r directions from the first 2 r singular vectors of the gradient, no two from the same.",
+    "lora_ga: A and B share out the first 2 r singular triples of the gradient as their directions.",
     LORA_GA + ", theorem 3.1: the 2 r directions together are the best first step",
     "init:lora_ga",
     lambda i: lora_ga(i),

@@ -17,9 +17,12 @@ SAME = "the same matrix W + s B A (D1)"
 
 
 @requirement(
-    "LAW-001", "Twice the lora_alpha, or set_scale(2): the same output.", "two ways to the same s (S1, S4)", "write rescale",
+    "LAW-001",
+    "Twice the lora_alpha, or set_scale(2): the same output.",
+    "two ways to the same s (S1, S4)",
+    "write rescale",
     lambda i: layers(i, LINEAR, lora_alpha=2.0),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     one.rescale("set", 2.0)
@@ -31,9 +34,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-002", "use_rslora with lora_alpha, or none with sqrt(r) times as much: the same output.",
-    "two ways to the same s (S1)", "write rslora alpha", lambda i: layers(i, LINEAR, r=4, use_rslora=True),
-)  # fmt: skip
+    "LAW-002",
+    "use_rslora with lora_alpha, or none with sqrt(r) times as much: the same output.",
+    "two ways to the same s (S1)",
+    "write rslora alpha",
+    lambda i: layers(i, LINEAR, r=4, use_rslora=True),
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(use_rslora=False, lora_alpha=2 * spec.lora_alpha))
@@ -54,9 +60,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-004", "A transposed layer is a linear one with the same W.", "F3", "linear transposed write",
+    "LAW-004",
+    "A transposed layer is a linear one with the same W.",
+    "F3",
+    "linear transposed write",
     lambda i: layers(i, ("linear",)),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(kind="transposed"))
@@ -67,9 +76,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-005", "An embedding is a linear layer of one-hot vectors.", "D4", "linear embedding write",
+    "LAW-005",
+    "An embedding is a linear layer of one-hot vectors.",
+    "D4",
+    "linear embedding write",
     lambda i: layers(i, ("embedding",)),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(kind="linear"))
@@ -80,9 +92,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-006", "A convolution with a kernel of size 1 is a linear layer at each place.", "D5", "linear conv2d write",
+    "LAW-006",
+    "A convolution with a kernel of size 1 is a linear layer at each place.",
+    "D5",
+    "linear conv2d write",
     lambda i: layers(i, ("linear",), b=None),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(kind="conv2d", W=spec.W[:, :, None, None]))
@@ -94,9 +109,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-007", "One expert of a stack is a raw parameter.", "D7", "parameter experts write",
+    "LAW-007",
+    "One expert of a stack is a raw parameter.",
+    "D7",
+    "parameter experts write",
     lambda i: layers(i, ("experts",)),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     stack, state = made(implementation, spec)
     x = inputs(spec)
@@ -131,9 +149,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-009", "Rank r is the sum of r adapters of rank 1.", "B A is the sum of its outer products (D1)", "write",
+    "LAW-009",
+    "Rank r is the sum of r adapters of rank 1.",
+    "B A is the sum of its outer products (D1)",
+    "write",
     lambda i: layers(i, LINEAR, b=None, use_rslora=False),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
@@ -147,9 +168,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-010", "Turning the r directions into one another changes nothing: (B Q)(Q^T A) = B A.", SAME, "write merge",
+    "LAW-010",
+    "Turning the r directions into one another changes nothing: (B Q)(Q^T A) = B A.",
+    SAME,
+    "write merge",
     lambda i: layers(i, LINEAR, r=4) if "large_r" in i.claims else layers(i, LINEAR, r=1),
-)  # fmt: skip
+)
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     turn = np.eye(spec.r)[::-1] * np.array([(-1.0) ** k for k in range(spec.r)])
@@ -165,9 +189,12 @@ NAMES = ({"a.proj": "up", "a.up": "proj", "head": "a.head2"}, {"a.proj": "p1", "
 
 
 @requirement(
-    "LAW-011", "What modules are called does not matter, names that are parts of one another included.", "N2", "model",
+    "LAW-011",
+    "What modules are called does not matter, names that are parts of one another included.",
+    "N2",
+    "model",
     lambda i: st.tuples(small(i), st.sampled_from(NAMES)),
-)  # fmt: skip
+)
 def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, str]], check: Check) -> None:
     spec, names = case
     modules = {names.get(name, name): module for name, module in spec.modules.items()}
@@ -193,9 +220,12 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-013", "An adapter that is added and never set changes nothing: not the output, not merging, not unloading.", "U7",
-    "model adapters merge unload", lambda i: small(i),
-)  # fmt: skip
+    "LAW-013",
+    "An adapter that is added and never set changes nothing: not the output, not merging, not unloading.",
+    "U7",
+    "model adapters merge unload",
+    lambda i: small(i),
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
@@ -208,9 +238,12 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-014", "Two adapters that are active together are the one that cat makes of them with weights 1.", "U7, U9",
-    "model adapters weighted", lambda i: small(i),
-)  # fmt: skip
+    "LAW-014",
+    "Two adapters that are active together are the one that cat makes of them with weights 1.",
+    "U7, U9",
+    "model adapters weighted",
+    lambda i: small(i),
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     first = fill(model, spec)
@@ -226,9 +259,13 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement(
-    "LAW-015", "Merging and unmerging many times leaves the output where it was, within the rounding of so many sums.", "T3",
-    "model merge", lambda i: small(i), slow=2,
-)  # fmt: skip
+    "LAW-015",
+    "Merging and unmerging many times leaves the output where it was, within the rounding of so many sums.",
+    "T3",
+    "model merge",
+    lambda i: small(i),
+    slow=2,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)

@@ -89,17 +89,25 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     gives(check, model, trained, [states], "the output, on again")
 
 
-@requirement("SAVED-005", "A module of modules_to_save gets no A and B, though it is targeted too.", "N1", "model modules_to_save",
-             lambda i: saving(i, target_modules=["proj", "up", "head"]))  # fmt: skip
+@requirement(
+    "SAVED-005",
+    "A module of modules_to_save gets no A and B, though it is targeted too.",
+    "N1",
+    "model modules_to_save",
+    lambda i: saving(i, target_modules=["proj", "up", "head"]),
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     check.equal(sorted(model.adapted()), ["a.proj", "a.up"], "the adapted modules")
 
 
 @requirement(
-    "SAVED-006", "Names match whole, or from a dot on: 'head' is not 'xhead'.", "N10; PEFT's documentation of target_modules",
-    "model modules_to_save", lambda i: st.builds(_with_xhead, saving(i)),
-)  # fmt: skip
+    "SAVED-006",
+    "Names match whole, or from a dot on: 'head' is not 'xhead'.",
+    "N10; PEFT's documentation of target_modules",
+    "model modules_to_save",
+    lambda i: st.builds(_with_xhead, saving(i)),
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     trains = implementation.model(spec).trainable()
     check.that("head.weight:default" in trains, "head has no copy")
@@ -112,8 +120,13 @@ def _with_xhead(spec: ModelSpec) -> ModelSpec:
     return ModelSpec({**spec.modules, "xhead": more}, spec.config, spec.dtype, spec.seed)
 
 
-@requirement("SAVED-007", "Each adapter has a copy of its own, and setting an adapter sets its copy.", DOC,
-             "model modules_to_save adapters", saving)  # fmt: skip
+@requirement(
+    "SAVED-007",
+    "Each adapter has a copy of its own, and setting an adapter sets its copy.",
+    DOC,
+    "model modules_to_save adapters",
+    saving,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     first = fill(model, spec)
@@ -142,8 +155,13 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     check.equal(b, spec.modules["head"].b, "head.bias")
 
 
-@requirement("SAVED-009", "Unloading with merging keeps the trained copy: the plain model gives the same output.", "U5",
-             "model modules_to_save unload merge", saving)  # fmt: skip
+@requirement(
+    "SAVED-009",
+    "Unloading with merging keeps the trained copy: the plain model gives the same output.",
+    "U5",
+    "model modules_to_save unload merge",
+    saving,
+)
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     trained = train(model, spec)

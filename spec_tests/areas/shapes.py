@@ -112,7 +112,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: layers(i, LINEAR, ("float16", "bfloat16")),
 )
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
-    layer, state = made(implementation, spec)
+    layer, _state = made(implementation, spec)
     y = layer.forward(inputs(spec))
     mantissa = np.frexp(y)[0] / UNIT[spec.dtype]  # an integer, if y has no more bits than the dtype
     check.equal(mantissa, np.round(mantissa), f"the output's bits beyond {spec.dtype}'s")

@@ -70,7 +70,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 @requirement("WEIGHT-002", "cat: the rank is the sum of the ranks.", DOC, "model adapters weighted", combined)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, weights, states = parents(implementation, case)
+    model, _spec, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
     for name, (r, _) in model.adapted("new").items():
         check.equal(r, sum(len(state[name].A) for state in states), f"the rank of {name}")
@@ -213,20 +213,26 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "WEIGHT-014", "linear needs equal ranks: others are refused.", DOC, "model adapters weighted errors",
+    "WEIGHT-014",
+    "linear needs equal ranks: others are refused.",
+    DOC,
+    "model adapters weighted errors",
     lambda i: combined(i, same_rank=True),
-)  # fmt: skip
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, weights, _ = parents(implementation, (case[0], {**case[1], "r": 3}, case[2]))
+    model, _spec, weights, _ = parents(implementation, (case[0], {**case[1], "r": 3}, case[2]))
     check.refused(lambda: model.combine(["default", "second"], weights, "new", "linear"), "linear with ranks 2 and 3")
 
 
 @requirement(
-    "WEIGHT-015", "An adapter that does not exist, or an unknown combination, is refused.", DOC, "model adapters weighted errors",
+    "WEIGHT-015",
+    "An adapter that does not exist, or an unknown combination, is refused.",
+    DOC,
+    "model adapters weighted errors",
     combined,
-)  # fmt: skip
+)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
-    model, spec, weights, _ = parents(implementation, case)
+    model, _spec, weights, _ = parents(implementation, case)
     check.refused(lambda: model.combine(["default", "nobody"], weights, "new", "cat"), "an adapter that does not exist")
     check.refused(lambda: model.combine(["default", "second"], weights, "new", "nothing"), "an unknown combination")
 

@@ -340,7 +340,9 @@ class PlainLayer(Layer):
 
     def __init__(self, spec: LayerSpec) -> None:
         config = {name: getattr(spec, name) for name in ("use_rslora", "lora_dropout", "init_lora_weights", "r")}
-        checked({**config, "lora_alpha": spec.lora_alpha, "target_modules": ["layer"]})
+        checked(
+            {**config, "lora_alpha": spec.lora_alpha, "target_modules": ["layer"], "loftq_config": spec.init_options}
+        )
         if spec.lora_dropout and spec.kind in ("parameter", "experts"):
             raise ValueError("a raw parameter has no dropout")
         self.site = Site(spec.kind, spec.W, spec.b, spec.dtype, spec)
@@ -386,7 +388,7 @@ OPTIONS: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "target_modules": None, "exclude_modules": None, "modules_to_save": None,
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
     "target_parameters": None, "bias": "none", "use_rslora": False, "lora_dropout": 0.0, "init_lora_weights": True,
-    "fan_in_fan_out": False, "loftq_config": {}, "inference_mode": False, "task_type": None,
+    "fan_in_fan_out": False, "loftq_config": {}, "eva_config": {}, "inference_mode": False, "task_type": None,
 }  # fmt: skip
 ALSO_READ = {"peft_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "runtime_config"}
 
@@ -414,6 +416,11 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     known = isinstance(init, bool) or str(init).lower() in INITS or re.fullmatch(r"pissa_niter_\d+", str(init).lower())
     if not known:
         raise ValueError(f"init_lora_weights must be True, False or one of {', '.join(INITS)}, not {init!r}")
+    if str(init).lower() == "loftq" and not c["loftq_config"]:
+        raise ValueError("loftq needs a loftq_config")
+    eva = {"rho": 1.0, "tau": 0.99} | (c["eva_config"] or {})
+    if eva["rho"] < 1 or not 0 <= eva["tau"] <= 1:
+        raise ValueError(f"eva_config needs rho >= 1 and tau in [0, 1], not {eva}")
     if c["layers_to_transform"] is not None and isinstance(c["target_modules"], str):
         raise ValueError("layers_to_transform needs a list of target_modules")
     if c["layers_pattern"] and c["layers_to_transform"] is None:
@@ -742,7 +749,7 @@ class PlainModel(Model):
         strange = {
             k for k, v in given.items() if k not in OPTIONS and k not in ALSO_READ and v not in (None, False, {}, [])
         }
-        strange -= {"qalora_group_size", "megatron_core", "eva_config", "corda_config", "lora_ga_config", "lora_bias"}
+        strange -= {"qalora_group_size", "megatron_core", "corda_config", "lora_ga_config", "lora_bias"}
         if strange or given.get("lora_bias") or given.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"the configuration has {', '.join(sorted(strange)) or 'another kind of adapter'}")
         config = {k: v for k, v in given.items() if k in OPTIONS and (v is not None or OPTIONS[k] is None)}

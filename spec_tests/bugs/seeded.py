@@ -766,6 +766,58 @@ MUTANTS = (
         "            pairs = [(w, dataclasses.replace(a, A=a.A[:1], B=a.B[:, :1])) for w, a in pairs]",
     ),
     Bug("combined_in_unknown_ways", 'if how not in ("cat", "svd", "linear"):', 'if how == "":'),
+    # what is not refused
+    Bug(
+        "wrong_rank_is_8",
+        'raise ValueError(f"r must be an integer above 0, not {r!r}")',
+        'c["r"], c["rank_pattern"] = 8, {}',
+    ),
+    Bug("wrong_alpha_is_accepted", 'raise ValueError(f"lora_alpha must be finite, not {alpha!r}")', "pass"),
+    Bug(
+        "wrong_dropout_is_accepted",
+        "raise ValueError(f\"lora_dropout must be in [0, 1], not {c['lora_dropout']!r}\")",
+        "pass",
+    ),
+    Bug(
+        "wrong_bias_is_none",
+        "raise ValueError(f\"bias must be 'none', 'all' or 'lora_only', not {c['bias']!r}\")",
+        'c["bias"] = "none"',
+    ),
+    Bug(
+        "wrong_start_is_true",
+        "raise ValueError(f\"init_lora_weights must be True, False or one of {', '.join(INITS)}, not {init!r}\")",
+        'c["init_lora_weights"] = True',
+    ),
+    Bug("orthogonal_of_odd_rank", 'raise ValueError(f"orthogonal needs an even r, not {r}")', "r += 1"),
+    Bug("layers_pattern_alone_is_ignored", 'raise ValueError("layers_pattern needs layers_to_transform")', "pass"),
+    Bug(
+        "layers_with_a_string_are_ignored",
+        'raise ValueError("layers_to_transform needs a list of target_modules")',
+        'c["layers_to_transform"] = None',
+    ),
+    Bug(
+        "no_target_is_every_target",
+        'raise ValueError("target_modules is needed")',
+        'c["target_modules"] = "all-linear"',
+    ),
+    Bug("no_module_is_accepted", 'raise ValueError("the configuration names no module")', "pass"),
+    Bug("norm_is_accepted", 'raise ValueError(f"{name} is a {kind}, which cannot be adapted")', "return {}"),
+    Bug("loftq_alone_is_accepted", 'raise ValueError("loftq needs a loftq_config")', "pass"),
+    Bug(
+        "wrong_eva_config_is_accepted",
+        'raise ValueError(f"eva_config needs rho >= 1 and tau in [0, 1], not {eva}")',
+        "pass",
+    ),
+    Bug("file_not_for_inference", '"inference_mode": True}', '"inference_mode": False}'),
+    Bug("saved_original_trains", 'found |= {f"{name}.weight:{adapter}"}', 'found |= {f"{name}.weight"}'),
 )
 ALL = BUGS + MUTANTS
+# no requirement looks at what these change, yet
+NOT_FOUND = frozenset(
+    {
+        "on_trains_what_was_frozen", "bias_lora_only_is_not_saved", "deleted_while_merged", "deleted_copies_stay",
+        "deleted_leaves_frozen", "batch_of_the_active_copies", "converted_rslora", "converted_without_patterns",
+        "off_unmerges_for_good", "off_is_a_toggle", "file_with_sorted_patterns",
+    }
+)  # fmt: skip
 assert len({bug.name for bug in ALL}) == len(ALL) and all(bug.link for bug in BUGS)

@@ -1,0 +1,64 @@
+"""Other libraries, each in an environment of its own: `python -m spec_tests.peers [NAME ...]` (`make peers`).
+
+Makes an environment for each from `environments/NAME.txt`, runs the suite there in a process of its own, and writes
+`reports/NAME.json`. Libraries that this environment has are run in it. Then CONFORMANCE.md is written anew.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import command, markdown, page, report
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PLACE = ROOT / ".peers"
+HEAVY = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
+LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "minlora")
+
+
+def python_of(name: str) -> Path:
+    """The Python of a library's environment, which is made if it is not there."""
+    place, wanted = PLACE / name, HERE / "environments" / f"{name}.txt"
+    python = place / "bin" / "python"
+    done = place / "installed.txt"
+    if not done.exists() or done.read_text() != wanted.read_text():
+        print(f"==> {name}: making {place.relative_to(ROOT)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        if torch := [line for line in wanted.read_text().splitlines() if line.startswith("torch==")]:
+            subprocess.run([*pip, *torch], check=True)
+        subprocess.run([*pip, "-r", str(wanted)], check=True)
+        done.write_text(wanted.read_text())
+    return python
+
+
+def main(names: Sequence[str]) -> int:
+    if names[:1] == ["--inside"]:  # in the library's environment; failures are what the report is for
+        command.check(command.Options([names[1]], report=HERE / "reports" / f"{names[1]}.json"))
+        return 0
+    if unknown := [name for name in names if name not in (*HEAVY, *LIGHT)]:
+        print(f"{unknown[0]}: there are {', '.join((*LIGHT, *HEAVY))}", file=sys.stderr)
+        return 2
+    for name in names or (*LIGHT, *HEAVY):
+        python = python_of(name) if name in HEAVY else Path(sys.executable)
+        print(f"==> {name}", flush=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([str(python), "-m", "spec_tests.peers", "--inside", name], check=True, env=environment, cwd=ROOT)
+    return write()
+
+
+def write() -> int:
+    """CONFORMANCE.md and the matrix as a page, from the reports that there are."""
+    reports = [made for path in sorted((HERE / "reports").glob("*.json")) for made in report.read(path)]
+    (ROOT / "CONFORMANCE.md").write_text(markdown.page(reports), encoding="utf-8")
+    (HERE / "reports" / "matrix.html").write_text(page.page(reports), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""lora_ref keeps every requirement of the suite, and the committed reports are about the suite as it is."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import spec_tests
+from spec_tests import markdown, peers, report
+from spec_tests.contract import CLAIMS
+from spec_tests.engine import examine, find
+
+REQUIREMENTS = spec_tests.load()
+REPORTS = {path.stem: report.read(path) for path in sorted((peers.HERE / "reports").glob("*.json"))}
+
+
+@pytest.mark.parametrize("id", REQUIREMENTS)
+def test_lora_ref_keeps(id: str) -> None:
+    result = examine(*find("lora_ref"), REQUIREMENTS[id])
+    assert result.outcome == "PASS", f"{result.message}\n\n{result.repro}"
+
+
+@pytest.mark.parametrize("id", [r.id for r in REQUIREMENTS.values() if r.needs <= find("lora_ref_numpy")[1].claims])
+def test_lora_ref_keeps_without_torch(id: str) -> None:
+    result = examine(*find("lora_ref_numpy"), REQUIREMENTS[id])
+    assert result.outcome in ("PASS", "UNSUPPORTED"), f"{result.message}\n\n{result.repro}"
+
+
+def test_lora_ref_claims_everything() -> None:
+    assert find("lora_ref")[1].claims == CLAIMS.keys()
+    assert not (peers.HERE / "known" / "lora_ref.toml").exists()
+
+
+def test_there_are_requirements_with_sentences_and_sources() -> None:
+    assert len(REQUIREMENTS) >= 150
+    for requirement in REQUIREMENTS.values():
+        assert requirement.sentence.endswith(".") and requirement.source
+
+
+def test_there_is_a_report_on_every_library() -> None:
+    assert sorted(REPORTS) == sorted((*peers.LIGHT, *peers.HEAVY))
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_report_is_about_these_requirements_and_nothing_in_it_is_unexplained(name: str) -> None:
+    (made,) = REPORTS[name]
+    assert {r["id"]: r["sentence"] for r in made["results"]} == {r.id: r.sentence for r in REQUIREMENTS.values()}, (
+        f"make it anew: python -m spec_tests.peers {name}"
+    )
+    assert [r["id"] for r in made["results"] if r["outcome"] in ("FAIL", "ERROR")] == []
+
+
+@pytest.mark.parametrize("name", peers.HEAVY)
+def test_the_report_is_about_the_version_that_is_pinned(name: str) -> None:
+    pins = (peers.HERE / "environments" / f"{name}.txt").read_text().split()
+    shown = REPORTS[name][0]["implementation"]["version"].split(", ")[0].replace(" ", "==").replace("-", "_")
+    assert shown in [pin.replace("-", "_") for pin in pins]
+
+
+def test_the_report_on_peft_is_about_the_installed_one_and_so_is_its_list() -> None:
+    installed = f"peft {version('peft')}"
+    listed = tomllib.loads((peers.HERE / "known" / "peft.toml").read_text())["version"]
+    assert REPORTS["peft"][0]["implementation"]["version"].split(", ")[0] == listed
+    if installed != listed:
+        pytest.skip(f"{installed} is installed")
+
+
+def test_conformance_is_what_the_reports_say() -> None:
+    reports = [made for name in sorted(REPORTS) for made in REPORTS[name]]
+    assert (Path(peers.ROOT) / "CONFORMANCE.md").read_text() == markdown.page(reports)

@@ -1,0 +1,37 @@
+"""Every known deviation has a script that shows it with the library alone."""
+
+from __future__ import annotations
+
+import runpy
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import spec_tests
+
+KNOWN = Path(spec_tests.__file__).parent / "known"
+LISTS = sorted(KNOWN.glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
+def test_every_deviation_has_a_reason_and_a_script(path: Path) -> None:
+    entries = tomllib.loads(path.read_text())["deviation"]
+    ids = [entry["id"] for entry in entries]
+    assert ids == sorted(set(ids))
+    assert set(ids) <= spec_tests.load().keys()
+    named = {entry["script"] for entry in entries}
+    assert named == {f"{path.stem}/{script.name}" for script in (KNOWN / path.stem).glob("*.py")}
+
+
+@pytest.mark.parametrize("script", sorted((KNOWN / "peft").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_shows_it(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = script.read_text()
+    assert "lora_ref" not in text and "spec_tests" not in text
+    about = tomllib.loads((KNOWN / "peft.toml").read_text())["version"]
+    if about != f"peft {version('peft')}":
+        pytest.skip(f"the list is about {about}")
+    runpy.run_path(str(script))
+    assert capsys.readouterr().out
