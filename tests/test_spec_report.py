@@ -318,3 +318,16 @@ def test_pytest_says_what_is_missing(elsewhere: Path) -> None:
 def test_install_puts_the_suite_into_a_repository_of_ones_own(elsewhere: Path) -> None:
     ran = pytest_in(elsewhere, "test_adopter.py", "-k", "SCALE_001 or MERGE_001")
     assert "1 passed, 1 skipped" in ran.stdout, ran.stdout
+
+
+def test_the_guides_example_works_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(report.__file__).parent / "README.md").read_text()
+    example = guide.split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_adapter_of_the_guide.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (
+        main(["check", "my_adapter_of_the_guide:MyLora", "--profile", "quick", "--report", str(tmp_path / "r.json")])
+        == 0
+    )
+    (made,) = report.read(tmp_path / "r.json")
+    assert made["footer"]["counts"]["PASS"] > 10
