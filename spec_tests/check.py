@@ -35,6 +35,7 @@ class Check:
 
     def equal(self, got: Any, want: Any, what: str) -> None:
         """Exactly equal: shape and every number."""
+        self.that(got is not None, f"{what}: there is none")
         got, want = np.asarray(got), np.asarray(want)
         self.that(got.shape == want.shape, f"{what}: has the shape {got.shape}, must have {want.shape}")
         if not np.array_equal(got, want):
@@ -43,6 +44,7 @@ class Check:
 
     def close(self, got: Any, want: Any, bound: Any, dtype: str, what: str, factor: float = 8.0) -> None:
         """Equal up to `factor` roundings of numbers as large as `bound` (an array, or one number for all)."""
+        self.that(got is not None, f"{what}: there is none")
         got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
         self.that(got.shape == want.shape, f"{what}: has the shape {got.shape}, must have {want.shape}")
         self.that(np.isfinite(got).all() or not np.isfinite(want).all(), f"{what}: has NaN or infinite numbers")

@@ -41,6 +41,7 @@ CLAIMS = {
     "float16": "has float16 weights",
     "bfloat16": "has bfloat16 weights",
     "float32_factors": "keeps the factors of a half precision weight in float32",
+    "float32_branch": "computes the branch of a half precision layer in float32",
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight, and takes it out again",
@@ -89,7 +90,6 @@ CLAIMS = {
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",
     "zero_factor_of_embedding": "likewise of an embedding: 'A' (default) or 'B'",
-    "merges_on_eval": "evaluation mode merges, training mode unmerges (loralib): False by default",
     "embedding_dropout": "lora_dropout acts on embeddings too: False by default",
 }
 

@@ -38,6 +38,7 @@ BUNDLED = {
     "lycoris": "spec_tests.adapters.lycoris_:Lycoris",
     "mlx": "spec_tests.adapters.mlx_:Mlx",
     "keras": "spec_tests.adapters.keras_:Keras",
+    "keras_torch": "spec_tests.adapters.keras_torch_:KerasTorch",
 }
 
 
@@ -140,6 +141,7 @@ def examine(
     requirement: Requirement,
     profile: str = "default",
     seed: int | None = None,
+    shrink: bool = True,
 ) -> Result:
     """Try a requirement on generated cases, and shrink the first that breaks it."""
     result = Result(requirement.id, "PASS", requirement.sentence, requirement.source)
@@ -164,7 +166,7 @@ def examine(
             deadline=None,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
-            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])],
             print_blob=False,
         )(test)
         (test if seed is None else hypothesis.seed(seed)(test))()

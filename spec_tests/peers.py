@@ -2,6 +2,8 @@
 
 Makes an environment for each from `environments/NAME.txt`, runs the suite there in a process of its own, and writes
 `reports/NAME.json`. Libraries that this environment has are run in it. Then CONFORMANCE.md is written anew.
+`python -m spec_tests.peers --releases [VERSION ...]` tries older releases of PEFT, each installed alone into a folder
+before the environment's own, and writes `reports/releases/peft-VERSION.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PLACE = ROOT / ".peers"
 HEAVY = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
+RELEASES = ("0.5.0", "0.8.2", "0.10.0", "0.12.0", "0.14.0")  # 0.16 asks transformers for what is gone from it
 LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "minlora")
 
 
@@ -37,18 +40,38 @@ def python_of(name: str) -> Path:
     return python
 
 
+def releases(versions: Sequence[str]) -> int:
+    """The reports on older releases of PEFT."""
+    for version in versions or RELEASES:
+        place = PLACE / f"peft-{version}"
+        if not (place / "peft").exists():
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+            subprocess.run([*pip, "--no-deps", "--target", str(place), f"peft=={version}"], check=True)
+        print(f"==> peft {version}", flush=True)
+        inside("peft", Path(sys.executable), HERE / "reports" / "releases" / f"peft-{version}.json", str(place))
+    return 0
+
+
+def inside(name: str, python: Path, where: Path, *folders: str) -> None:
+    """Run one implementation in a process of its own, with these folders before all others."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, str(ROOT)])}
+    line = [str(python), "-W", "ignore", "-m", "spec_tests.peers", "--inside", name, str(where)]
+    subprocess.run(line, check=True, env=environment, cwd=ROOT)
+
+
 def main(names: Sequence[str]) -> int:
     if names[:1] == ["--inside"]:  # in the library's environment; failures are what the report is for
-        command.check(command.Options([names[1]], report=HERE / "reports" / f"{names[1]}.json"))
+        command.check(command.Options([names[1]], report=Path(names[2])))
         return 0
+    if names[:1] == ["--releases"]:
+        return releases(names[1:])
     if unknown := [name for name in names if name not in (*HEAVY, *LIGHT)]:
         print(f"{unknown[0]}: there are {', '.join((*LIGHT, *HEAVY))}", file=sys.stderr)
         return 2
     for name in names or (*LIGHT, *HEAVY):
         python = python_of(name) if name in HEAVY else Path(sys.executable)
         print(f"==> {name}", flush=True)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([str(python), "-m", "spec_tests.peers", "--inside", name], check=True, env=environment, cwd=ROOT)
+        inside(name, python, HERE / "reports" / f"{name}.json")
     return write()
 
 

@@ -33,7 +33,6 @@ class Requirement:
         given: implementation -> a Hypothesis strategy of cases.
         body: (implementation, case, check) -> None; it raises `Broken`.
         slow: how many times fewer examples than usual it gets.
-        redundant: why it may be that other requirements find all that this one finds; "" if it is needed.
     """
 
     id: str
@@ -43,7 +42,6 @@ class Requirement:
     given: Callable[[Implementation], Strategy]
     body: Body
     slow: int = 1
-    redundant: str = ""
 
     @property
     def area(self) -> str:
@@ -60,7 +58,6 @@ def requirement(
     needs: str | Iterable[str],
     given: Callable[[Implementation], Strategy] | None = None,
     slow: int = 1,
-    redundant: str = "",
 ) -> Callable[[Body], Body]:
     """Register the decorated function as the body of a requirement. `needs`: claims, a set or separated by blanks."""
     claims = frozenset(needs.split() if isinstance(needs, str) else needs)
@@ -71,7 +68,7 @@ def requirement(
         if id in REQUIREMENTS:
             raise TypeError(f"there are two requirements {id}")
         cases = given or (lambda implementation: st.none())
-        REQUIREMENTS[id] = Requirement(id, sentence, source, claims, cases, body, slow, redundant)
+        REQUIREMENTS[id] = Requirement(id, sentence, source, claims, cases, body, slow)
         return body
 
     return register

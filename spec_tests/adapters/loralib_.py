@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, ClassVar
+from typing import Any
 
 import loralib
 import torch
@@ -101,7 +101,6 @@ class Loralib(Implementation):
             "init:True",
         ]
     )
-    conventions: ClassVar = {"merges_on_eval": True}
 
     def version(self) -> str:
         return f"loralib {importlib.metadata.version('loralib')}, torch {torch.__version__}"

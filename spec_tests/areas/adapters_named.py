@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -101,8 +103,8 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     fill(model, spec, name, salt=2)
     for module, state in first.items():
         again = model.read(module)
-        check.equal(again.A, state.A, f"A of default in {module}")
-        check.equal(again.B, state.B, f"B of default in {module}")
+        for letter in "AB":
+            check.equal(getattr(again, letter), getattr(state, letter), f"{letter} of default in {module}")
 
 
 @requirement(
@@ -294,3 +296,61 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     check.refused(lambda: model.add(name, case[2]), "adding an adapter under a name that is taken")
     model.set([name])
     gives(check, model, spec, [second], "the output of the adapter that was there")
+
+
+@requirement(
+    "ADAPTER-019",
+    "Switching a model off and on again, that is loaded to be used, does not make anything train.",
+    "PEFT's documentation of disable_adapter, and of is_trainable (U2, X9)",
+    "model adapters disable files",
+    small,
+    slow=2,
+)
+def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    fill(model, spec)
+    with tempfile.TemporaryDirectory() as place:
+        model.save(Path(place))
+        loaded = implementation.load(spec, Path(place))
+    loaded.enable(False)
+    loaded.enable(True)
+    check.equal(sorted(loaded.trainable()), [], "what trains")
+
+
+def _targets(spec: ModelSpec) -> dict[str, Any]:
+    return {"target_modules": list(spec.config["target_modules"])}
+
+
+@requirement(
+    "ADAPTER-020",
+    "Deleting a merged adapter is refused, or takes its update out of the weights.",
+    "U7, U3: a deleted adapter has no effect",
+    "model adapters merge",
+    pairs,
+)
+def _(implementation: Implementation, case: Any, check: Check) -> None:
+    spec, name, config = case
+    model, spec, name, first, second = both(implementation, (spec, name, {**config, **_targets(spec)}))
+    model.merge()
+    try:
+        model.delete("default")
+    except Exception:
+        gives(check, model, spec, [first], "the output after the refusal")
+        return
+    x = model_inputs(spec)
+    active = [second] if name in model.active() else []
+    want, size = output(spec, active, x)[0], output(spec, [first, second], x)[1]
+    check.close(model.forward(x), want, size, spec.dtype, f"the output, {len(active)} active", 24.0 * len(spec.modules))
+
+
+@requirement(
+    "ADAPTER-021",
+    "The adapter that takes over when the active one is deleted trains, as the deleted one did.",
+    "U7: what is active is what trains",
+    "model adapters",
+    pairs,
+)
+def _(implementation: Implementation, case: Any, check: Check) -> None:
+    model, _spec, _name, _, _ = both(implementation, case)
+    model.delete("default")
+    check.equal(sorted(model.trainable()), trained(model, *model.active()), "what trains")

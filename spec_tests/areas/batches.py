@@ -8,11 +8,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ..check import Check
-from ..contract import Implementation
+from ..contract import Implementation, ModelSpec
 from ..generate import model_inputs
 from ..registry import requirement
 from .adapters_named import both, pairs
 from .operations import fill, gives, output
+from .saved_modules import saving, train
 
 DOC = "PEFT's documentation: inference with different adapters in the same batch (U8)"
 
@@ -54,7 +55,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement("BATCH-003", "The order of the samples does not matter.", DOC, "model adapters batch", drawn)
 def _(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case[0])
-    names = np.array(["default", name, "__base__", name, "default"])
+    names = np.array(["default", name, "__base__", name, name])
     x = model_inputs(spec, batch=5)
     y = model.forward(x, adapter_names=list(names))
     turned = model.forward(x[::-1].copy(), adapter_names=list(names[::-1]))[::-1]
@@ -106,3 +107,27 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     for row, states in enumerate((first, second)):
         want, size = output(spec, [states], x[row : row + 1])
         check.close(got[row : row + 1], want, size, spec.dtype, f"sample {row}", 8.0 * len(spec.modules))
+
+
+@requirement(
+    "BATCH-008",
+    "Each sample goes through the copies of modules_to_save of its own adapter; __base__ through the originals.",
+    DOC + "; PEFT's documentation of modules_to_save (Z2)",
+    "model linear adapters batch modules_to_save",
+    lambda i: saving(i).filter(lambda spec: spec.modules["head"].kind == "linear"),
+)
+def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    states, trained = {"default": fill(model, spec)}, {"default": train(model, spec), "__base__": spec}
+    model.add("other", spec.config)
+    states["other"] = fill(model, spec, "other", salt=1)
+    model.set(["other"])
+    trained["other"] = train(model, spec, salt=1)
+    model.set(["default"])
+    names = ["other", "__base__", "default"]
+    x = model_inputs(spec, batch=len(names))
+    got = model.forward(x, adapter_names=names)
+    for row, name in enumerate(names):
+        active = [states[name]] if name in states else []
+        want, size = output(trained[name], active, x[row : row + 1])
+        check.close(got[row : row + 1], want, size, spec.dtype, f"the sample of {name}", 8.0 * len(spec.modules))

@@ -77,7 +77,6 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     for axis, what in ((1, "token"), (0, "feature")):
         mixed = kept.any(axis) & ~kept.all(axis)
         check.that(mixed.any(), f"each {what} is kept or dropped as a whole")
-    check.that((kept != kept[0]).any(), "all tokens get the same mask")
 
 
 @requirement(
@@ -165,8 +164,6 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: layers(i, DROPPABLE, lora_dropout=0.5),
 )
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
-    if implementation.conventions.get("merges_on_eval", False):
-        return  # training mode takes the update out again, so that there is no merged layer in training
     layer, state = made(implementation, spec)
     x = inputs(spec)
     layer.merge()
@@ -222,3 +219,39 @@ def _(implementation: Implementation, seed: int, check: Check) -> None:
     model.write("m", np.eye(N), 4 * np.eye(N), "other")
     y = model.forward(np.ones((256, N)), train=True, seed=seed)  # 2 m + 8 m' with masks m, m' of 0 and 1
     check.equal(sorted(set(np.unique(y))), [0.0, 2.0, 8.0, 10.0], "the values of 2 m + 8 m'")
+
+
+@requirement(
+    "DROP-015",
+    "Dropout of a convolution is elementwise too: some channels of some samples are dropped in part.",
+    DROPOUT,
+    "write dropout",
+    lambda i: transparent(i, CONVOLUTIONS),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    kept = see(implementation, spec, spec.seed) > 0
+    kept = kept.reshape(*kept.shape[:2], -1)  # (16, N, 32)
+    for axis, what in ((2, "channel of a sample"), (1, "place of a sample"), (0, "place of a channel")):
+        mixed = kept.any(axis) & ~kept.all(axis)
+        check.that(mixed.any(), f"each {what} is kept or dropped as a whole")
+
+
+@requirement(
+    "DROP-016",
+    "It is the input of A that is dropped, not A x and not the branch.",
+    DROPOUT,
+    "write dropout",
+    lambda i: transparent(i),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer = implementation.layer(spec.but(r=1))
+    layer.write(2.0 ** np.arange(N)[None], np.ones((N, 1)))  # A x is a number whose binary digits are the mask
+    s, p = spec.but(r=1).scaling, spec.lora_dropout
+    y = layer.forward(np.ones((*TOKENS, N)), train=True, seed=spec.seed) * (1 - p) / s
+    digits = np.round(y)
+    check.close(y, digits, 2.0**N, spec.dtype, "(1 - p) A x, an integer")
+    check.equal(digits, np.broadcast_to(digits[..., :1], digits.shape), "the outputs of a token, where B is all ones")
+    found = np.setdiff1d(digits, (0.0, 2.0**N - 1))
+    check.that(found.size, "A x is dropped as a whole, not the numbers of x")

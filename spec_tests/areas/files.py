@@ -182,6 +182,24 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement(
+    "FILE-029",
+    "Patterns keep their order in the folder: the first key that matches counts after loading, too.",
+    "N8: the first match counts (X2)",
+    "model files patterns",
+    lambda i: small(
+        i, target_modules=["proj", "up"], rank_pattern={"up": 3, ".*": 4}, alpha_pattern={"up": 5, ".*": 6}
+    ),
+    slow=2,
+)
+def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    want = model.adapted()
+    with tempfile.TemporaryDirectory() as place:
+        model.save(Path(place))
+        check.equal(implementation.load(spec, Path(place)).adapted(), want, "r and s of the loaded adapter")
+
+
+@requirement(
     "FILE-011",
     "A loaded adapter is frozen unless training is asked for.",
     "PEFT's documentation of is_trainable (X9)",
@@ -239,7 +257,6 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     with tempfile.TemporaryDirectory() as place:
         model.save(Path(place))
         for where, states in ((Path(place), first), (Path(place) / name, second)):
-            check.that((where / folders.CONFIG).exists(), f"there is no {folders.CONFIG} in {where.name}")
             gives(check, implementation.load(spec, where), spec, [states], "the output of the loaded adapter")
 
 
@@ -264,13 +281,15 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     gives(check, model, spec, [states], "the output with the loaded adapter")
 
 
-def _starts(id: str, init: str) -> None:
+def _starts(id: str, init: str, what: str = "", needs: str = "", **config: Any) -> None:
     @requirement(
         id,
-        f"{init}: a trained adapter that is saved and loaded on the original base gives the same output.",
+        f"{init}{what}: a trained adapter that is saved and loaded on the original base gives the same output.",
         "PEFT's documentation: a saved adapter is loaded on the base model it was made from (V5)",
-        f"model files init:{init}",
-        lambda i: small(i, init_lora_weights=init, r=st.sampled_from((1, 2)), target_modules=["proj", "up"]),
+        f"model files init:{init} {needs}",
+        lambda i: small(
+            i, **{"init_lora_weights": init, "r": st.sampled_from((1, 2)), "target_modules": ["proj", "up"]} | config
+        ),
         slow=2,
     )
     def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -294,6 +313,8 @@ def _starts(id: str, init: str) -> None:
 
 _starts("FILE-016", "pissa")
 _starts("FILE-017", "olora")
+_starts("FILE-018", "pissa", " with use_rslora", "rslora", use_rslora=True)
+_starts("FILE-019", "pissa", " with patterns", "patterns", rank_pattern={"up": 3}, alpha_pattern={"proj": 3.0})
 
 
 # -- what must be refused ------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .. import oracle
@@ -10,6 +12,7 @@ from ..contract import Array, Implementation, LayerSpec, LayerState
 from ..generate import CONVOLUTIONS, LINEAR, MERGEABLE, inputs, integers, layers
 from ..registry import requirement
 from .forward import made
+from .merging import merged
 
 FROZEN = "LoRA, arXiv 2106.09685, section 4: W is frozen, A and B train (D1)"
 WITH_X = (*LINEAR, *CONVOLUTIONS, "parameter", "experts")
@@ -41,6 +44,19 @@ def upstream(spec: LayerSpec, x: Array) -> Array:
     return integers(np.random.default_rng([spec.seed, 9]), y.shape)
 
 
+def same_factors(
+    check: Check, spec: LayerSpec, got: Mapping[str, Array | None], x: Array, dy: Array, state: LayerState
+) -> None:
+    """dL/dA and dL/dB are as the chain rule has them."""
+    want = of_factors(of_weight(spec, x, dy), state)
+    sizes = of_factors(
+        of_weight(spec, x if spec.kind == "embedding" else abs(x), abs(dy)),
+        LayerState(state.W, None, abs(state.A), abs(state.B), abs(state.scaling)),
+    )
+    for name, value, bound in zip("AB", want, sizes, strict=True):
+        check.close(got[name], value, bound, spec.dtype, f"dL/d{name}")
+
+
 def _factors(id: str, kind: str) -> None:
     @requirement(
         id,
@@ -54,19 +70,21 @@ def _factors(id: str, kind: str) -> None:
         layer, state = made(implementation, spec)
         x = inputs(spec)
         dy = upstream(spec, x)
-        got = layer.grad(x, dy)
-        want = of_factors(of_weight(spec, x, dy), state)
-        sizes = of_factors(
-            of_weight(spec, x if kind == "embedding" else abs(x), abs(dy)),
-            LayerState(state.W, None, abs(state.A), abs(state.B), abs(state.scaling)),
-        )
-        for name, value, bound in zip("AB", want, sizes, strict=True):
-            check.that(got[name] is not None, f"{name} gets no gradient")
-            check.close(got[name], value, bound, spec.dtype, f"dL/d{name}")
+        same_factors(check, spec, layer.grad(x, dy), x, dy, state)
 
 
 for _number, _kind in enumerate(MERGEABLE, 1):
     _factors(f"GRAD-{_number:03}", _kind)
+
+
+def same_dx(check: Check, spec: LayerSpec, dx: Array | None, dy: Array, W: Array, size: Array, what: str) -> None:
+    """dL/dx is that of a plain layer with this weight. `size`: the weight's bound."""
+    for salt in range(3):  # dL/dx is the one array whose product with any x' is L(x')
+        other = inputs(spec, exact=True, salt=7 + salt)
+        want = (dy * oracle.apply(spec, W, None, other)).sum()
+        bound = (abs(dy) * oracle.apply(spec, size, None, abs(other))).sum()
+        assert dx is not None
+        check.close((dx * other).sum(), want, bound, spec.dtype, f"the product of {what} with another input")
 
 
 @requirement(
@@ -81,14 +99,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     x = inputs(spec)
     dy = upstream(spec, x)
     dx = layer.grad(x, dy)["x"]
-    check.that(dx is not None, "x gets no gradient")
-    W = spec.W + oracle.delta(state.A, state.B, state.scaling)
-    size = abs(spec.W) + oracle.delta_bound(state.A, state.B, state.scaling)
-    for salt in range(3):  # dL/dx is the one array whose product with any x' is L(x')
-        other = inputs(spec, exact=True, salt=7 + salt)
-        want = (dy * oracle.apply(spec, W, None, other)).sum()
-        bound = (abs(dy) * oracle.apply(spec, size, None, abs(other))).sum()
-        check.close((np.asarray(dx) * other).sum(), want, bound, spec.dtype, "the product of dL/dx with another input")
+    same_dx(check, spec, dx, dy, *merged(spec, state), "dL/dx")
 
 
 @requirement("GRAD-010", "W and b get no gradient.", FROZEN, "write grad", lambda i: layers(i, MERGEABLE))
@@ -119,9 +130,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     dy = upstream(spec, x)
     got = layer.grad(x, dy)
     zero, other = ("A", "B") if not state.A.any() else ("B", "A")
-    for name in "AB":
-        check.that(got[name] is not None, f"{name} gets no gradient")
-    check.equal(got[other], np.zeros_like(got[other]), f"dL/d{other} where {zero} = 0")
+    check.equal(got[other], np.zeros_like(getattr(state, other)), f"dL/d{other} where {zero} = 0")
     if of_weight(spec, x, dy).any():
         check.that(np.asarray(got[zero]).any(), f"dL/d{zero} is 0: training cannot begin")
 
@@ -137,8 +146,8 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = np.array([[0]])
     got = layer.grad(x, upstream(spec, x))["A"]
-    check.that(got is not None, "A gets no gradient")
-    check.equal(np.asarray(got)[:, 1:], np.zeros_like(state.A[:, 1:]), "dL/dA of the indices that are not there")
+    assert got is not None
+    check.equal(got[:, 1:], np.zeros_like(state.A[:, 1:]), "dL/dA of the indices that are not there")
 
 
 @requirement(
@@ -154,8 +163,9 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     x = inputs(spec)
     try:
         got = layer.grad(x, upstream(spec, x))
-    except RuntimeError:  # nothing needs a gradient: frameworks may say so
-        check.that(spec.kind == "embedding", "a gradient of x is there, but it cannot be had")
+    except RuntimeError:  # nothing needs a gradient: frameworks may say so, where x cannot have one
+        if spec.kind != "embedding":
+            raise
         return
     for name in "AB":
         check.that(got[name] is None or not np.any(got[name]), f"{name} has a gradient")
@@ -173,5 +183,68 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     x = np.array([[0, spec.W.shape[1] - 1, 0]])
     check.close(layer.forward(x), *oracle.forward(spec, state, x), spec.dtype, "the output at padding_idx")
     got = layer.grad(x, upstream(spec, x))["A"]
-    check.that(got is not None, "A gets no gradient")
-    check.equal(np.asarray(got)[:, 0], np.zeros(len(state.A)), "dL/dA at padding_idx")
+    assert got is not None
+    check.equal(got[:, 0], np.zeros(len(state.A)), "dL/dA at padding_idx")
+
+
+@requirement(
+    "GRAD-016",
+    "The gradients of A and B have the scaling that the layer has now, not the one that it began with.",
+    "PEFT's documentation of scale_layer; s multiplies the branch (S4, S5)",
+    "write grad rescale",
+    lambda i: layers(i, (*LINEAR, *CONVOLUTIONS)),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    layer.rescale("scale", 4.0)
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    same_factors(check, spec, layer.grad(x, dy), x, dy, state._replace(scaling=4 * spec.scaling))
+
+
+@requirement(
+    "GRAD-017",
+    "In a merged layer dL/dx is that of the merged weight: the update counts once.",
+    "LoRA, arXiv 2106.09685, section 4.1: the merged layer is a plain one (U1)",
+    "write grad merge",
+    lambda i: layers(i, WITH_X),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    layer.merge()
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    same_dx(check, spec, layer.grad(x, dy)["x"], dy, *merged(spec, state), "dL/dx after merging")
+
+
+@requirement(
+    "GRAD-018",
+    "In a layer whose adapter is switched off dL/dx is the base layer's.",
+    "PEFT's documentation of disable_adapter (U2)",
+    "write grad disable",
+    lambda i: layers(i, WITH_X),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, _ = made(implementation, spec)
+    layer.enable(False)
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    same_dx(check, spec, layer.grad(x, dy)["x"], dy, spec.W, abs(spec.W), "dL/dx, switched off,")
+
+
+@requirement(
+    "GRAD-019",
+    "The gradients of a dilated convolution are those of the convolution with W + s B A.",
+    "D5: A has the base's stride, padding and dilation",
+    "write grad",
+    lambda i: layers(i, CONVOLUTIONS, dilation=2, stride=1),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    got = layer.grad(x, dy)
+    same_factors(check, spec, got, x, dy, state)
+    same_dx(check, spec, got["x"], dy, *merged(spec, state), "dL/dx")

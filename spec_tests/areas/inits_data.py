@@ -305,3 +305,192 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     used = (abs(state.A @ Vt[: 2 * r].T) > 0.5 * abs(state.A @ Vt[: 2 * r].T).max()).any(0)
     used_b = (abs(state.B.T @ U[:, : 2 * r]) > 0.5 * abs(state.B.T @ U[:, : 2 * r]).max()).any(0)
     check.that(not (used & used_b).any(), "a singular triple gives a direction both to A and to B")
+
+
+# -- more of CorDA -----------------------------------------------------------------------------
+
+
+@requirement(
+    "CORDA-008",
+    "corda: the columns of B have squared lengths S_k / s, where C is the mean over the calls and not their sum.",
+    CORDA,
+    "init:corda",
+    lambda i: corda(i, "ipm", 2),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    S = np.linalg.svd(spec.W @ covariance(list(spec.init_options["inputs"])), compute_uv=False)
+    B = start(implementation, spec).B
+    bound = S[0] / spec.scaling * S[0] / (S[spec.r - 1] - S[spec.r])
+    check.close(B.T @ B, np.diag(S[: spec.r]) / spec.scaling, bound, spec.dtype, "B^T B", FACTOR)
+
+
+def _switched_off(id: str, init: str, cases: Any) -> None:
+    @requirement(
+        id,
+        f"{init}: switched off, the layer is the base layer.",
+        'PEFT\'s documentation of disable_adapter: "Use this to run inference on the base model" (U2)',
+        f"disable init:{init}",
+        cases,
+        slow=2,
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        layer = implementation.layer(spec)
+        x = inputs(spec)
+        bound = oracle.forward(spec, layer.read(), x)[1]
+        layer.enable(False)
+        check.close(layer.forward(x), oracle.apply(spec, spec.W, spec.b, x), bound, spec.dtype, "the output, off")
+
+
+def _half(id: str, init: str, source: str, cases: Any) -> None:
+    def rounded(spec: LayerSpec, dtype: str) -> LayerSpec:
+        mantissa, exponent = np.frexp(spec.W)
+        return spec.but(dtype=dtype, W=np.ldexp(np.round(mantissa * 128) / 128, exponent))
+
+    @requirement(
+        id,
+        f"{init}: in half precision, too, W_res + s B A = W up to rounding.",
+        source + " (T4)",
+        f"init:{init}",
+        lambda i: st.builds(rounded, cases(i), st.sampled_from(claimed(i, ("float16", "bfloat16")))),
+        slow=2,
+    )
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        state = start(implementation, spec)
+        bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+        check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
+        check.that(update(state).any(), "s B A is 0")
+
+
+def _refused_or_right(id: str, init: str, what: str, source: str, cases: Any) -> None:
+    @requirement(id, f"{init}: {what}", source, cases[0], cases[1], slow=2)
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        try:
+            state = start(implementation, spec)
+        except Exception:
+            return
+        out, n_in = spec.W.shape
+        check.equal((state.A.shape, state.B.shape), ((spec.r, n_in), (out, spec.r)), "the shapes of A and B")
+        bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
+        check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
+
+
+_switched_off("CORDA-009", "corda", lambda i: corda(i, "ipm"))
+_half("CORDA-010", "corda", CORDA, lambda i: corda(i, "ipm"))
+_refused_or_right(
+    "CORDA-011",
+    "corda",
+    "r > min(in, out) is refused, or else everything holds with A (r, in) and B (out, r).",
+    "there are min(in, out) singular triples (K5, D8)",
+    ("init:corda errors", lambda i: corda(i, "ipm").map(lambda spec: spec.but(r=7))),
+)
+_refused_or_right(
+    "CORDA-012",
+    "corda",
+    "lora_alpha = 0 or below is refused, or else W_res + s B A = W without NaN.",
+    "dividing by s needs s > 0 (S3)",
+    (
+        "init:corda alpha errors",
+        lambda i: st.builds(lambda spec, a: spec.but(lora_alpha=a), corda(i, "ipm"), st.sampled_from((0.0, -4.0))),
+    ),
+)
+
+
+@requirement(
+    "CORDA-013",
+    "corda: in float64 the columns of B are orthogonal as exactly as in float64, or the layer is refused.",
+    CORDA + " (T4)",
+    "init:corda float64",
+    lambda i: corda(i, "ipm").map(lambda spec: spec.but(dtype="float64")),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    try:
+        B = start(implementation, spec).B
+    except Exception:
+        return
+    S = np.linalg.svd(spec.W @ covariance(list(spec.init_options["inputs"])), compute_uv=False)
+    gram = B.T @ B * spec.scaling
+    bound = S[0] * S[0] / (S[spec.r - 1] - S[spec.r])
+    check.close(
+        gram - np.diag(np.diag(gram)), np.zeros_like(gram), bound, "float64", "s B^T B off its diagonal", FACTOR
+    )
+
+
+# -- more of EVA -------------------------------------------------------------------------------
+
+
+def differing(implementation: Implementation, shifted: bool) -> Any:
+    """Two kinds of batches by turns; one direction outweighs all others however often each is seen.
+
+    shifted: the same batch around two means, far apart along the direction in which each alone varies least. Else:
+    each around 0, and the second 16 times larger, with its directions in the opposite order.
+    """
+
+    def build(spec: LayerSpec, seed: int) -> LayerSpec:
+        rng = np.random.default_rng(seed)
+        n = spec.W.shape[1]
+        X = basis(rng, 32, n)
+        Q, V = np.linalg.qr(X - X.mean(0))[0], basis(rng, n)
+        sizes = 8.0 * 0.5 ** np.arange(n)
+        one = Q * sizes @ V.T
+        two = one + 16.0 * V[:, -1] if shifted else 16.0 * Q * sizes[::-1] @ V.T
+        data = [one, two, one, two, one] + [two] * shifted
+        return spec.but(r=1, init_options={"inputs": [single(X) for X in data], "rho": 1.0, "whiten": False})
+
+    return st.builds(build, common(implementation, "eva", (5, 8)), seeds)
+
+
+def _of_all(id: str, shifted: bool, what: str) -> None:
+    @requirement(id, f"eva: {what}", EVA, "init:eva", lambda i: differing(i, shifted), slow=4)
+    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+        X = np.concatenate(spec.init_options["inputs"])
+        V = np.linalg.svd(X - X.mean(0), full_matrices=False)[2][:1]
+        A = start(implementation, spec).A
+        off = np.linalg.norm(A.T @ A - V.T @ V, 2)
+        check.that(off < NEAR, f"the projector A^T A is off by {off:.3g}")
+
+
+_of_all("EVA-008", False, "A spans the first principal component of all batches, not of one of them.")
+_of_all("EVA-009", True, "what varies from batch to batch, and not within one, is a principal component, too.")
+
+
+@requirement(
+    "EVA-010",
+    "eva: more components than the inputs have numbers are refused.",
+    "PEFT's EvaConfig: at most `in` components (E9)",
+    "init:eva errors",
+    lambda i: eva(i).map(lambda spec: spec.but(r=9)),
+    slow=4,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    check.refused(lambda: implementation.layer(spec), "eva with r = 9 on inputs of 8 numbers")
+
+
+# -- more of LoRA-GA ---------------------------------------------------------------------------
+
+
+@requirement(
+    "LORAGA-003",
+    "lora_ga: the rows of A are equally long, and so are the columns of B: the singular values are in neither.",
+    LORA_GA + ", algorithm 1: A and B are singular vectors times one number (R2)",
+    "init:lora_ga",
+    lambda i: lora_ga(i).map(lambda spec: spec.but(r=2)),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = start(implementation, spec)
+    for name, rows in (("A", state.A), ("B", state.B.T)):
+        length = np.linalg.norm(rows, axis=1)
+        check.close(length[1] / length[0], 1.0, 1.0, spec.dtype, f"the second length of {name}, of the first", FACTOR)
+
+
+_switched_off("LORAGA-004", "lora_ga", lambda i: lora_ga(i))
+_half("LORAGA-005", "lora_ga", LORA_GA, lambda i: lora_ga(i))
+_refused_or_right(
+    "LORAGA-006",
+    "lora_ga",
+    "2 r > min(in, out) is refused, or else everything holds with A (r, in) and B (out, r).",
+    "A and B take r different singular triples each, and there are min(in, out) (R1, R2)",
+    ("init:lora_ga errors", lambda i: lora_ga(i).map(lambda spec: spec.but(r=3))),
+)

@@ -171,8 +171,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     for name, (r, _, _) in matching.targets(kinds_of(spec), spec.config).items():
         state, (out, n_in) = model.read(name), spec.modules[name].W.shape
-        check.that(state.A.shape == (r, n_in), f"A of {name} is {state.A.shape}, must be {(r, n_in)}")
-        check.that(state.B.shape == (out, r), f"B of {name} is {state.B.shape}, must be {(out, r)}")
+        check.equal((state.A.shape, state.B.shape), ((r, n_in), (out, r)), f"the shapes of A and B in {name}")
 
 
 @requirement(

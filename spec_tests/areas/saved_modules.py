@@ -150,9 +150,8 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     train(model, spec)
-    W, b = model.unload(merge=False)["head"]
-    check.equal(W, spec.modules["head"].W, "head.weight")
-    check.equal(b, spec.modules["head"].b, "head.bias")
+    for name, got in zip("Wb", model.unload(merge=False)["head"], strict=True):
+        check.equal(got, getattr(spec.modules["head"], name), f"{name} of head")
 
 
 @requirement(
@@ -165,9 +164,8 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     trained = train(model, spec)
-    W, b = model.unload(merge=True)["head"]
-    check.equal(W, trained.modules["head"].W, "head.weight")
-    check.equal(b, trained.modules["head"].b, "head.bias")
+    for name, got in zip("Wb", model.unload(merge=True)["head"], strict=True):
+        check.equal(got, getattr(trained.modules["head"], name), f"{name} of head")
 
 
 @requirement("SAVED-010", "Merging and unmerging leave the copies alone.", "U1", "model modules_to_save merge", saving)
@@ -201,3 +199,24 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
         again = implementation.load(spec, Path(place))
     gives(check, again, trained, [states], "the output of the loaded adapter")
     untouched(check, again, spec, "after loading")
+
+
+@requirement(
+    "SAVED-012",
+    "Deleting an adapter deletes its copies: under its name a new adapter without copies uses the originals.",
+    "U7, Z2",
+    "model modules_to_save adapters",
+    saving,
+)
+def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec.but(modules_to_save=None))
+    fill(model, spec)
+    model.add("other", spec.config)
+    model.set(["other"])
+    train(model, spec)
+    model.set(["default"])
+    model.delete("other")
+    model.add("other", spec.but(modules_to_save=None).config)
+    again = fill(model, spec, "other", salt=2)
+    model.set(["other"])
+    gives(check, model, spec, [again], "the output of the new adapter")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import oracle
 from ..check import UNIT, Check
 from ..contract import MESH, Implementation, LayerSpec
-from ..generate import LINEAR, MERGEABLE, inputs, layers
+from ..generate import CONVOLUTIONS, LINEAR, MERGEABLE, inputs, layers
 from ..registry import requirement
 from .forward import made
 
@@ -31,8 +32,8 @@ def _shapes(id: str, kind: str) -> None:
         experts = spec.W.shape[:-2] if kind == "experts" else ()
         kernel = spec.W.shape[2:] if MESH.get(kind) else ()
         out, n_in = spec.W.shape[len(experts) : len(experts) + 2]
-        check.equal(state.A.shape, (*experts, spec.r, n_in, *kernel), "the shape of A")
-        check.equal(state.B.shape, (*experts, out, spec.r), "the shape of B")
+        for name, want in (("A", (*experts, spec.r, n_in, *kernel)), ("B", (*experts, out, spec.r))):
+            check.equal(getattr(state, name).shape, want, f"the shape of {name}")
 
 
 for _number, _kind in enumerate(SHAPES, 1):
@@ -69,8 +70,8 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     fine = 2.0**-20  # far below the spacing of float16 and of bfloat16
     layer.write(np.full_like(state.A, 1 + fine), np.full_like(state.B, 1 - fine))
     kept = layer.read()
-    check.equal(kept.A, np.full_like(state.A, 1 + fine), "A after 1 + 2**-20 was written")
-    check.equal(kept.B, np.full_like(state.B, 1 - fine), "B after 1 - 2**-20 was written")
+    for got, value, what in ((kept.A, 1 + fine, "A after 1 + 2**-20"), (kept.B, 1 - fine, "B after 1 - 2**-20")):
+        check.equal(got, np.full_like(got, value), f"{what} was written")
 
 
 @requirement(
@@ -87,8 +88,8 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     A, B = (rng.integers(-8, 9, like.shape) / 4 for like in (before.A, before.B))
     layer.write(A, B)
     after = layer.read()
-    check.equal(after.A, A, "A as read after it was written")
-    check.equal(after.B, B, "B as read after it was written")
+    for name, want in (("A", A), ("B", B)):
+        check.equal(getattr(after, name), want, f"{name} as read after it was written")
     check.equal(after.W, spec.W, "W after A and B were written")
 
 
@@ -116,3 +117,65 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     y = layer.forward(inputs(spec))
     mantissa = np.frexp(y)[0] / UNIT[spec.dtype]  # an integer, if y has no more bits than the dtype
     check.equal(mantissa, np.round(mantissa), f"the output's bits beyond {spec.dtype}'s")
+
+
+@requirement(
+    "SHAPE-014",
+    "The branch of a half precision layer is computed in float32: it is rounded where it joins the output, not before.",
+    "T2: x is cast to the factors' dtype, and the sum back to the output's",
+    "write float32_factors float32_branch",
+    lambda i: layers(i, (*LINEAR, *CONVOLUTIONS, "embedding"), ("float16", "bfloat16")),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    spec = spec.but(W=np.zeros_like(spec.W), b=None)  # then the base's output is 0 and what is seen is the branch
+    layer, state = made(implementation, spec)
+    x = inputs(spec)
+    want, bound = oracle.forward(spec, state, x)
+    # one rounding of the result to the dtype, and 16 of float32 before it; below 2**-14 float16 is subnormal
+    unit = abs(want) + bound * 16 * UNIT["float32"] / UNIT[spec.dtype] + 2.0**-14
+    check.close(layer.forward(x), want, unit, spec.dtype, "the output where W = 0", factor=1.01)
+
+
+@requirement(
+    "SHAPE-015",
+    "The factors of a float64 weight are kept in float64.",
+    "T1: only factors of less than float32 are cast",
+    "write float64",
+    lambda i: layers(i, LINEAR, ("float64",)),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    fine = 2.0**-40  # far below the spacing of float32
+    layer.write(np.full_like(state.A, 1 + fine), np.full_like(state.B, 1 - fine))
+    kept = layer.read()
+    for got, value, what in ((kept.A, 1 + fine, "A after 1 + 2**-40"), (kept.B, 1 - fine, "B after 1 - 2**-40")):
+        check.equal(got, np.full_like(got, value), f"{what} was written")
+
+
+@requirement(
+    "SHAPE-016",
+    "An embedding takes indices of any shape, a single index too, and gives each its row.",
+    "an embedding's row i is W_i + s B a_i, for each index (D4)",
+    "embedding write unbatched",
+    lambda i: layers(i, ("embedding",)),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    for shape in ((), (3,), (2, 1, 3)):
+        x = np.asarray(inputs(spec, tokens=shape))
+        want, bound = oracle.forward(spec, state, x)
+        check.close(layer.forward(x), want, bound, spec.dtype, f"the output for indices of the shape {shape}")
+
+
+@requirement(
+    "SHAPE-017",
+    "An empty batch gives an empty output, of a convolution and of an embedding too.",
+    "y = W x + b for each sample (D1)",
+    (),
+    lambda i: layers(i, (*CONVOLUTIONS, "embedding")),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    x = inputs(spec)
+    want = oracle.apply(spec, spec.W, None, x).shape
+    got = implementation.layer(spec).forward(x[:0])
+    check.equal(got.shape, (0, *want[1:]), "the shape for an empty batch")

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ..check import Check
-from ..contract import MESH, Array, Implementation, LayerSpec
+from ..contract import MESH, Array, Implementation, LayerSpec, ModelSpec, ModuleSpec
 from ..generate import CONVOLUTIONS, LINEAR, MERGEABLE, claimed, layers, seeds
 from ..registry import requirement
 
@@ -33,7 +33,7 @@ def wide(
     else:
         shape = (*((2,) if kind == "experts" else ()), 16, 512 // int(np.prod(kernel)) if kernel else 512, *kernel)
     options = {"lora_alpha": draw(st.sampled_from((1.0, 8.0, 32.0))), "init_lora_weights": init}
-    return LayerSpec(kind, np.zeros(shape), r=rank, seed=draw(seeds), **options)
+    return LayerSpec(kind, np.ones(shape), r=rank, seed=draw(seeds), **options)
 
 
 def uniform(check: Check, values: Array, bound: float, what: str) -> None:
@@ -173,7 +173,7 @@ _seeds("INIT-014", "orthogonal", "init:orthogonal")
 @st.composite
 def even(draw: Any, implementation: Implementation, dtypes: tuple[str, ...] = ("float32",)) -> LayerSpec:
     """A linear layer with an even rank."""
-    options = {"init_lora_weights": "orthogonal", "use_rslora": False, "W": np.zeros((12, 16)), "b": None}
+    options = {"init_lora_weights": "orthogonal", "use_rslora": False, "W": np.ones((12, 16)), "b": None}
     return draw(layers(implementation, LINEAR, dtypes, r=draw(st.sampled_from((2, 4, 8))), **options))
 
 
@@ -217,8 +217,8 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 )
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, two = (implementation.layer(spec.but(lora_alpha=a)).read() for a in (1.0, 16.0))
-    check.equal(two.A, one.A, "A with another lora_alpha")
-    check.equal(two.B, one.B, "B with another lora_alpha")
+    for name in "AB":
+        check.equal(getattr(two, name), getattr(one, name), f"{name} with another lora_alpha")
 
 
 @requirement(
@@ -232,3 +232,51 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     layer.merge()
     check.equal(layer.read().W, spec.W, "the merged weight")
+
+
+_seeds("INIT-019", False, "init:False")
+
+
+@requirement(
+    "INIT-020",
+    "init_lora_weights=False draws the numbers of both factors: they are not all alike.",
+    "PEFT's documentation of init_lora_weights=False: completely random (I4)",
+    "init:False",
+    lambda i: layers(i, MERGEABLE, init_lora_weights=False, lora_alpha=8.0),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = implementation.layer(spec).read()
+    for name in "AB":
+        factor = getattr(state, name)
+        # of a few hundred numbers of 24 bits hardly two are equal, and half of them practically never
+        check.that(np.unique(factor).size > factor.size // 2, f"{name} has the same number many times")
+
+
+@requirement(
+    "INIT-021",
+    "The experts of a stack start with factors of their own.",
+    "PEFT's documentation of target_parameters: a LoRA for each expert (D7, I1)",
+    "experts init:True",
+    lambda i: layers(i, ("experts",), lora_alpha=8.0),
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    state = implementation.layer(spec).read()
+    random = state.A if state.A.any() else state.B
+    check.that((random[0] != random[1]).any(), "two experts start with the same random numbers")
+
+
+@requirement(
+    "INIT-022",
+    "Two modules of one shape start with different random numbers.",
+    ZERO + "; each module has an A of its own",
+    "model init:True linear",
+    lambda i: seeds,
+    slow=2,
+)
+def _(implementation: Implementation, seed: int, check: Check) -> None:
+    modules = {name: ModuleSpec("linear", np.eye(6)) for name in ("block.0.proj", "block.1.proj", "proj")}
+    model = implementation.model(ModelSpec(modules, {"r": 2, "lora_alpha": 2, "target_modules": ["proj"]}, seed=seed))
+    states = [model.read(name) for name in modules]
+    for i, one in enumerate(states):
+        for other in states[i + 1 :]:
+            check.that((one.A != other.A).any() or (one.B != other.B).any(), "two modules have the same numbers")

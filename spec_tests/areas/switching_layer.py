@@ -59,10 +59,12 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     x = inputs(spec)
-    before = layer.forward(x)
-    for enabled in (False, False, True, True):
+    on = layer.forward(x)
+    layer.enable(False)
+    off = layer.forward(x)
+    for enabled, want, times in ((False, off, "off twice"), (True, on, "on"), (True, on, "on twice")):
         layer.enable(enabled)
-    check.equal(layer.forward(x), before, "the output")
+        check.equal(layer.forward(x), want, f"the output, switched {times}")
 
 
 @requirement("OFF-006", "Switching off does not change W, A, B or s.", "U2", "disable write", layers)

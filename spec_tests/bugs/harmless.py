@@ -85,6 +85,10 @@ VARIANTS: dict[str, tuple[list[tuple[str, str]], frozenset[str]]] = {
         [("@ Q[0::2]).T / 10", "@ Q[1::2]).T / 10"), ("@ Q[1::2] / 10", "@ Q[0::2] / 10")],
         frozenset(),
     ),
+    "switching a merged layer off unmerges it": (
+        [("        self.site.enabled = enabled", "        self.site.enabled, self.site.merged = enabled, []")],
+        frozenset(),
+    ),
     "more columns in the sketch": ([("min(r + 4, *W.shape)", "min(2 * r + 5, *W.shape)")], frozenset()),
     "the old factors are kept beside": ([(WRITE, WRITE + "\n        adapter.older = adapter.started")], frozenset()),
 }  # fmt: skip

@@ -22,15 +22,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-from hypothesis import Phase
-from hypothesis import settings as hypothesis_settings
 
 from .. import engine, smoke
 from ..contract import Implementation
 from ..registry import Requirement, load
-from . import bad
+from . import bad, redundant
 from .harmless import VARIANTS
 from .plain import Plain
 from .seeded import ALL, Bug, broken, compiled, source
@@ -39,14 +35,9 @@ FILE = Path(__file__).with_name("kill_matrix.json")
 SMOKE = "SMOKE"  # the check of the adapter class found it, before any requirement
 
 
-def _unshrunk(**options: Any) -> hypothesis_settings:
-    return hypothesis_settings(**options | {"phases": [Phase.explicit, Phase.generate]})
-
-
 def outcome(implementation: Implementation, requirement: Requirement, profile: str) -> engine.Result:
     """As the suite has it, but the example is not shrunk."""
-    with mock.patch.object(engine, "settings", _unshrunk):
-        return engine.examine(implementation.name, implementation, requirement, profile)
+    return engine.examine(implementation.name, implementation, requirement, profile, shrink=False)
 
 
 def fails(implementation: Implementation, requirement: Requirement, profile: str) -> bool:
@@ -183,7 +174,7 @@ def compute() -> dict[str, Any]:
         "bugs": {bug.name: {"link": bug.url, "fails": rows[bug.name]} for bug in ALL},
         "bad": _in_processes(_counts, [[kind.__name__] for kind in bad.COUNTED]),
         "only": only,
-        "never_alone": never_alone(only),
+        "redundant": redundant.beside(rows, never_alone(only)),
         "idle": idle(rows),
         "unproven": _unproven(rows),
     }
@@ -211,14 +202,14 @@ def only_killers(rows: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def never_alone(only: Mapping[str, list[str]]) -> list[str]:
-    """The requirements that are the only ones to find no bug, and do not say why (`redundant`)."""
-    return [id for id, requirement in load().items() if id not in only and not requirement.redundant]
+    """The requirements that are the only ones to find no bug: see `redundant`."""
+    return [id for id in load() if id not in only]
 
 
 def idle(rows: Mapping[str, list[str]]) -> list[str]:
-    """The requirements that find no bug at all, and do not say why (`redundant`)."""
+    """The requirements that find no bug at all."""
     busy = {id for ids in rows.values() for id in ids}
-    return [id for id, requirement in load().items() if id not in busy and not requirement.redundant]
+    return [id for id in load() if id not in busy]
 
 
 def committed() -> dict[str, Any]:
@@ -231,7 +222,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         was, now = (set(m["bugs"].get(name, {}).get("fails", ())) for m in (old, new))
         if was != now:
             found.append(f"{name}: now fails {sorted(now - was)}, no longer {sorted(was - now)}")
-    found += [f"{key} differs" for key in ("bad", "only", "never_alone", "idle", "unproven") if old[key] != new[key]]
+    found += [f"{key} differs" for key in ("bad", "only", "redundant", "idle", "unproven") if old[key] != new[key]]
     return found
 
 
@@ -255,9 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     if alive:
         print(f"not found: {', '.join(alive)}")
     print(f"the only one to find a bug: {len(matrix['only'])} requirements")
-    print(f"find no bug, and not marked redundant: {len(matrix['idle'])}: {', '.join(matrix['idle'])}")
+    print(f"find no bug: {len(matrix['idle'])}: {', '.join(matrix['idle'])}")
     print(f"checks that can be taken out unseen: {sum(map(len, matrix['unproven'].values()))}")
-    print(f"never alone, and not marked redundant: {len(matrix['never_alone'])}: {', '.join(matrix['never_alone'])}")
+    print(f"never alone, with a reason: {len(matrix['redundant'])}")
     if write:
         FILE.write_text(text(matrix), encoding="utf-8")
         return 1 if unsound else 0

@@ -1,0 +1,13 @@
+"""Keras on its torch backend. In a module of its own, because Keras reads its backend when it is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+from .keras_ import Keras
+
+
+class KerasTorch(Keras):
+    name = "keras_torch"
