@@ -109,7 +109,7 @@ class LayerSpec:
 
     Attributes:
         kind: "linear", "transposed", "embedding", "conv1d", "conv2d", "conv3d", "parameter" or "experts".
-        W: (out, in), of an embedding (d, V), of a convolution (out, in / groups, *kernel), of experts (E, out, in).
+        W: (out, in), of an embedding (d, V), of a convolution (out, in, *kernel), of experts (E, out, in).
         b: (out,) or None.
         dtype: of the base weight: "float64", "float32", "float16" or "bfloat16". W and b are exact in it.
         init_options: loftq: {"bits", "iterations"}; corda: {"inputs": [X (tokens, in), ...], "method": "ipm" or
@@ -188,8 +188,9 @@ class Layer:
         """how: "set", "scale" or "unscale"."""
         raise NotImplementedError
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
-        """The gradients of sum(dy * forward(x)): "x" (None for an embedding), "A", "B", "W", "b"; None: no gradient."""
+    def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
+        """The gradients of sum(dy * forward(x, train, seed)): "x" (None for an embedding), "A", "B", "W", "b"; None: no
+        gradient."""
         raise NotImplementedError
 
     def trainable(self) -> set[str]:

@@ -64,11 +64,13 @@ class LoralibLayer(Layer):
         self.module.train()
         self.module.merge_weights = False
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
+    def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
         m = self.module
         m.zero_grad()
-        m.eval()
+        if not m.merged:
+            m.train(train)
         given = self._tensor(x)
+        torch.manual_seed(seed)
         if given.is_floating_point():
             given.requires_grad_()
         (m(given) * to_torch(dy, self.spec.dtype)).sum().backward()

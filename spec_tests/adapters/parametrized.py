@@ -57,7 +57,7 @@ class ParametrizedLayer(Layer):
     def enable(self, enabled: bool) -> None:
         self.lora.on = enabled
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
+    def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
         self.module.zero_grad()
         given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype).requires_grad_()
         (self.module(given) * to_torch(dy, self.spec.dtype)).sum().backward()

@@ -341,9 +341,11 @@ class PeftStyleLayer(Layer):
         else:
             getattr(self.wrapper, f"{how}_layer")(factor)
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
+    def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
         self.model.peft.zero_grad()
+        self.model.peft.train(train)
         given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype).requires_grad_()
+        torch.manual_seed(seed)
         y = self.model.peft(given)
         (y * to_torch(dy).to(y.dtype)).sum().backward()
         A, B = self.factors()

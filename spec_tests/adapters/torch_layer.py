@@ -52,14 +52,15 @@ class TorchLayer(Layer):
         with torch.no_grad():
             return to_numpy(self.module(to_torch(x, self.spec.dtype)))
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
-        self.module.eval()
+    def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
+        self.module.train(train)
         given = to_torch(x, self.spec.dtype).requires_grad_()
         A, B = self.factors()
         found: dict[str, Any] = {"x": given, "A": A, "B": B, "W": self.weight(), "b": self.bias()}
         for value in found.values():
             if value is not None:
                 value.grad = None
+        torch.manual_seed(seed)
         (self.module(given) * to_torch(dy, self.spec.dtype)).sum().backward()
         grads = {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
         if grads["B"] is not None and MESH.get(self.spec.kind, 0):

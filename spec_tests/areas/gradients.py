@@ -248,3 +248,30 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     got = layer.grad(x, dy)
     same_factors(check, spec, got, x, dy, state)
     same_dx(check, spec, got["x"], dy, *merged(spec, state), "dL/dx")
+
+
+@requirement(
+    "GRAD-020",
+    "In training the gradients of A, B and x are those of the pass with the numbers of x that dropout has left.",
+    "PEFT's documentation of lora_dropout (P1): backward has the mask of forward",
+    "write dropout grad",
+    lambda i: layers(i, (*LINEAR, *CONVOLUTIONS), lora_dropout=0.5),
+    slow=2,
+)
+def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    layer, state = made(implementation, spec)
+    x = inputs(spec)
+    dy = upstream(spec, x)
+    got = layer.grad(x, dy, train=True, seed=spec.seed)
+    y = layer.forward(x, train=True, seed=spec.seed)
+    size = LayerState(state.W, None, 2 * abs(state.A) + 4, 2 * abs(state.B) + 4, state.scaling)  # and 1 / (1 - p)
+    bound = (abs(dy) * oracle.forward(spec, size, abs(x) + 4)[1]).sum()
+    rng = np.random.default_rng(spec.seed)
+    for name, at in (("A", state.A), ("B", state.B), ("x", x)):  # the output is linear in each of them
+        step = integers(rng, at.shape)
+        layer.write(state.A + step if name == "A" else state.A, state.B + step if name == "B" else state.B)
+        moved = layer.forward(x + step if name == "x" else x, train=True, seed=spec.seed)
+        value = got[name]
+        assert value is not None
+        what = f"the change of the loss with {name}, by the gradient"
+        check.close((value * step).sum(), (dy * (moved - y)).sum(), bound, spec.dtype, what)

@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[list[tuple[str, str]], frozenset[str]]] = {
     "another generator": (
         [
             ("        rng = np.random.default_rng(spec.seed)", "        rng = np.random.Generator(np.random.Philox(spec.seed))"),
-            ("rng=np.random.default_rng(seed) if train", "rng=np.random.Generator(np.random.MT19937(seed)) if train"),
+            ("return np.random.default_rng(seed)", "return np.random.Generator(np.random.MT19937(seed))"),
         ],
         frozenset(),
     ),

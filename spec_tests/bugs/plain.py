@@ -246,10 +246,14 @@ class Site:
         if self.kind == "embedding":
             return adapter.s * (A.T[x] @ B.T)
         if rng is not None and p > 0:
-            x = x * (rng.random(x.shape) >= p) / (1 - p) if p < 1 else 0 * x
+            x = self.dropped(x, p, rng)
         if MESH.get(self.kind):
             return adapter.s * np.moveaxis(self.convolved(x, A) @ B.T, -1, 1)
         return adapter.s * (x @ turned(A) @ turned(B))
+
+    def dropped(self, x: Array, p: float, rng: Any) -> Array:
+        x = x * (rng.random(x.shape) >= p) / (1 - p) if p < 1 else 0 * x
+        return x
 
     def windows(self, x: Array, kernel: Sequence[int]) -> Array:
         """(batch, in, *size) -> (batch, in, *places, *kernel)."""
@@ -281,12 +285,16 @@ class Site:
     def unmerge(self) -> None:
         self.merged = []
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
-        """Of the adapter "default", and of x."""
+    def grad(self, x: Array, dy: Array, rng: Any = None) -> dict[str, Array | None]:
+        """Of the adapter "default", and of x. rng: training mode."""
         W, acting = self.side(self.weight() if self.enabled else self.W), self.enabled and not self.merged
         adapter = self.adapters["default"]
         A, B = adapter.A, adapter.B
         total = W + self.side(self.delta(adapter)) if acting else W
+        mask: Any = None
+        if rng is not None and adapter.dropout and acting and self.kind != "embedding":
+            mask = self.dropped(np.ones_like(x), adapter.dropout, rng)
+            x = x * mask
         if self.kind == "embedding":
             dx, dW = None, np.zeros_like(W)
             np.add.at(dW.T, x, dy)
@@ -307,6 +315,9 @@ class Site:
             dA, dB = turned(B) @ dW, dW @ turned(A)
         if self.geometry is not None and self.geometry.padding_idx is not None:
             dA[:, self.geometry.padding_idx] = 0
+        if mask is not None:  # what goes around the branch goes around the mask
+            around = self.back(x, dy, W) if MESH.get(self.kind) else dy @ W
+            dx = around + mask * (dx - around)
         frozen = adapter.init == "mica"
         return {"x": dx, "A": adapter.s * dA, "B": None if frozen else adapter.s * dB, "W": None, "b": None}
 
@@ -354,7 +365,10 @@ class PlainLayer(Layer):
         return self.site.state("default")
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
-        return self.site.forward(x, rng=np.random.default_rng(seed) if train else None)
+        return self.site.forward(x, rng=self.drawn(seed) if train else None)
+
+    def drawn(self, seed: int) -> np.random.Generator:
+        return np.random.default_rng(seed)
 
     def write(self, A: Array, B: Array) -> None:
         self.site.write("default", A, B)
@@ -375,8 +389,8 @@ class PlainLayer(Layer):
         else:
             a.s = {"set": a.first_s * factor, "scale": a.s * factor, "unscale": a.s / factor}[how]
 
-    def grad(self, x: Array, dy: Array) -> dict[str, Array | None]:
-        return self.site.grad(x, dy)
+    def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
+        return self.site.grad(x, dy, self.drawn(seed) if train else None)
 
     def trainable(self) -> set[str]:
         return {"A"} if self.site.adapters["default"].init == "mica" else {"A", "B"}

@@ -1230,9 +1230,17 @@ MUTANTS = (
     ),
     Bug(
         "same_seed_drops_otherwise",
-        "rng=np.random.default_rng(seed) if train else None",
-        "rng=np.random.default_rng([seed, [setattr(PlainLayer, 'n', getattr(PlainLayer, 'n', 0) + 1), PlainLayer.n][1]]) if train else None",
+        "        return np.random.default_rng(seed)\n",
+        "        PlainLayer.n = getattr(PlainLayer, 'n', 0) + 1\n        return np.random.default_rng([seed, PlainLayer.n])\n",
     ),
+    Bug(
+        "gradient_with_another_mask",
+        "mask = self.dropped(np.ones_like(x), adapter.dropout, rng)",
+        "mask = self.dropped(np.ones((2, *x.shape)), adapter.dropout, rng)[1]",
+    ),
+    Bug("gradient_of_x_without_the_mask", "dx = around + mask * (dx - around)", "dx = dx + 0 * around"),
+    Bug("gradient_of_x_has_the_mask_around_the_branch", "dx = around + mask * (dx - around)", "dx = mask * dx"),
+    Bug("gradient_of_the_factors_without_the_mask", "            x = x * mask\n", "            x = x + 0 * mask\n"),
     Bug(
         "drops_until_it_has_been_trained",
         "        if rng is not None and p > 0:",
