@@ -80,16 +80,21 @@ class Targeting:
     def table(self) -> Any:
         """A `rich` table of the decisions, and a line for each rule that matched nothing."""
         from rich.table import Table
+        from rich.text import Text
 
-        unused = [f"{option} {item!r} matched nothing" for option, items in self.unused.items() for item in items]
-        table = Table(title="What is adapted, and why", caption="\n".join(unused) or None, caption_justify="left")
+        unused = [f"{option} '{item}' matched nothing" for option, items in self.unused.items() for item in items]
+        table = Table(
+            title="What is adapted, and why",
+            caption=Text("\n".join(unused)) if unused else None,
+            caption_justify="left",
+        )
         for heading in ("module", "", "rule"):
             table.add_column(heading, overflow="fold")
         for heading in ("r", "alpha", "s"):
             table.add_column(heading, justify="right")
         for m in self.matches:
             numbers = ("", "", "") if m.r is None else (str(m.r), f"{m.lora_alpha:g}", f"{m.scaling:.4g}")
-            table.add_row(m.name, m.action, m.rule, *numbers, style=None if m.action else "dim")
+            table.add_row(Text(m.name), m.action, Text(m.rule), *numbers, style=None if m.action else "dim")
         return table
 
     __rich__ = table
@@ -97,7 +102,7 @@ class Targeting:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120)
+        console = Console(width=120, color_system=None, force_terminal=False)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
@@ -135,30 +140,30 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
         r = config.r if rank_key is None else config.rank_pattern[rank_key]
         alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
         for option, key in (("rank_pattern", rank_key), ("alpha_pattern", alpha_key)):
-            rule += f", {option} {key!r}" if key is not None else ""
+            rule += f", {option} '{key}'" if key is not None else ""
         return Match(name, action, rule, r, alpha, scaling(r, alpha, config.use_rslora))
 
     def decide(name: str) -> Match:
         excluded = exclude.match(name)  # from being adapted; a module that is saved whole stays so
         if (hit := save.match(name)) is not None and save.ancestor(name.rpartition(".")[0]) is None:
-            return Match(name, "save", f"modules_to_save {hit!r}")
+            return Match(name, "save", f"modules_to_save '{hit}'")
         if excluded is not None:
-            return Match(name, "", f"exclude_modules {excluded!r}")
+            return Match(name, "", f"exclude_modules '{excluded}'")
         if (hit := save.ancestor(name)) is not None:
-            return Match(name, "", f"inside modules_to_save {hit!r}")
+            return Match(name, "", f"inside modules_to_save '{hit}'")
         if (hit := target.match(name)) is None:
             return Match(name, "", "no target matches")
         if wanted and hit != name and isinstance(targets, list):
             index = patterns.layer_index(name, lists)
             if index not in wanted:
                 where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
-                return Match(name, "", f"target_modules {hit!r}, but {where}")
-        return adapted(name, "adapt", f"target_modules {hit!r}")
+                return Match(name, "", f"target_modules '{hit}', but {where}")
+        return adapted(name, "adapt", f"target_modules '{hit}'")
 
     matches = [decide(name) for name in names.kinds]
     for name in names.parameters:
         if (hit := parameter.match(name)) is not None:
-            matches.append(adapted(name, "adapt parameter", f"target_parameters {hit!r}"))
+            matches.append(adapted(name, "adapt parameter", f"target_parameters '{hit}'"))
     # what the user did not spell out needs no warning
     rules: list[patterns.Rule | patterns.PatternDict] = [exclude, save, parameter, ranks, alphas]
     if targets is config.target_modules:

@@ -812,11 +812,9 @@ MUTANTS = (
     ),
     Bug(
         "dropout_after_a",
-        "        if rng is not None and p > 0:\n            " + MASK,
-        "        if rng is not None and 0 < p < 1 and self.kind in LINEAR:\n"
-        "            h = x @ turned(A)\n"
-        "            return adapter.s * (h * (rng.random(h.shape) >= p) / (1 - p) @ turned(B))\n"
-        "        if rng is not None and p > 0:\n            " + MASK,
+        DROPS,
+        "if rng is not None and 0 < p < 1 and self.kind in LINEAR:\n            h = x @ turned(A)\n            return adapter.s * (h * (rng.random(h.shape) >= p) / (1 - p) @ turned(B))\n        "
+        + DROPS,
     ),
     Bug(
         "branch_in_half_precision",

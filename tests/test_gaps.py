@@ -1,0 +1,121 @@
+"""What mutation testing found no other test to notice: small things, each of which a user would see."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from lora_ref.cli import parser, seed
+from lora_ref.combination import linear
+from lora_ref.decomposition import Factors, adapted_forward
+from lora_ref.init.loftq import loftq
+from lora_ref.init.pissa import pissa
+from lora_ref.init.random import unzeroed
+from lora_ref.spectrum import BARS, bar
+
+
+def test_a_long_spectrum_is_shown_from_its_first_to_its_last_value() -> None:
+    values = [8.0] + [4.0] * 48 + [0.0]
+    assert bar(values, width=4) == BARS[7] + BARS[4] * 2 + BARS[0]
+    assert len(bar(values)) == 16
+
+
+def test_unzeroed_draws_b_up_to_one_over_the_root_of_r() -> None:
+    A, B, *_ = unzeroed(np.zeros((4000, 25)), r=4, rng=np.random.default_rng(0))
+    assert 0.49 < abs(B).max() <= 0.5
+    assert 0.19 < abs(A).max() <= 0.2
+
+
+def test_every_seed_below_two_to_the_32_is_taken() -> None:
+    assert seed("4294967295") == 2**32 - 1
+    for text in ("4294967296", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="below 2\\*\\*32"):
+            seed(text)
+
+
+def test_only_a_quantised_start_says_that_it_is_not_exact() -> None:
+    W = np.random.default_rng(0).standard_normal((4, 4))
+    assert Factors(W, W).exact
+    assert not loftq(W, 1, 1.0, bits=4).exact
+
+
+def saved(folder: Path, **options: object) -> Path:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    get_peft_model(net, LoraConfig(r=2, target_modules=["0"], **options)).save_pretrained(folder)
+    return folder
+
+
+def test_a_tensor_that_is_not_expected_is_refused_where_biases_are_saved_too(tmp_path: Path) -> None:
+    path = saved(tmp_path, bias="all") / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.9.bias": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"9\.bias: is not expected"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), tmp_path)
+
+
+def test_a_configuration_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    monkeypatch.setattr("lora_ref.config_file.MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="larger than 100 bytes"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), tmp_path)
+
+
+def test_inspect_prints_a_table_unless_asked_for_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_ref.inspect import run
+
+    run(saved(tmp_path))
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(capsys.readouterr().out)
+    run(tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["config"]["r"] == 2
+
+
+def test_an_adapted_layer_with_and_without_a_bias_by_hand() -> None:
+    factors = Factors(np.array([[1.0, 1.0]]), np.array([[1.0], [0.0]]))
+    x, W, b = np.array([1.0, 2.0]), np.eye(2), np.array([10.0, 20.0])
+    assert adapted_forward(x, W, b, factors, 0.5).tolist() == [12.5, 22.0]
+    assert adapted_forward(x, W, None, factors, 0.5).tolist() == [2.5, 2.0]
+
+
+def test_pissa_has_a_scaling_of_one_by_default() -> None:
+    W = np.diag([4.0, 1.0])
+    A, B, residual, _ = pissa(W, 1)
+    assert (B @ A).round(12).tolist() == [[4.0, 0.0], [0.0, 0.0]]
+    assert residual is not None and residual.round(12).tolist() == [[0.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_linear_combination_of_stacks_needs_equal_ranks() -> None:
+    A, B = np.ones((3, 1, 2)), np.ones((3, 2, 1))
+    with pytest.raises(ValueError, match=r"equal ranks, got \[1, 2\]"):
+        linear([A, np.ones((3, 2, 2))], [B, np.ones((3, 2, 2))], [1.0, 1.0])
+
+
+def test_the_demo_has_peft_s_alpha_by_default() -> None:
+    assert parser().parse_args(["demo"]).lora_alpha == LoraConfig(target_modules=["a"]).lora_alpha
+
+
+def test_a_converted_adapter_is_saved_for_inference_as_others_are(tmp_path: Path) -> None:
+    saved(tmp_path, init_lora_weights="pissa")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["inference_mode"] is True
+
+
+def test_eva_adjusts_the_scaling_by_default_as_peft_does() -> None:
+    assert EvaConfig().adjust_scaling_factors is True
+
+
+def test_copies_of_an_adapted_model_do_not_ask_for_what_is_not_there_yet() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    x = torch.ones(1, 4)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    bare = type(model.base_model).__new__(type(model.base_model))
+    nn.Module.__init__(bare)
+    with pytest.raises(AttributeError, match="model"):
+        bare.model  # noqa: B018
