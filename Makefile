@@ -4,6 +4,7 @@
 # make check    which requirements an implementation of LoRA keeps
 # make peers    the same for other libraries, each in an environment of its own
 # make bench    what things cost, as ratios against PEFT
+# make tutorials  the tutorials, executed from scratch
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,15 +12,18 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check peers bench lint readme format clean
+.PHONY: help demo test check peers bench tutorials mutants lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
 	@echo "make test          run the tests; make test ARGS='-k merge -x' passes options on to pytest"
 	@echo "make check         try lora_ref on the requirements; make check ARGS='peft --html matrix.html'"
-	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md"
+	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md;"
+	@echo "                   make peers ARGS=--releases: for older releases of PEFT"
 	@echo "make bench         what the initialisations cost against PEFT's (10 minutes; make bench ARGS=--quick: one)"
+	@echo "make tutorials     execute the tutorials, renew their quotes, figures and notebooks; ARGS=3: page 3 alone"
+	@echo "make mutants       small changes of lora_ref's source, and whether the tests notice (an hour)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
 	@echo "make readme        renew the tables and outputs of the README"
 	@echo "make format        let ruff rewrite the sources"
@@ -45,6 +49,17 @@ peers: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	@echo "==> benchmarks/init.py $(ARGS)"
 	@$(BIN)/python benchmarks/init.py --out benchmarks/results $(ARGS)
+
+# quotes first: a page may be about the code that has just changed
+tutorials: $(VENV)/.installed-tutorials
+	@echo "==> cog: quotes from the code"
+	@$(BIN)/python -m cogapp -P -r -I tutorials $(wildcard tutorials/*.md tutorials/vi/*.md)
+	@echo "==> tutorials/book/run.py --write $(ARGS)"
+	@$(BIN)/python tutorials/book/run.py --write $(ARGS)
+
+mutants: $(VENV)/.installed-mutation
+	@echo "==> tests/mutation/run.py $(ARGS)"
+	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff check, ruff format --check, mypy"
