@@ -1,5 +1,6 @@
-"""A progress bar for work that takes minutes: on stderr, if that is a terminal or Jupyter; gone when it is done."""
+"""A progress bar for work that takes minutes: on stderr, if that is a terminal, or in Jupyter with ipywidgets; gone when it is done."""
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -13,7 +14,8 @@ T = TypeVar("T")
 def progress_bar(show: bool = True) -> Progress:
     """A `rich` progress bar, to be used in a `with` statement: an exception takes it down, too."""
     console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not (show and (console.is_terminal or console.is_jupyter)))
+    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None  # rich warns without it
+    return Progress(console=console, transient=True, disable=not (show and (console.is_terminal or in_notebook)))
 
 
 @contextmanager

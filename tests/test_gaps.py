@@ -20,6 +20,7 @@ from lora_ref.decomposition import Factors, adapted_forward
 from lora_ref.init.loftq import loftq
 from lora_ref.init.pissa import pissa
 from lora_ref.init.random import unzeroed
+from lora_ref.progress import progress_bar
 from lora_ref.spectrum import BARS, bar
 
 
@@ -119,3 +120,11 @@ def test_copies_of_an_adapted_model_do_not_ask_for_what_is_not_there_yet() -> No
     nn.Module.__init__(bare)
     with pytest.raises(AttributeError, match="model"):
         bare.model  # noqa: B018
+
+
+def test_a_notebook_without_ipywidgets_gets_no_bar_and_no_warning(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert not progress_bar().disable and progress_bar(show=False).disable
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert progress_bar().disable

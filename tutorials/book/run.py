@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from book import compare, pages
 
 TOLERANCE = 0.02
-START = "import book.record; book.record.start()"
+START = f"import sys; sys.path.append({str(pages.HERE)!r}); import book.record; book.record.start()"
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 ENVIRONMENT |= {"COLUMNS": "100", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1"}
 
@@ -61,6 +61,9 @@ def execute(page: pathlib.Path, tick=lambda: None) -> Result:
         result.problems += run_cells(nb, folder, page.stem, tick)
         made = sorted(set(folder.glob("figures/*")) - before)
         result.figures = {f"figures/{path.name}": path.read_bytes() for path in made}
+    printed = "\n".join(text_of(cell) for cell in nb.cells if cell.cell_type == "code")
+    if str(pages.HERE.parent) in printed or f"{tempfile.gettempdir()}/" in printed:
+        result.problems.append("a cell prints a path of this machine")
     if not result.problems:
         result.problems += [f"{name} is shown, but not made" for name in shown if name not in result.figures]
         result.problems += [f"{name} is made, but not shown" for name in result.figures if name not in shown]
@@ -115,6 +118,8 @@ def tidied(outputs: list, count: int) -> list:
                 continue
         else:
             output.data = {k: v for k, v in output.data.items() if k in ("text/plain", "image/png")}
+            if not output.data.get("image/png") and not output.data.get("text/plain"):
+                continue  # what a progress bar leaves behind
             output.metadata = {}
             if "execution_count" in output:
                 output.execution_count = count
