@@ -1,4 +1,4 @@
-"""A progress bar for work that takes minutes: on stderr, if that is a terminal, or in Jupyter with ipywidgets; gone when it is done."""
+"""A progress bar for work that takes minutes: on stderr, if that is a terminal or a notebook; gone when it is done."""
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence

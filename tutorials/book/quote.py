@@ -86,3 +86,13 @@ def names_of(statement: ast.stmt) -> list[str]:
         return [statement.name]
     targets = getattr(statement, "targets", [getattr(statement, "target", None)])
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def modules(*names: str) -> None:
+    """Print a table of modules: how long each is, and the first sentence of its docstring."""
+    print("| module | lines | what it is |\n| --- | ---: | --- |")
+    for name in names:
+        path = path_of(f"lora_ref.{name}")
+        source = path.read_text(encoding="utf-8")
+        said = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0].replace("|", "\\|").replace("_", "\\_")
+        print(f"| [`{name.replace('.', '/')}`]({link_to(path)}) | {len(source.splitlines())} | {said} |")
