@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
-from lora_ref.cli import parser, seed
+from lora_ref.cli import main, parser, seed
 from lora_ref.combination import linear
 from lora_ref.decomposition import Factors, adapted_forward
+from lora_ref.eva import initialize_lora_eva_weights
 from lora_ref.init.loftq import loftq
 from lora_ref.init.pissa import pissa
 from lora_ref.init.random import unzeroed
+from lora_ref.linalg.arrays import _drawing_device
 from lora_ref.progress import progress_bar
 from lora_ref.spectrum import BARS, bar
+from lora_ref.watch import inputs
 
 
 def test_a_long_spectrum_is_shown_from_its_first_to_its_last_value() -> None:
@@ -128,3 +133,45 @@ def test_a_notebook_without_ipywidgets_gets_no_bar_and_no_warning(monkeypatch):
     assert not progress_bar().disable and progress_bar(show=False).disable
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert progress_bar().disable
+
+
+def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["inspect", str(saved(tmp_path))]) == 0
+    assert b"?" in written.getvalue()
+
+
+def test_whitening_what_does_not_vary_is_refused_by_the_layer_s_name() -> None:
+    eva = EvaConfig(rho=1.0, whiten=True)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva", eva_config=eva)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    batches = [torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0], [4.0, 0, 0, 0]])] * 2  # along one direction alone
+    with pytest.raises(ValueError, match=r"^0: EvaConfig\(whiten=True\): the inputs vary in fewer than r=2"):
+        initialize_lora_eva_weights(model, batches, forward_fn=lambda m, x: m(x), show_progress_bar=False)
+
+
+@pytest.mark.parametrize("device, drawn_on", [("meta", "meta"), ("cpu", "cpu"), ("cuda", "cpu"), ("mps", "cpu")])
+def test_random_numbers_are_drawn_on_the_cpu_whatever_the_device(device: str, drawn_on: str) -> None:
+    assert _drawing_device(SimpleNamespace(device=SimpleNamespace(type=device))) == drawn_on
+
+
+def test_a_layer_is_watched_by_its_first_argument() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+            return super().forward(x) * factor
+
+    seen = []
+    layer = Scaled(2, 2)
+    with inputs({"a": layer}, lambda name, x: seen.append(x)):
+        layer(x := torch.ones(1, 2), 3.0)
+    assert seen[0] is x
+
+
+def test_what_was_given_back_is_not_given_back_again() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    before = net[0].weight.detach().clone()
+    layer = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")).layers()["0"]
+    for _ in range(2):
+        layer.give_back(["default"])
+        assert torch.allclose(layer.base_weight, before, atol=1e-6)

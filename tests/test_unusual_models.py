@@ -107,7 +107,7 @@ def test_an_encoder_that_makes_nested_tensors_is_warned_about():
 
 
 def test_beams_multiply_the_adapter_names():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
@@ -119,6 +119,10 @@ def test_beams_multiply_the_adapter_names():
     assert torch.equal(mixed[0], model.generate(input_ids=prompts, **kwargs)[0])
     with model.disable_adapter():
         assert torch.equal(mixed[1], model.generate(input_ids=prompts, **kwargs)[1])
+    asked = GenerationConfig(**{k: v for k, v in kwargs.items() if k != "attention_mask"})  # a configuration, likewise
+    names = ["default", "__base__"]
+    said = {"generation_config": asked, "attention_mask": kwargs["attention_mask"]}
+    assert torch.equal(mixed, model.generate(input_ids=prompts, adapter_names=names, **said))
 
 
 def test_an_adapter_added_to_a_merged_layer_starts_from_the_original_weight():
