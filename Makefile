@@ -5,6 +5,7 @@
 # make peers    the same for other libraries, each in an environment of its own
 # make bench    what things cost, as ratios against PEFT
 # make tutorials  the tutorials, executed from scratch
+# make book     the tutorials as a site: prose on the left, code on the right
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check peers bench tutorials mutants lint readme format clean
+.PHONY: help demo test check peers bench tutorials book mutants lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo "                   make peers ARGS=--releases: for older releases of PEFT"
 	@echo "make bench         what the initialisations cost against PEFT's (10 minutes; make bench ARGS=--quick: one)"
 	@echo "make tutorials     execute the tutorials, renew their quotes, figures and notebooks; ARGS=3: page 3 alone"
+	@echo "make book          the tutorials beside their code, as HTML in tutorials/book/site/; ARGS='--out DIR': elsewhere"
 	@echo "make mutants       small changes of lora_ref's source, and whether the tests notice (an hour)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
 	@echo "make readme        renew the tables and outputs of the README"
@@ -56,6 +58,10 @@ tutorials: $(VENV)/.installed-tutorials
 	@$(BIN)/python -m cogapp -P -r -I tutorials $(wildcard tutorials/*.md tutorials/vi/*.md)
 	@echo "==> tutorials/book/run.py --write $(ARGS)"
 	@$(BIN)/python tutorials/book/run.py --write $(ARGS)
+
+book: $(VENV)/.installed-tutorials
+	@echo "==> tutorials/book/edition.py $(ARGS)"
+	@$(BIN)/python tutorials/book/edition.py $(ARGS)
 
 mutants: $(VENV)/.installed-mutation
 	@echo "==> tests/mutation/run.py $(ARGS)"

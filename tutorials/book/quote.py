@@ -47,26 +47,35 @@ def link_to(path: pathlib.Path) -> str:
 
 def excerpt(source: str, dotted_name: str | None = None) -> tuple[int, int, str]:
     """First line, last line, and the code between them, dedented and without docstrings."""
-    lines = source.splitlines()
-    tree = ast.parse(source)
-    node = tree if dotted_name is None else find(tree, dotted_name)
-    if isinstance(node, ast.Module):
-        first, last = 1, len(lines)
+    if dotted_name is None:
+        first, last = 1, len(source.splitlines())
     else:
+        node = find(ast.parse(source), dotted_name)
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         last = node.end_lineno
-    dropped: set[int] = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, Definition | ast.Module) and ast.get_docstring(inner, clean=False) is not None:
-            start, end = inner.body[0].lineno, inner.body[0].end_lineno
-            dropped |= set(range(start, end + 1))
-            if len(inner.body) == 1 and not isinstance(inner, ast.Module):
-                lines[start - 1] = " " * inner.body[0].col_offset + "..."
-                dropped.discard(start)
-            elif end < len(lines) and not lines[end].strip():
-                dropped.add(end + 1)  # the blank line that parts a docstring from the code
-    kept = [lines[n - 1] for n in range(first, last + 1) if n not in dropped]
-    return first, last, textwrap.dedent("\n".join(kept)).strip("\n")
+    return first, last, textwrap.dedent("\n".join(code_lines(source, first, last).values()))
+
+
+def code_lines(source: str, first: int, last: int) -> dict[int, str]:
+    """The lines from first to last by number: without docstrings, and without blank lines at both ends."""
+    lines = dict(enumerate(source.splitlines(), start=1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, Definition | ast.Module) and ast.get_docstring(node, clean=False) is not None:
+            start, end = node.body[0].lineno, node.body[0].end_lineno
+            stub = " " * node.body[0].col_offset + "..."
+            is_all = len(node.body) == 1 and not isinstance(node, ast.Module)
+            if not is_all and not lines.get(end + 1, "code").strip():
+                end += 1  # the blank line that parts a docstring from the code
+            for number in range(start, end + 1):
+                del lines[number]
+            if is_all:
+                lines[start] = stub
+    kept = [number for number in sorted(lines) if first <= number <= last]
+    while kept and not lines[kept[0]].strip():
+        del kept[0]
+    while kept and not lines[kept[-1]].strip():
+        del kept[-1]
+    return {number: lines[number] for number in kept}
 
 
 def find(tree: ast.Module, dotted_name: str) -> ast.stmt:
