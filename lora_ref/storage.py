@@ -26,6 +26,7 @@ from .decomposition import Factors
 from .init import CHANGE_BASE, method_of
 from .layer import Init, LoraLayer
 from .model import LoraModel
+from .sharded import gathered, is_main_process
 from .slots import PREFIX, assign, embedding_slots, is_finite, slots, some, wrappers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,11 +41,12 @@ def save_adapter(
     directory: Path,
     save_embedding_layers: bool | str = "auto",
     convert: bool = True,
+    writes: bool | None = None,
 ) -> None:
     """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
 
     With convert=False an adapter whose initialisation changed the base weight is written as it is: right
-    only on the changed base weight.
+    only on the changed base weight. Of several processes one writes, by default that of rank 0.
 
     Raises:
         ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
@@ -64,7 +66,9 @@ def save_adapter(
         layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers(model, adapter_name)}
         changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and adapter_name in m.lora_taken}
         live |= {key: layer.left_by(adapter_name) for key, layer in changed.items() if key in live}
-    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in live.items()}
+    tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
+    if not (is_main_process() if writes is None else writes):
+        return
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         warnings.warn(
