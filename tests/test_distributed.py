@@ -63,3 +63,17 @@ def test_what_would_put_other_weights_into_a_sharded_model_is_refused(tmp_path: 
     assert sorted(refusals) == ["add", "delete", "merge", "merge_and_unload", "unload"]
     for said in refusals.values():
         assert "not possible once the model is sharded" in said
+
+
+def test_the_demo_runs_under_torchrun_and_finds_what_it_finds_alone(tmp_path: Path) -> None:
+    accuracies = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        demo = [sys.executable, "-c", "from lora_ref.cli import main; main()", "demo", "--quick", "--out", str(out)]
+        line = [sys.executable, *TORCHRUN, "--no-python", *demo] if processes > 1 else demo
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Written to") == 1  # one speaks for all
+        accuracies += [run["rotated_after"] for run in json.loads((out / "results.json").read_text())["runs"]]
+    half = len(accuracies) // 2
+    assert accuracies[half:] == pytest.approx(accuracies[:half], abs=0.02)
