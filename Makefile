@@ -13,7 +13,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check peers bench tutorials book mutants lint readme format clean
+.PHONY: help demo test check peers bench tutorials book mutants fuzz lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make tutorials     execute the tutorials, renew their quotes, figures and notebooks; ARGS=3: page 3 alone"
 	@echo "make book          the tutorials beside their code, as HTML in tutorials/book/site/; ARGS='--out DIR': elsewhere"
 	@echo "make mutants       small changes of lora_ref's source, and whether the tests notice (an hour)"
+	@echo "make fuzz          fuzz the readers of adapter folders (2 minutes; ARGS='--seconds 1800': an hour)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
 	@echo "make readme        renew the tables and outputs of the README"
 	@echo "make format        let ruff rewrite the sources"
@@ -67,16 +68,20 @@ mutants: $(VENV)/.installed-mutation
 	@echo "==> tests/mutation/run.py $(ARGS)"
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
+fuzz: $(VENV)/.installed-test
+	@echo "==> tests/fuzz/run.py $(ARGS)"
+	@$(BIN)/python tests/fuzz/run.py $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff check, ruff format --check, mypy"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@echo "==> cog: do the README's tables and outputs agree with the code?"
-	@COLUMNS=120 $(BIN)/cog -P --check --diff README.md spec_tests/README.md
+	@COLUMNS=120 $(BIN)/cog -P --check --diff README.md SECURITY.md spec_tests/README.md
 
 readme: $(VENV)/.installed-dev
-	@COLUMNS=120 $(BIN)/cog -P -r README.md spec_tests/README.md
+	@COLUMNS=120 $(BIN)/cog -P -r README.md SECURITY.md spec_tests/README.md
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .

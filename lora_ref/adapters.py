@@ -18,6 +18,7 @@ from .config import LoraConfig
 from .layer import Init, LoraLayer
 from .options import near
 from .scaling import check_alpha
+from .sharded import check_whole
 from .wrappers import AdapterModule, ModulesToSave
 
 
@@ -108,9 +109,10 @@ class AdaptedModel(nn.Module):
 
         Raises:
             ValueError: the name is taken or not usable, nothing is targeted, a layer cannot be
-                adapted as asked, or a second adapter has bias != "none".
+                adapted as asked, a second adapter has bias != "none", or the model is sharded.
         """
         self._new(adapter_name)
+        check_whole(self.parameters(), "adding an adapter")
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # validated anew, and the user's own is not touched
@@ -172,6 +174,7 @@ class AdaptedModel(nn.Module):
         """Forget an adapter. If it was the only active one, the first that is left becomes active."""
         self._known(adapter_name)
         self._check_not_merged([adapter_name], "deleting")
+        check_whole(self.parameters(), "deleting an adapter")
         with transaction(self):
             for bias in biases(self.model, self.peft_config[adapter_name].bias, adapter_name).values():
                 bias.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The `lora-ref` command: `lora-ref demo`, `lora-ref inspect DIR` and `lora-ref check IMPL ...`.
+"""The `lora-ref` command: `lora-ref demo`, `lora-ref inspect DIR`, `lora-ref check IMPL ...` and `lora-ref plan`.
 
 Exit codes: 0 done, 1 it could not be done (one sentence on standard error says why) or a check failed,
 2 wrong usage, 130 interrupted. Heavy imports wait until a subcommand needs them, so that `--help` answers at once.
@@ -50,12 +50,12 @@ def parser() -> argparse.ArgumentParser:
     """Every option of every subcommand."""
     top = argparse.ArgumentParser(
         prog="lora-ref",
-        description="LoRA, shown, inspected and checked: a demo that trains adapters, a look into adapter folders, "
-        "and a conformance suite for any implementation.",
-        epilog="lora-ref demo --help, lora-ref inspect --help and lora-ref check --help say more.",
+        description="LoRA, shown, inspected, checked and planned: a demo that trains adapters, a look into adapter "
+        "folders, a conformance suite for any implementation, and what big models need.",
+        epilog="lora-ref demo --help and the like say more.",
     )
     top.add_argument("--version", action="version", version=f"lora-ref {version()}")
-    commands = top.add_subparsers(title="commands", metavar="{demo,inspect,check}", required=True)
+    commands = top.add_subparsers(title="commands", metavar="{demo,inspect,check,plan}", required=True)
 
     demo = commands.add_parser(
         "demo",
@@ -107,6 +107,22 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=seed, metavar="N", help="other cases than the usual, the same for the same N")
     check.add_argument("--list", action="store_true", help="list the requirements, and try nothing")
     check.set_defaults(action=run_check)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what training an adapter of a big model needs: memory by engine and number of GPUs, operations",
+        description="Bytes for each GPU, and operations for each token, to train adapters of a Llama-like model: "
+        "frozen weights in bfloat16, adapters in float32 with Adam, activation checkpointing. The formulas are in "
+        "lora_ref/plan.py.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan.add_argument("--params", type=float, default=8e9, metavar="N", help="weights of the model, such as 70e9")
+    plan.add_argument("--r", type=rank, default=16, metavar="R", help="rank of every adapter")
+    plan.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of GPUs")
+    plan.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens at a time on each GPU")
+    plan.add_argument("--context", type=int, default=4096, metavar="N", help="tokens that attend to each other")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="what a GPU has")
+    plan.set_defaults(action=run_plan)
     return top
 
 
@@ -144,6 +160,12 @@ def run_inspect(options: argparse.Namespace) -> None:
     from lora_ref.inspect import run
 
     run(options.directory, options.json, options.figure)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    from lora_ref.plan import run
+
+    run(options.params, options.r, options.gpus, options.tokens, options.gpu_memory, options.context)
 
 
 def run_check(options: argparse.Namespace) -> int:

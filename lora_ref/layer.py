@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import decomposition
 from .decomposition import Factors
 from .scaling import scaling
+from .sharded import gathered
 from .weights import WeightKeeper, at_least_float32
 
 Init = Callable[[Tensor, int, float], Factors]
@@ -118,7 +119,7 @@ class LoraLayer(WeightKeeper):
         Raises:
             ValueError: what was taken is of full rank (LoftQ), or s = 0.
         """
-        A, B = (f.detach() for f in self.factors(name))
+        A, B = (gathered(f.detach()) for f in self.factors(name))
         if name not in self.lora_taken:
             return A, B
         taken, s = self.lora_taken[name], self.scaling[name] if s is None else s

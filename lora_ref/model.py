@@ -11,6 +11,7 @@ from . import inject, merge, weighted
 from .atomic import transaction
 from .decomposition import Factors
 from .layer import Init
+from .sharded import check_whole
 from .switch import SwitchModel
 from .wrappers import ModulesToSave
 
@@ -33,6 +34,7 @@ class LoraModel(SwitchModel):
             contribute; unmerging is exact.
         """
         names = self._named(adapter_names)
+        check_whole(self.parameters(), "merging")
         with transaction(self):
             merge.merge(self.layers(), names)
 
@@ -53,6 +55,7 @@ class LoraModel(SwitchModel):
             ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         """
         names = self._named(adapter_names)
+        check_whole(self.parameters(), "merging")
         with transaction(self):
             self.enable_adapter_layers()
             if adapter_names is not None:
@@ -69,6 +72,7 @@ class LoraModel(SwitchModel):
         Biases that were trained (bias != "none") stay trained. A weight that an initialisation had
         changed (PiSSA and the like) is the original again, but for rounding.
         """
+        check_whole(self.parameters(), "unloading")
         with transaction(self):
             merge.unmerge(self.layers().values())
             self.disable_adapter_layers()

@@ -103,7 +103,7 @@ class PeftModel(nn.Module):
         safe_serialization: bool = True,
         selected_adapters: str | Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
+        is_main_process: bool | None = None,
         path_initial_model_for_weight_conversion: str | Path | None = None,
         convert: bool = True,
     ) -> None:
@@ -114,6 +114,9 @@ class PeftModel(nn.Module):
         factors as they are, which is right on the changed base weight only. The initial factors are
         kept, so `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
 
+        Only the main process writes (default: rank 0, or the only process). A sharded model is put together for
+        that (FSDP2, tensor parallelism): there, every rank has to call this.
+
         Raises:
             ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the disk.
         """
@@ -121,8 +124,8 @@ class PeftModel(nn.Module):
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")
         selected = list(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
         for name, folder in storage.adapter_folders(self.base_model, Path(save_directory)):
-            if name in selected and is_main_process:
-                storage.save_adapter(self.base_model, name, folder, save_embedding_layers, convert)
+            if name in selected:
+                storage.save_adapter(self.base_model, name, folder, save_embedding_layers, convert, is_main_process)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward. With adapter_names, sample i uses adapter_names[i] ("__base__": none)."""

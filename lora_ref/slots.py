@@ -21,6 +21,8 @@ from .model import LoraModel
 from .wrappers import AdapterModule, ModulesToSave
 
 PREFIX = "base_model.model."
+# what torch.compile and torch's checkpoint wrapper put into a module's path: no part of the file's keys
+ENGINES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 class Slot(NamedTuple):
@@ -68,7 +70,12 @@ def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
         others = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
         kept += [] if others and part in ("base_layer", "original_module") else [part]
         module = getattr(module, part)
-    return ".".join(kept)
+    return _plain(".".join(kept))
+
+
+def _plain(path: str) -> str:
+    """A path without the wrappers of engines: "0._orig_mod.up" is "0.up"."""
+    return ".".join(part for part in path.split(".") if part not in ENGINES)
 
 
 def embedding_slots(model: LoraModel) -> dict[str, Slot]:
@@ -80,7 +87,7 @@ def embedding_slots(model: LoraModel) -> dict[str, Slot]:
         if any(module is end or (isinstance(end, LoraLayer) and module is end.base_layer) for end in ends):
             if isinstance(module, LoraLayer):
                 continue  # its base layer comes by its own name
-            for key, slot in _all_of(module, PREFIX + name).items():
+            for key, slot in _all_of(module, PREFIX + _plain(name)).items():
                 layer = next((end for end in ends if isinstance(end, LoraLayer) and end.base_layer is module), None)
                 merged = layer is not None and slot.attribute == layer.weight_name
                 found[key] = slot._replace(tensor=layer.original_weight()) if merged and layer else slot
@@ -91,7 +98,7 @@ def _all_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
     kept = module.state_dict(keep_vars=True)
     owners = dict(module.named_modules(remove_duplicate=False))
     return {
-        f"{prefix}.{key}": Slot(owners[key.rpartition(".")[0]], key.rpartition(".")[2], tensor, tensor.device)
+        f"{prefix}.{_plain(key)}": Slot(owners[key.rpartition(".")[0]], key.rpartition(".")[2], tensor, tensor.device)
         for key, tensor in kept.items()
         if isinstance(tensor, Tensor)
     }
@@ -140,7 +147,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
 
 
 def _is_redundant(key: str, model: LoraModel) -> bool:
-    whole = (f"{PREFIX}{name}." for name, m in model.model.named_modules() if isinstance(m, ModulesToSave))
+    whole = (f"{PREFIX}{_plain(name)}." for name, m in model.model.named_modules() if isinstance(m, ModulesToSave))
     return key.endswith(".bias") and any(
         key.startswith((f"{prefix}original_module.", f"{prefix}modules_to_save.")) for prefix in whole
     )

@@ -2,14 +2,11 @@
 
     base_model.model.<module>.lora_A.weight (r, in)    base_model.model.<module>.lora_B.weight (out, r)
 
-The scaling is not stored: it follows from the configuration. Files are written under other names
-and renamed when complete; what is read is checked whole before anything changes. Only safetensors
-is read: unpickling a file runs whatever program it holds.
+The scaling is not stored: it follows from the configuration. What is read is checked whole before
+anything changes. Only safetensors is read: unpickling a file runs whatever program it holds.
 """
 
 import dataclasses
-import os
-import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +16,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import config_file, conversion
+from . import config_file, conversion, folder
 from .atomic import transaction
 from .config import LoraConfig
 from .decomposition import Factors
+from .folder import WEIGHTS
 from .init import CHANGE_BASE, method_of
 from .layer import Init, LoraLayer
 from .model import LoraModel
+from .sharded import gathered, is_main_process
 from .slots import PREFIX, assign, embedding_slots, is_finite, slots, some, wrappers
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
 
 # -- writing -----------------------------------------------------------------------------------
 
@@ -40,11 +36,12 @@ def save_adapter(
     directory: Path,
     save_embedding_layers: bool | str = "auto",
     convert: bool = True,
+    writes: bool | None = None,
 ) -> None:
     """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
 
     With convert=False an adapter whose initialisation changed the base weight is written as it is: right
-    only on the changed base weight.
+    only on the changed base weight. Of several processes one writes, by default that of rank 0.
 
     Raises:
         ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
@@ -64,7 +61,9 @@ def save_adapter(
         layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers(model, adapter_name)}
         changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and adapter_name in m.lora_taken}
         live |= {key: layer.left_by(adapter_name) for key, layer in changed.items() if key in live}
-    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in live.items()}
+    tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
+    if not (is_main_process() if writes is None else writes):
+        return
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         warnings.warn(
@@ -86,34 +85,15 @@ def _targets_embeddings(model: LoraModel, adapter_name: str) -> bool:
 
 
 def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Write both files completely under other names, then rename them into place."""
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file: an adapter needs a folder")
-    directory.mkdir(parents=True, exist_ok=True)
-    mark = f".{uuid.uuid4().hex}.tmp"
-    parts = [directory / WEIGHTS, directory / CONFIG]
+    """Replace both files of the folder: the old pair or the new one is there, never a part (see `folder`)."""
+
+    def write(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
     try:
-        safetensors.torch.save_file(tensors, f"{parts[0]}{mark}", metadata={"format": "pt"})
-        Path(f"{parts[1]}{mark}").write_text(config_file.dumps(config), encoding="utf-8")
-        for part in parts:
-            _flush(Path(f"{part}{mark}"))
-        for part in parts:
-            os.replace(f"{part}{mark}", part)
-        _flush(directory)
+        folder.replace(directory, write, config_file.dumps(config))
     except safetensors.SafetensorError as error:  # a full disk, a folder without permission
         raise OSError(f"{directory / WEIGHTS}: could not be written: {error}") from error
-    finally:
-        for part in parts:
-            Path(f"{part}{mark}").unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until the disk has it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -129,8 +109,12 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     if not directory.is_dir():
         what = "a file, not a folder" if directory.exists() else "not there"
         raise FileNotFoundError(f"the folder {directory} is {what}; adapters are read from local folders only")
-    config = config_file.read(directory / CONFIG)
-    path = directory / WEIGHTS
+    with folder.reading(directory) as config_path:
+        return _read(directory / WEIGHTS, config_path)
+
+
+def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    config, directory = config_file.read(config_path), path.parent
     if not path.is_file():
         if (directory / "adapter_model.bin").exists():
             raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import linalg
+from .sharded import gathered
 from .wrappers import AdapterModule, unwrapped
 
 
@@ -98,7 +99,7 @@ class WeightKeeper(AdapterModule):
     def whole(self, W: Tensor, names: Iterable[str]) -> Tensor:
         """A weight as stored, together with what these adapters have taken out of it; rounded once."""
         parts = [self.stored(self.lora_taken[name].delta()) for name in names if name in self.lora_taken]
-        W = W.detach().to(self.base_weight.device)  # the model may have moved while W was put aside
+        W = gathered(W.detach()).to(self.base_weight.device)  # the model may have moved while W was put aside
         return (at_least_float32(W) + sum(parts)).to(W.dtype) if parts else W
 
     def unmerge(self) -> None:

@@ -31,7 +31,7 @@ ORDER = [
     {"quantization", "pca"},
     {"config", "config_file"},  # LoraConfig.from_pretrained reads the file
     {"targeting", "init", "combination"},
-    {"wrappers", "atomic", "watch", "covariance", "gradients"},
+    {"wrappers", "atomic", "sharded", "watch", "covariance", "gradients"},
     {"weights"},
     {"layer"},
     {"layers"},
@@ -45,12 +45,12 @@ ORDER = [
     {"switch"},
     {"model"},
     {"slots"},
-    {"conversion"},
+    {"conversion", "folder"},
     {"storage"},
     {"peft_model"},
     {"eva_pass"},
     {"prepare", "eva"},
-    {"spectrum", "inspect_figure", "inspect", "demo"},
+    {"spectrum", "inspect_figure", "inspect", "plan", "demo"},
     {"cli"},
 ]
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -91,7 +92,9 @@ def load(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
 
 
 def small(value: float = 1.0) -> PeftModel:
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    """A small adapter full of one value, which its lora_alpha has, too (NaN cannot be one)."""
+    config = LoraConfig(r=2, lora_alpha=1.0 if math.isnan(value) else value, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(value)
@@ -304,19 +307,19 @@ def test_a_save_that_fails_leaves_the_old_adapter(
 
 
 @pytest.mark.parametrize("fault", ["replace-second", "fsync-folder"])
-def test_a_save_that_fails_late_leaves_complete_files_and_nothing_else(
+def test_a_save_that_fails_late_leaves_the_new_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Two renames are not one: between them the tensors are new and the configuration old; each file is whole."""
     small(1.0).save_pretrained(tmp_path)
-    name, calls = {"replace-second": ("replace", 1), "fsync-folder": ("fsync", 2)}[fault]
+    name, calls = {"replace-second": ("replace", 1), "fsync-folder": ("fsync", 3)}[fault]
     with monkeypatch.context() as patch:
         patch.setattr(os, name, after(calls, getattr(os, name), FULL))
         with pytest.raises(OSError, match="No space left"):
             small(2.0).save_pretrained(tmp_path)
-    assert sorted(contents(tmp_path)) == [CONFIG, WEIGHTS]
     config, tensors = storage.read_adapter(tmp_path)
-    assert config.r == 2 and all((t == 1).all() or (t == 2).all() for t in tensors.values())
+    assert config.lora_alpha == 2 and all((t == 2).all() for t in tensors.values())
+    small(3.0).save_pretrained(tmp_path)
+    assert sorted(contents(tmp_path)) == [CONFIG, WEIGHTS]
 
 
 def test_an_error_of_safetensors_while_writing_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

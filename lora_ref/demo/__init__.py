@@ -2,7 +2,7 @@
 
 Without adaptation it fails. Full fine-tuning mends that but forgets the upright digits for good. LoRA trains a few
 per cent of the parameters, beside the weights: switched on, it reads rotated digits; switched off, the network is
-what it was.
+what it was. Under `torchrun --nproc-per-node 2 --no-python lora-ref demo` two processes train together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lora_ref.demo.experiment import configurations, differences, epochs, experiment, one_thread, seeded
+    from lora_ref.demo.experiment import configurations, differences, epochs, experiment, one_thread, seeded, together
     from lora_ref.demo.figure import draw
 
     configs = configurations(ranks or (QUICK_RANKS if quick else RANKS), alpha)
@@ -40,7 +40,11 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
     base_epochs, adapt_epochs = epochs(quick)
     total = base_epochs + adapt_epochs * (len(configs) + 1)
     columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
-    with one_thread(), Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    with (
+        one_thread(),
+        together() as rank,
+        Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=rank > 0) as progress,
+    ):
         bar = progress.add_task("", total=total)
         done = experiment(
             configs,
@@ -49,6 +53,8 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
             start=lambda name: progress.update(bar, description=name),
             tick=lambda: progress.advance(bar),
         )
+    if rank > 0:
+        return  # all have the same networks: one speaks for them
     with one_thread(), seeded(seed):  # loading draws a fresh adapter before it fills it
         measured = differences(done, out / "adapter")
     draw(done, out / "demo.png")

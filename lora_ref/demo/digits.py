@@ -62,6 +62,12 @@ class Network(nn.Module):
         return cast(Tensor, self.out(x))  # (n, 10)
 
 
+def process() -> tuple[int, int]:
+    """(which process this is, how many there are)."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """The model's output (n, 10), in evaluation mode and without gradients."""
@@ -86,8 +92,11 @@ def train(
     """Train whatever `requires_grad` in `model`; returns the test accuracy before and after each epoch.
 
     Adam, mini-batches of 64, and a learning rate that falls linearly to zero. The same loop trains the base
-    network, the adapters and the fully fine-tuned copy: LoRA changes what is trained, not how.
+    network, the adapters and the fully fine-tuned copy: LoRA changes what is trained, not how. Of several
+    processes (torchrun) each takes its share of every mini-batch, and the gradients are averaged.
     """
+    rank, world = process()
+    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     shuffle = torch.Generator().manual_seed(seed)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(weights, lr=learning_rate)
@@ -98,7 +107,8 @@ def train(
         model.train()
         for batch in torch.randperm(len(digits.train), generator=shuffle).split(BATCH):
             optimiser.zero_grad()
-            functional.cross_entropy(model(digits.train[batch]), digits.train_labels[batch]).backward()
+            share = batch[rank::world]
+            functional.cross_entropy(replica(digits.train[share]), digits.train_labels[share]).backward()
             optimiser.step()
             schedule.step()
         curve.append(accuracy(model, digits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,20 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[int]:
+    """Joins the processes that torchrun has started, if it has; gives the number of this one, 0 if it is alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank()
+        torch.distributed.barrier()  # nobody leaves while another still talks
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def configurations(ranks: list[int], alpha: float) -> list[LoraConfig]:

@@ -1,0 +1,40 @@
+"""Weights that torch.distributed has cut into pieces: put together for a file, and never replaced.
+
+FSDP2 (`fully_shard`) and tensor parallelism make a parameter a DTensor, of which each rank holds a part. An adapted
+model trains as it is then. What an engine has cut it also keeps track of: a parameter that is put in afterwards would
+never be seen by it. So adapters are added, loaded and merged before the model is sharded.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor. Of a sharded one every rank must ask at once: they exchange their parts.
+
+    >>> gathered(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Is it a DTensor? Asked without importing torch.distributed, which takes as long as all of lora_ref."""
+    return hasattr(tensor, "full_tensor")
+
+
+def check_whole(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise ValueError if any of these is sharded."""
+    if any(map(is_sharded, tensors)):
+        raise ValueError(
+            f"{what} is not possible once the model is sharded (fully_shard, parallelize_module): the engine would go "
+            "on with the parameters that it has cut. Do it before, or save the adapter and do it in one process"
+        )
+
+
+def is_main_process() -> bool:
+    """Is this rank 0, or a process by itself?"""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
