@@ -33,16 +33,15 @@ def kind_of(module: nn.Module) -> str:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, parent, attribute) of every module, as if no wrapper were there. Shared modules come once."""
     seen: set[int] = set()
-
-    def visit(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
-        for attribute, child in list(parent.named_children()):
-            name, bare = f"{prefix}{attribute}", unwrapped(child)
-            if id(bare) not in seen:
-                seen.add(id(bare))
-                yield name, parent, attribute
-                yield from visit(bare, f"{name}.")
-
-    yield from visit(model, "")
+    waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
+    while waiting:
+        name, parent, attribute = waiting.pop()
+        child = parent._modules[attribute]
+        bare = None if child is None else unwrapped(child)
+        if bare is not None and id(bare) not in seen:
+            seen.add(id(bare))
+            yield name, parent, attribute
+            waiting += [(f"{name}.{inner}", bare, inner) for inner in reversed(bare._modules)]
 
 
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -33,12 +33,12 @@ class LoraModel(SwitchModel):
             contribute; unmerging is exact.
         """
         names = self._named(adapter_names)
-        with transaction(self):
+        with self._switching():
             merge.merge(self.layers(), names)
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit. Adapters that were active still are."""
-        with transaction(self):
+        with self._switching():
             merge.unmerge(self.layers().values())
 
     def merge_and_unload(
@@ -53,7 +53,7 @@ class LoraModel(SwitchModel):
             ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         """
         names = self._named(adapter_names)
-        with transaction(self):
+        with self._switching(flags=True):
             self.enable_adapter_layers()
             if adapter_names is not None:
                 self.set_adapter(names)
@@ -69,7 +69,7 @@ class LoraModel(SwitchModel):
         Biases that were trained (bias != "none") stay trained. A weight that an initialisation had
         changed (PiSSA and the like) is the original again, but for rounding.
         """
-        with transaction(self):
+        with self._switching():
             merge.unmerge(self.layers().values())
             self.disable_adapter_layers()
             for layer in self.layers().values():

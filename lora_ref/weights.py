@@ -68,6 +68,10 @@ class WeightKeeper(AdapterModule):
         """The module that is wrapped."""
         return self.base_layer
 
+    def frame(self) -> Iterable[nn.Module]:
+        """The base layer, and what was taken out of its weight."""
+        return self.base_layer, self.lora_taken
+
     def get_base_layer(self) -> nn.Module:
         """The module at the bottom of nested wrappers."""
         return unwrapped(self)
