@@ -190,7 +190,10 @@ def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool = True) -> tor
 
 
 def linear_of(weight: Float[Tensor, "n_out n_in"]) -> nn.Linear:
-    """A bias-free nn.Linear around this weight, without drawing another one first."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.contiguous())
+    """A frozen, bias-free nn.Linear around this weight; its own __init__ would draw another one first."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    layer.register_parameter("bias", None)
     return layer
