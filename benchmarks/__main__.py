@@ -30,6 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="sizes at which nothing is measured: a trial in seconds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="of torch and BLAS (default: 1)")
+    parser.add_argument("--trim", action="store_true", help="leave the allocator as it is: it returns memory at will")
     parser.add_argument("--only", nargs="+", choices=list(THEMES), default=list(THEMES))
     parser.add_argument("--seconds", type=float, help="begin no turn of a case after so many, beyond the fifth")
     parser.add_argument("--out", type=Path, help="write bench.json, bench.md and bench.png into this folder")
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     threadpool_limits(options.threads)
+    kept = not options.cuda and not options.trim and machine.keep_freed_memory()
+    options.allocator = "keeps freed memory" if kept else "default"
     options.dtypes = machine.dtypes(options)
     options.bandwidth = machine.bandwidth(options)
     results: dict[str, Any] = {"machine": machine.describe(options), "quick": options.quick, "rows": []}

@@ -1,5 +1,6 @@
 """The machine that was measured: what it is, which precisions it computes in, how fast its memory is."""
 
+import ctypes
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ def describe(options: Any) -> dict[str, Any]:
         "cpu": model.group(1) if model else platform.processor(),
         "cores": os.cpu_count(),
         "threads": options.threads,
+        "allocator": options.allocator,
         "blas": blas.group(0) if blas else "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -56,3 +58,13 @@ def bandwidth(options: Any) -> float:
         synchronize(options.device)
         best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
     return best
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that is freed, as CUDA's allocator does; False where there is no glibc.
+
+    Otherwise each large tensor costs page faults, or none, by where it happens to lie: most of the noise.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # names of the two settings in malloc.h
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))

@@ -41,6 +41,7 @@ class Case:
         about: what the case is, as the table's first columns.
         jobs: {name: prepare}; ratios are of a job's time over that of `floor`, one of the names.
         fresh: prepare anew before each turn, for jobs that change what they work on.
+        waits: for jobs that wait for a disk: measure the time on the clock, not the process's own.
         bytes: also measure `saved` and `peak` of each job; `alive(job)` gives the tensors not counted.
         computed: {name: ratio} that are possible at best, from FLOPs, bytes and the seconds that `floor` takes.
         bars: what must hold.
@@ -51,6 +52,7 @@ class Case:
     jobs: Mapping[str, Prepare]
     floor: str
     fresh: bool = False
+    waits: bool = False
     bytes: bool = False
     alive: Callable[[Job], Iterable[Tensor]] = lambda job: ()
     computed: Callable[[float], dict[str, float]] = lambda seconds: {}
@@ -97,22 +99,25 @@ def by_turns(case: Case, seconds: float, turns: int, device: str) -> tuple[dict[
         shuffle.shuffle(order)
         for name in order:
             job = case.jobs[name]() if case.fresh else jobs[name]
-            times[name].append(time_of(job, calls[name], device))
+            times[name].append(time_of(job, calls[name], device, case.waits))
             del job
     return times, jobs
 
 
-def time_of(job: Job, calls: int, device: str) -> float:
+def time_of(job: Job, calls: int, device: str, waits: bool = False) -> float:
     """Seconds a call."""
+    # with one thread its own time, which other programs on the machine do not lengthen
+    own = device == "cpu" and torch.get_num_threads() == 1 and not waits
+    clock = time.process_time if own else time.perf_counter
     gc.collect()
     gc.disable()
     try:
         synchronize(device)
-        began = time.perf_counter()
+        began = clock()
         for _ in range(calls):
             job()
         synchronize(device)
-        return (time.perf_counter() - began) / calls
+        return (clock() - began) / calls
     finally:
         gc.enable()
 

@@ -77,9 +77,8 @@ def table(head: list[str], body: list[list[str]]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The page that is committed."""
     m = results["machine"]
-    where = (
-        f"{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} thread{'s' * (m['threads'] != 1)}; {m['blas']}"
-    )
+    threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
+    where = f"{m['device']}: {m['cpu']}, {m['cores']} cores, {threads}; {m['blas']}; allocator: {m['allocator']}"
     versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "peft", "loralib", "transformers"))
     page = [
         "# What things cost",

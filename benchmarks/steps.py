@@ -46,6 +46,7 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
     compiled = options.cuda and not options.quick
     settings = [(r, p) for r in (8, 64) for p in (0.0, 0.1)]
     for r, p in settings:
+        jobs[label("bare", r, p)] = lambda r=r, p=p: bare(linear, x.detach(), g, r, p)
         for name, library in LIBRARIES.items():
             jobs[label(name, r, p)] = lambda library=library, r=r, p=p: partial(
                 forward_backward, adapted(library, linear, r, p), x, g
@@ -64,7 +65,7 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
         jobs=jobs,
         floor="frozen",
         bytes=True,
-        alive=lambda job: [x, *job.args[0].parameters()],
+        alive=lambda job: [x, *(job.args[0].parameters() if isinstance(job, partial) else [])],
         computed=partial(best, shape, tokens, dtype, settings, options),
         bars=bars(shape, dtype),
     )
@@ -133,6 +134,33 @@ def adapted_by_loralib(linear: nn.Linear, r: int, p: float) -> nn.Module:
     layer.weight, layer.bias = linear.weight, linear.bias
     nn.init.normal_(layer.lora_B, std=0.02)
     return layer  # never in eval mode, which would merge into the weight that all share
+
+
+def bare(linear: nn.Linear, x: Tensor, g: Tensor, r: int, p: float) -> Job:
+    """The measured floor: the products of a step in their fastest orientation, A and B in float32, without autograd."""
+    W, b = linear.weight, linear.bias
+    A, B = torch.randn(r, W.shape[1], device=W.device), torch.randn(W.shape[0], r, device=W.device)
+
+    def products() -> None:
+        y, wide, kept = nn.functional.linear(x, W, b), x.float(), None
+        if p:
+            words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+            kept = (words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(torch.uint8).view(x.shape)
+            wide = x * kept
+        z = A @ wide.T
+        y.float().addmm_(z.T, B.T).to(y.dtype)
+        wide = g.float()
+        dz, dB = B.T @ wide.T, z @ wide
+        dx, wide = g @ W, x.float()
+        if kept is not None:
+            dA = dz @ (wide * kept)
+            dx.add_((dz.T @ A).mul_(kept))
+        else:
+            dA = dz @ wide
+            dx.float().addmm_(dz.T, A).to(dx.dtype)
+        del dA, dB
+
+    return products
 
 
 def forward_backward(layer: nn.Module, x: Tensor, g: Tensor) -> None:

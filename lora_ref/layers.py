@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import fused
 from .layer import LoraLayer
+from .rows import add_each
 from .weights import add_product
 
 
@@ -27,6 +30,44 @@ class Linear(LoraLayer):
     def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         return add_product(y, self.lora_dropout[name](x.to(A.dtype)), A, B, self.scaling[name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The formula above, or the same by `fused` where that applies."""
+        if args or kwargs or not fused.applies(x) or not (branches := self.branches()):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        in_place = (type(base) is nn.Linear or self.fan_in_fan_out) and fused.unobserved(base)
+        return fused.add_branches(base, x, branches, in_place)
+
+    def branches(self) -> list[fused.Branch]:
+        """What `forward` adds to the base's output; none where only the formula can tell."""
+        part = self._modules  # one token takes less time than some ten attributes of a module
+        taken: Any = part["lora_taken"]
+        spoken = self.disable_adapters or self.sample_adapters is not None
+        if spoken or (taken and not taken.keys() <= {*self.active_adapters, *self.merged_adapters}):
+            return []
+        found = []
+        for name in self.active_adapters:
+            if name in self.merged_adapters:
+                continue
+            A, B = part["lora_A"][name].weight, part["lora_B"][name].weight
+            dropout = part["lora_dropout"][name]
+            p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+            if A.dtype != B.dtype or p > 0.5 or type(dropout) not in (nn.Identity, nn.Dropout):
+                return []
+            found.append(fused.Branch(A, B, self.scaling[name], p))
+        return found
+
+    def _add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
+        """Every row's own factors in one stack: this costs what the rows cost, however many adapters there are."""
+        names = self.row_names(x.shape[0])
+        rows = [i for i, name in enumerate(names) if name in self.r]
+        if self.lora_taken or self.training or not rows:
+            return super()._add_by_row(y, x)
+        pairs = [(*self.factors(names[i]), self.scaling[names[i]]) for i in rows]
+        if len(rows) == len(names):
+            return add_each(y, x, pairs)
+        return y.index_put((torch.tensor(rows, device=y.device),), add_each(y[rows], x[rows], pairs))
 
 
 class Embedding(LoraLayer):

@@ -99,13 +99,18 @@ class AdapterModule(nn.Module):
                 del part[old]
         self.active_adapters = [new if x == old else x for x in self.active_adapters]
 
-    def rows(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each name in `sample_adapters`, with the indices of its rows."""
+    def row_names(self, batch: int) -> list[str]:
+        """`sample_adapters`, one name for each row of the batch."""
         names = list(self.sample_adapters or [])
         if len(names) != batch:
             raise ValueError(
                 f"adapter_names has {len(names)} names for a batch of {batch} samples at {type(self).__name__}"
             )
+        return names
+
+    def rows(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each name in `sample_adapters`, with the indices of its rows."""
+        names = self.row_names(batch)
         for name in dict.fromkeys(names):
             yield name, torch.tensor([i for i, other in enumerate(names) if other == name])
 
