@@ -5,13 +5,17 @@ the values of dicts, lists and plain attributes, `requires_grad`, and a paramete
 (replaced by another tensor, not written into).
 """
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import nn
 
-_covered: ContextVar[frozenset[int]] = ContextVar("_covered", default=frozenset())  # ids of modules
+# ids of the modules that running transactions cover with all that is in them, and of the roots of the others
+_covered: ContextVar[frozenset[int]] = ContextVar("_covered", default=frozenset())
+_shallow: ContextVar[frozenset[int]] = ContextVar("_shallow", default=frozenset())
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def transaction(
     The price is a shallow copy of each module's attributes: no tensor is copied, and what an enclosing
     transaction covers is left to that one (so do not catch an error between the two). Where it is known
     that little may change, `modules()` gives the modules whose own attributes do, and `flags` the
-    parameters in others whose `requires_grad` does; inside, a transaction is one of its own.
+    parameters in others whose `requires_grad` does; inside, a transaction of all is one of its own.
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> try:
@@ -36,8 +40,8 @@ def transaction(
     ...     print(net[0])
     Linear(in_features=2, out_features=2, bias=True)
     """
-    outer = _covered.get()
-    if all(id(root) in outer for root in roots):
+    outer, shallow = _covered.get(), _shallow.get()
+    if all(id(root) in (outer | shallow if modules else outer) for root in roots):
         yield
         return
     covered = [m for m in (modules() if modules else tree(*roots)) if id(m) not in outer]
@@ -46,7 +50,8 @@ def transaction(
     contents = [(v, v.copy()) for v in containers if v]  # most are empty: hooks that nobody has set
     tensors = [(p, p.data, p.requires_grad) for m in covered for p in m._parameters.values() if p is not None]
     trains = [(p, p.requires_grad) for p in flags]
-    token = _covered.set(outer if modules else outer.union(map(id, covered)))
+    variable, new = (_shallow, shallow.union(map(id, roots))) if modules else (_covered, outer.union(map(id, covered)))
+    token = variable.set(new)
     try:
         yield
     except BaseException:
@@ -64,7 +69,24 @@ def transaction(
             parameter.requires_grad_(requires_grad)
         raise
     finally:
-        _covered.reset(token)
+        variable.reset(token)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the body is done: for what cannot be undone."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield  # Python gives Ctrl-C to the main thread alone
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 def tree(*roots: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from .layer import Init, LoraLayer
 from .layers import Conv, Embedding, Linear, is_conv1d_of_transformers
 from .parameters import Parameter
 from .targeting import ModelNames, Targeting
-from .wrappers import AdapterModule, ModulesToSave, unwrapped
+from .wrappers import AdapterModule, ModulesToSave, frame, unwrapped
 
 WRAPPERS: dict[str, type[LoraLayer]] = {"linear": Linear, "embedding": Embedding, "conv": Conv}
 
@@ -47,7 +47,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """{id of a module, wrapped or not: every (parent, attribute) that holds it}: a shared module has several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    for parent in frame(model):
         for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
             if child is not None:
                 found.setdefault(id(unwrapped(child)), []).append((parent, attribute))

@@ -99,8 +99,10 @@ class LoraLayer(WeightKeeper):
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = train_B
-        for parameter in self.adapter_parameters(name):
-            parameter.requires_grad_(False)
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have a part here."""
+        return list(self.r)
 
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         super().set_adapter(names, inference_mode)

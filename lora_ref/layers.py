@@ -20,8 +20,7 @@ class Linear(LoraLayer):
         super().__init__(base_layer)
         self.fan_in_fan_out = is_conv1d_of_transformers(base_layer)
 
-    def logical_weight(self) -> Float[Tensor, "out in"]:
-        W = self.original_weight()
+    def logical(self, W: Tensor) -> Float[Tensor, "out in"]:
         return W.T if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "out in"]) -> Tensor:
@@ -86,15 +85,15 @@ class Embedding(LoraLayer):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
 
-    def logical_weight(self) -> Float[Tensor, "dim vocabulary"]:
-        return self.original_weight().T
+    def logical(self, W: Tensor) -> Float[Tensor, "dim vocabulary"]:
+        return W.T
 
     def stored(self, D: Float[Tensor, "dim vocabulary"]) -> Tensor:
         return D.T
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
-        self.lora_embedding_A[name] = nn.Parameter(A.contiguous())
-        self.lora_embedding_B[name] = nn.Parameter(B.contiguous())
+        self.lora_embedding_A[name] = nn.Parameter(A.contiguous(), requires_grad=False)
+        self.lora_embedding_B[name] = nn.Parameter(B.contiguous(), requires_grad=False)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
@@ -122,13 +121,12 @@ class Conv(LoraLayer):
         """The base's groups: each has its own r / groups rows of A and columns of B."""
         return self.get_base_layer().groups  # type: ignore[return-value]
 
-    def logical_weight(self) -> Float[Tensor, "out fan_in"]:
-        base: Any = self.get_base_layer()
-        if base.groups == 1:
-            return base.weight.detach().flatten(1)
+    def logical(self, W: Tensor) -> Float[Tensor, "out fan_in"]:
+        if self.groups == 1:
+            return W.flatten(1)
         # A sees all groups' inputs, which no grouped kernel does: a weight of that shape, without memory
-        fan_in = base.in_channels * base.weight[0, 0].numel()
-        return base.weight.new_zeros(()).expand(base.out_channels, fan_in)
+        fan_in = self.in_channels * W[0, 0].numel()
+        return W.new_zeros(()).expand(self.out_channels, fan_in)
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         base: Any = self.get_base_layer()
@@ -137,9 +135,10 @@ class Conv(LoraLayer):
         like_base = {k: getattr(base, k) for k in ("stride", "padding", "dilation", "padding_mode")}
         lora_A = cls(base.in_channels, r, kernel, bias=False, device="meta", **like_base)
         lora_B = cls(r, base.out_channels, ones, groups=base.groups, bias=False, device="meta")
-        lora_A.weight = nn.Parameter(A.reshape(r, base.in_channels, *kernel))
+        lora_A.weight = nn.Parameter(A.reshape(r, base.in_channels, *kernel), requires_grad=False)
         # each group of outputs sees its own r / groups rows of A
-        lora_B.weight = nn.Parameter(B[:, : r // base.groups].reshape(base.out_channels, -1, *ones).contiguous())
+        B = B[:, : r // base.groups].reshape(base.out_channels, -1, *ones)
+        lora_B.weight = nn.Parameter(B.contiguous(), requires_grad=False)
         self.lora_A[name], self.lora_B[name] = lora_A, lora_B
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*groups r fan_in"], Float[Tensor, "*groups out r"]]:

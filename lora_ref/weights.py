@@ -74,7 +74,7 @@ class WeightKeeper(AdapterModule):
 
     def get_base_layer(self) -> nn.Module:
         """The module at the bottom of nested wrappers."""
-        return unwrapped(self)
+        return unwrapped(self.base_layer)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -113,7 +113,11 @@ class WeightKeeper(AdapterModule):
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
         """The original weight as (out, in): transposed storage is undone here and in `stored`."""
-        return self.original_weight()
+        return self.logical(self.original_weight())
+
+    def logical(self, W: Tensor) -> Float[Tensor, "*batch out in"]:
+        """A weight as stored, seen as (out, in): the inverse of `stored`."""
+        return W
 
     def stored(self, D: Float[Tensor, "*batch out in"]) -> Tensor:
         """A logical update in the shape that the base weight is stored in."""
