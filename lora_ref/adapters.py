@@ -6,20 +6,21 @@ Every method is all-or-nothing: it checks first, then changes, and what fails ch
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from . import checks, inject, merge, targeting
-from .atomic import transaction
+from .atomic import transaction, tree
 from .bias import biases
 from .config import LoraConfig
 from .layer import Init, LoraLayer
 from .options import near
 from .scaling import check_alpha
 from .sharded import check_whole
-from .wrappers import AdapterModule, ModulesToSave
+from .wrappers import AdapterModule, ModulesToSave, frame
 
 
 class AdaptedModel(nn.Module):
@@ -33,9 +34,11 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if any(isinstance(m, AdapterModule) for m in model.modules()):
+        if any(isinstance(m, AdapterModule) for m in tree(model)):
             raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
-        self.model = model.requires_grad_(False)
+        for parameter in (p for m in tree(model) for p in m._parameters.values() if p is not None):
+            parameter.requires_grad_(False)
+        self.model = model
         self.training = model.training
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
@@ -54,7 +57,7 @@ class AdaptedModel(nn.Module):
 
     def wrappers(self) -> list[AdapterModule]:
         """All modules that hold adapters."""
-        return [m for m in self.model.modules() if isinstance(m, AdapterModule)]
+        return [m for m in frame(self.model) if isinstance(m, AdapterModule)]
 
     def layers(self) -> dict[str, LoraLayer]:
         """{name: adapted layer}; a raw parameter goes by its own name."""
@@ -129,7 +132,8 @@ class AdaptedModel(nn.Module):
             config.target_modules = plan.target_modules
             off = self._is_off()
             inject.put_in(self.model, config, plan, adapter_name, init, autocast_adapter_dtype)
-            self._switch(not off)  # what is newly wrapped is disabled if the others are
+            if off:  # then what is newly wrapped is, too
+                self._switch(False)
             self.peft_config[adapter_name] = config
             adapted = [layer for layer in self.layers().values() if adapter_name in layer.adapters()]
             transposed = any(getattr(a, "fan_in_fan_out", False) and a.kind == "linear" for a in adapted)
@@ -161,14 +165,14 @@ class AdaptedModel(nn.Module):
         for wrapper in wrappers:
             if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
                 raise ValueError(f"adapters {both} each save a module whole (modules_to_save): only one can be active")
-        with transaction(self):
+        trained = {n: list(biases(self.model, config.bias, n).values()) for n, config in self.peft_config.items()}
+        with self._switching(flags=True):
             merge.unmerge(w for w in wrappers if isinstance(w, LoraLayer))
             for wrapper in wrappers:
                 wrapper.set_adapter(names, inference_mode)
             self.active_adapters = names
-            for name, config in self.peft_config.items():
-                for bias in biases(self.model, config.bias, name).values():
-                    bias.requires_grad_(name in names and not inference_mode)
+            for name, bias in [(name, bias) for name, own in trained.items() for bias in own]:
+                bias.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it was the only active one, the first that is left becomes active."""
@@ -202,13 +206,21 @@ class AdaptedModel(nn.Module):
         self._known(adapter_name)
         check_alpha(factor, "factor")
         self._check_not_merged([adapter_name], "scaling")
-        with transaction(self):
+        with self._switching():
             for layer in self.layers().values():
                 if adapter_name in layer.adapters():
                     layer.set_scale(adapter_name, factor)
 
+    def _switching(self, flags: bool = False) -> AbstractContextManager[None]:
+        """A transaction for what switching and merging change, and, with `flags`, for which adapters train."""
+        return transaction(self, modules=lambda: frame(self), flags=self._adapter_parameters() if flags else ())
+
+    def _adapter_parameters(self) -> Iterator[nn.Parameter]:
+        for wrapper in self.wrappers():
+            yield from (parameter for _, parameter in wrapper.parameters_by_adapter())
+
     def _switch(self, enabled: bool) -> None:
-        with transaction(self):
+        with self._switching():
             for wrapper in self.wrappers():
                 wrapper.enable_adapters(enabled)
 

@@ -12,7 +12,7 @@ from .layer import Init, LoraLayer
 from .layers import Conv, Embedding, Linear, is_conv1d_of_transformers
 from .parameters import Parameter
 from .targeting import ModelNames, Targeting
-from .wrappers import AdapterModule, ModulesToSave, unwrapped
+from .wrappers import AdapterModule, ModulesToSave, frame, unwrapped
 
 WRAPPERS: dict[str, type[LoraLayer]] = {"linear": Linear, "embedding": Embedding, "conv": Conv}
 
@@ -33,22 +33,21 @@ def kind_of(module: nn.Module) -> str:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, parent, attribute) of every module, as if no wrapper were there. Shared modules come once."""
     seen: set[int] = set()
-
-    def visit(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
-        for attribute, child in list(parent.named_children()):
-            name, bare = f"{prefix}{attribute}", unwrapped(child)
-            if id(bare) not in seen:
-                seen.add(id(bare))
-                yield name, parent, attribute
-                yield from visit(bare, f"{name}.")
-
-    yield from visit(model, "")
+    waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
+    while waiting:
+        name, parent, attribute = waiting.pop()
+        child = parent._modules[attribute]
+        bare = None if child is None else unwrapped(child)
+        if bare is not None and id(bare) not in seen:
+            seen.add(id(bare))
+            yield name, parent, attribute
+            waiting += [(f"{name}.{inner}", bare, inner) for inner in reversed(bare._modules)]
 
 
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """{id of a module, wrapped or not: every (parent, attribute) that holds it}: a shared module has several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    for parent in frame(model):
         for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
             if child is not None:
                 found.setdefault(id(unwrapped(child)), []).append((parent, attribute))

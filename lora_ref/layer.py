@@ -100,8 +100,10 @@ class LoraLayer(WeightKeeper):
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = train_B
-        for parameter in self.adapter_parameters(name):
-            parameter.requires_grad_(False)
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have a part here."""
+        return list(self.r)
 
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         super().set_adapter(names, inference_mode)
@@ -191,7 +193,10 @@ def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool = True) -> tor
 
 
 def linear_of(weight: Float[Tensor, "n_out n_in"]) -> nn.Linear:
-    """A bias-free nn.Linear around this weight, without drawing another one first."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.contiguous())
+    """A frozen, bias-free nn.Linear around this weight; its own __init__ would draw another one first."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    layer.register_parameter("bias", None)
     return layer

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import fused
 from .layer import LoraLayer
+from .rows import add_each
 from .weights import add_product
 
 
@@ -17,8 +20,7 @@ class Linear(LoraLayer):
         super().__init__(base_layer)
         self.fan_in_fan_out = is_conv1d_of_transformers(base_layer)
 
-    def logical_weight(self) -> Float[Tensor, "out in"]:
-        W = self.original_weight()
+    def logical(self, W: Tensor) -> Float[Tensor, "out in"]:
         return W.T if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "out in"]) -> Tensor:
@@ -27,6 +29,44 @@ class Linear(LoraLayer):
     def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         return add_product(y, self.lora_dropout[name](x.to(A.dtype)), A, B, self.scaling[name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The formula above, or the same by `fused` where that applies."""
+        if args or kwargs or not fused.applies(x) or not (branches := self.branches()):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        in_place = (type(base) is nn.Linear or self.fan_in_fan_out) and fused.unobserved(base)
+        return fused.add_branches(base, x, branches, in_place)
+
+    def branches(self) -> list[fused.Branch]:
+        """What `forward` adds to the base's output; none where only the formula can tell."""
+        part = self._modules  # one token takes less time than some ten attributes of a module
+        taken: Any = part["lora_taken"]
+        spoken = self.disable_adapters or self.sample_adapters is not None
+        if spoken or (taken and not taken.keys() <= {*self.active_adapters, *self.merged_adapters}):
+            return []
+        found = []
+        for name in self.active_adapters:
+            if name in self.merged_adapters:
+                continue
+            A, B = part["lora_A"][name].weight, part["lora_B"][name].weight
+            dropout = part["lora_dropout"][name]
+            p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+            if A.dtype != B.dtype or p > 0.5 or type(dropout) not in (nn.Identity, nn.Dropout):
+                return []
+            found.append(fused.Branch(A, B, self.scaling[name], p))
+        return found
+
+    def _add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
+        """Every row's own factors in one stack: this costs what the rows cost, however many adapters there are."""
+        names = self.row_names(x.shape[0])
+        rows = [i for i, name in enumerate(names) if name in self.r]
+        if self.lora_taken or self.training or not rows:
+            return super()._add_by_row(y, x)
+        pairs = [(*self.factors(names[i]), self.scaling[names[i]]) for i in rows]
+        if len(rows) == len(names):
+            return add_each(y, x, pairs)
+        return y.index_put((torch.tensor(rows, device=y.device),), add_each(y[rows], x[rows], pairs))
 
 
 class Embedding(LoraLayer):
@@ -45,15 +85,15 @@ class Embedding(LoraLayer):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
 
-    def logical_weight(self) -> Float[Tensor, "dim vocabulary"]:
-        return self.original_weight().T
+    def logical(self, W: Tensor) -> Float[Tensor, "dim vocabulary"]:
+        return W.T
 
     def stored(self, D: Float[Tensor, "dim vocabulary"]) -> Tensor:
         return D.T
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
-        self.lora_embedding_A[name] = nn.Parameter(A.contiguous())
-        self.lora_embedding_B[name] = nn.Parameter(B.contiguous())
+        self.lora_embedding_A[name] = nn.Parameter(A.contiguous(), requires_grad=False)
+        self.lora_embedding_B[name] = nn.Parameter(B.contiguous(), requires_grad=False)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
@@ -81,13 +121,12 @@ class Conv(LoraLayer):
         """The base's groups: each has its own r / groups rows of A and columns of B."""
         return self.get_base_layer().groups  # type: ignore[return-value]
 
-    def logical_weight(self) -> Float[Tensor, "out fan_in"]:
-        base: Any = self.get_base_layer()
-        if base.groups == 1:
-            return base.weight.detach().flatten(1)
+    def logical(self, W: Tensor) -> Float[Tensor, "out fan_in"]:
+        if self.groups == 1:
+            return W.flatten(1)
         # A sees all groups' inputs, which no grouped kernel does: a weight of that shape, without memory
-        fan_in = base.in_channels * base.weight[0, 0].numel()
-        return base.weight.new_zeros(()).expand(base.out_channels, fan_in)
+        fan_in = self.in_channels * W[0, 0].numel()
+        return W.new_zeros(()).expand(self.out_channels, fan_in)
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         base: Any = self.get_base_layer()
@@ -96,9 +135,10 @@ class Conv(LoraLayer):
         like_base = {k: getattr(base, k) for k in ("stride", "padding", "dilation", "padding_mode")}
         lora_A = cls(base.in_channels, r, kernel, bias=False, device="meta", **like_base)
         lora_B = cls(r, base.out_channels, ones, groups=base.groups, bias=False, device="meta")
-        lora_A.weight = nn.Parameter(A.reshape(r, base.in_channels, *kernel))
+        lora_A.weight = nn.Parameter(A.reshape(r, base.in_channels, *kernel), requires_grad=False)
         # each group of outputs sees its own r / groups rows of A
-        lora_B.weight = nn.Parameter(B[:, : r // base.groups].reshape(base.out_channels, -1, *ones).contiguous())
+        B = B[:, : r // base.groups].reshape(base.out_channels, -1, *ones)
+        lora_B.weight = nn.Parameter(B.contiguous(), requires_grad=False)
         self.lora_A[name], self.lora_B[name] = lora_A, lora_B
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*groups r fan_in"], Float[Tensor, "*groups out r"]]:

@@ -4,15 +4,25 @@
 
 Subtracting the update again would not give W back (rounding: relative 4e-8 in float32, 3e-3 in
 bfloat16), so the original weight is kept while an adapter is merged: unmerging is exact, and
-costs one copy of each merged weight.
+costs one copy of each merged weight. Where there is no way back anyway (`merge_and_unload`), the
+sum is written into W's own memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from .layer import LoraLayer
+from .weights import at_least_float32
+from .wrappers import frame
+
+BLOCK = 1 << 16  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
+
+Update = tuple[Tensor, Tensor]  # A (*batch, r, in) and s * B (*batch, out, r)
 
 
 def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
@@ -20,11 +30,73 @@ def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
 
     Differs from PEFT: one rounding for the sum, where each update was rounded to W's dtype first.
     """
-    W = layer.base_weight.detach()
-    total = W.to(torch.promote_types(W.dtype, torch.float32))
-    for name in names:
-        total = total + layer.delta(name).to(total.dtype)
-    return total.to(W.dtype)
+    W = layer.logical(layer.base_weight.detach().clone())
+    for part, updates in blocks(W, updates_of(layer, names)):
+        add(part, updates)
+    return layer.stored(W)
+
+
+def updates_of(layer: LoraLayer, names: Sequence[str]) -> list[Update]:
+    """The factors of the named adapters, the scaling in B."""
+    dtype = torch.promote_types(layer.base_weight.dtype, torch.float32)
+    factors = ((layer.scaling[name], *layer.factors(name)) for name in names)
+    return [(A.detach().to(dtype), s * B.detach().to(dtype)) for s, A, B in factors]
+
+
+def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator[tuple[Tensor, list[Update]]]:
+    """Some rows of W's memory at a time, with what is to be added to them."""
+    if W.ndim == 3:
+        for e, one in enumerate(W):
+            yield from blocks(one, [(A[e], B[e]) for A, B in updates])
+        return
+    if W.stride(0) < W.stride(1):  # stored as W^T, to which A^T B^T is added
+        W, updates = W.T, [(B.T, A.T) for A, B in updates]
+    n_rows = max(1, (BLOCK if W.device.type == "cpu" else 64 * BLOCK) // max(1, W.shape[1]))
+    for first in range(0, W.shape[0], n_rows):
+        rows = slice(first, first + n_rows)
+        yield W[rows], [(A, B[rows]) for A, B in updates]
+
+
+def add(W: Float[Tensor, "rows in"], updates: list[Update], sign: int = 1) -> None:
+    """W += sum of B @ A, in W's memory; rounded once."""
+    total = at_least_float32(W)  # W itself, if that is its dtype
+    for A, B in updates:
+        total.addmm_(B, A, alpha=sign)  # (rows, r) @ (r, in) -> (rows, in)
+    if total is not W:
+        W.copy_(total)
+
+
+def largest(W: Tensor) -> float:
+    """max |W|; NaN if there is one."""
+    if W.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(W.float() if W.itemsize == 1 else W)  # torch has it for no 8-bit type
+    return float(torch.maximum(-low, high))
+
+
+def surely_finite(W: Tensor, updates: list[Update]) -> bool:
+    """|W + sum B A| <= max |W| + sum ||B|| ||A|| in every entry (Cauchy-Schwarz): a proof without computing the sum."""
+    bound = largest(W) + sum(float(A.norm() * B.norm()) for A, B in updates)
+    return bound < 0.9 * torch.finfo(W.dtype).max
+
+
+def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, list[str]]:
+    """{layer: which of the named adapters are still to be merged there}, in this order; ValueError as `merge`."""
+    found = {}
+    for where, layer in layers.items():
+        here = layer.adapters()
+        todo = [name for name in names if name in here and name not in layer.merged_adapters]
+        if not todo:
+            continue
+        if layer.disable_adapters:
+            raise ValueError("the adapters are disabled: enable them before merging")
+        if layer.groups > 1:
+            raise ValueError(
+                f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: "
+                "it connects all input channels to all outputs, which the grouped kernel has no room for"
+            )
+        found[where] = todo
+    return found
 
 
 def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
@@ -38,31 +110,79 @@ def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
         ValueError: adapters are disabled, a layer cannot be merged (a grouped convolution), or a
             merged weight would not be finite.
     """
-    merged = []
-    for where, layer in layers.items():
-        todo = [name for name in names if name in layer.adapters() and name not in layer.merged_adapters]
-        if not todo:
-            continue
-        if layer.disable_adapters:
-            raise ValueError("the adapters are disabled: enable them before merging")
-        if layer.groups > 1:
-            raise ValueError(
-                f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: "
-                "it connects all input channels to all outputs, which the grouped kernel has no room for"
-            )
-        weight = merged_weight(layer, todo)
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{where}: merging {', '.join(todo)} gives weights that are not finite; nothing was merged"
-            )
-        merged.append((layer, todo, weight))
-    for layer, todo, weight in merged:
+    todo = to_merge(layers, names)
+    weights = {where: merged_weight(layers[where], new) for where, new in todo.items()}
+    for where, weight in weights.items():
+        _check(where, todo[where], weight)
+    for where, weight in weights.items():
+        layer = layers[where]
         layer.spare = layer.spare or [layer.base_weight]
         layer.put_weight(weight)
-        layer.merged_adapters = layer.merged_adapters + todo
+        layer.merged_adapters = layer.merged_adapters + todo[where]
+
+
+def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
+    if not math.isfinite(largest(weight)):
+        raise ValueError(f"{where}: merging {', '.join(names)} gives weights that are not finite; nothing was merged")
 
 
 def unmerge(layers: Iterable[LoraLayer]) -> None:
     """Give every layer the weight that it had before merging, bit for bit."""
     for layer in layers:
         layer.unmerge()
+
+
+# -- without a way back ------------------------------------------------------------------------
+
+
+def prepare(
+    model: nn.Module, layers: Mapping[str, LoraLayer], names: Sequence[str]
+) -> list[tuple[Tensor, list[Update]]]:
+    """`merge` for good, but for the sums that can be written into the weights' own memory: these are for `write`.
+
+    All that can be refused is refused here. Not in place: a weight whose memory others share, which
+    would change with it, or that an initialisation has changed and that is about to be made whole.
+    """
+    todo, owners, sums = to_merge(layers, names), _owners(model), []
+    elsewhere: dict[str, LoraLayer] = {}
+    for where, new in todo.items():
+        layer = layers[where]
+        W, updates = layer.base_weight.detach(), updates_of(layer, new)
+        if not surely_finite(W, updates):
+            _check(where, new, merged_weight(layer, new))
+        whole = all(name in names or name in layer.merged_adapters for name in layer.lora_taken)
+        if whole and owners[_memory(W)] == 1 and _is_all_of_its_memory(W, layer.logical(W)):
+            sums += blocks(layer.logical(W), updates)
+        else:
+            elsewhere[where] = layer
+    merge(elsewhere, names)
+    for where in todo.keys() - elsewhere.keys():
+        layers[where].merged_adapters = layers[where].merged_adapters + todo[where]
+    return sums
+
+
+def write(sums: list[tuple[Tensor, list[Update]]]) -> None:
+    """Do the sums in place. Should one fail all the same, those done are subtracted: to rounding."""
+    done = []
+    try:
+        for W, updates in sums:
+            add(W, updates)
+            done.append((W, updates))
+    except BaseException:
+        for W, updates in done:
+            add(W, updates, sign=-1)
+        raise
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """{memory: how many parameters and buffers lie in it}."""
+    tensors = (t for m in frame(model) for t in (*m._parameters.values(), *m._buffers.values()))
+    return Counter(_memory(tensor) for tensor in tensors if tensor is not None)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_all_of_its_memory(W: Tensor, view: Tensor) -> bool:
+    return W.untyped_storage().nbytes() == W.nbytes and view.data_ptr() == W.data_ptr() and not W.is_inference()

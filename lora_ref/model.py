@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from . import inject, merge, weighted
-from .atomic import transaction
+from .atomic import transaction, uninterrupted
 from .decomposition import Factors
 from .layer import Init
 from .sharded import check_whole
@@ -35,12 +35,12 @@ class LoraModel(SwitchModel):
         """
         names = self._named(adapter_names)
         check_whole(self.parameters(), "merging")
-        with transaction(self):
+        with self._switching():
             merge.merge(self.layers(), names)
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit. Adapters that were active still are."""
-        with transaction(self):
+        with self._switching():
             merge.unmerge(self.layers().values())
 
     def merge_and_unload(
@@ -48,22 +48,30 @@ class LoraModel(SwitchModel):
     ) -> nn.Module:
         """The plain base model with the active (or named) adapters merged into it.
 
-        It is the original object, changed in place. `progressbar` and `safe_merge` are for PEFT's
-        scripts: merging is quick, and always checked.
+        It is the original object, and the sums are written into its weights' own memory: nothing of
+        their size is allocated, and no adapter can be taken out again. Weights that are not finite
+        afterwards are refused before the first is written. From there on there is no exact way back,
+        so Ctrl-C takes effect when all are written: the model is then merged and plain.
+        `progressbar` and `safe_merge` are for PEFT's scripts: merging is quick, and always checked.
 
         Raises:
             ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
+
+        Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
         names = self._named(adapter_names)
         check_whole(self.parameters(), "merging")
-        with transaction(self):
-            self.enable_adapter_layers()
+        with uninterrupted(), self._switching(flags=True):
+            if self._is_off():
+                self.enable_adapter_layers()
             if adapter_names is not None:
                 self.set_adapter(names)
-            merge.merge(self.layers(), names)
-            for layer in self.layers().values():
+            layers = self.layers()
+            sums = merge.prepare(self.model, layers, names)
+            for layer in layers.values():
                 layer.give_back([name for name in layer.lora_taken if name not in layer.merged_adapters])
             inject.take_out(self.model)
+            merge.write(sums)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -73,7 +81,7 @@ class LoraModel(SwitchModel):
         changed (PiSSA and the like) is the original again, but for rounding.
         """
         check_whole(self.parameters(), "unloading")
-        with transaction(self):
+        with self._switching():
             merge.unmerge(self.layers().values())
             self.disable_adapter_layers()
             for layer in self.layers().values():

@@ -33,8 +33,7 @@ class Parameter(LoraLayer):
         self.weight_name = parameter_name
         self.fan_in_fan_out = self.base_weight.ndim == 3 and getattr(self.get_base_layer(), "is_transposed", False)
 
-    def logical_weight(self) -> Float[Tensor, "*experts out in"]:
-        W = self.original_weight()
+    def logical(self, W: Tensor) -> Float[Tensor, "*experts out in"]:
         return W.mT if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "*experts out in"]) -> Tensor:

@@ -56,10 +56,29 @@ def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
 
 
 def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
-    """(name in the file, module) of all modules that an adapter has a part in."""
-    for path, module in model.model.named_modules():
-        if isinstance(module, AdapterModule) and adapter_name in module.adapters():
-            yield _alone(model.model, path, adapter_name), module
+    """(name in the file, module) of all modules that an adapter has a part in.
+
+    The name is as if the model had this adapter only: wrappers that serve others are not in it.
+    """
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model.model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        inner, hidden = list(module._modules.items()), False
+        if isinstance(module, AdapterModule):
+            kept = [id(m) for m in module.frame()]
+            inner = [(attribute, child) for attribute, child in inner if id(child) in kept]
+            if adapter_name in module.adapters():
+                yield name, module
+            else:
+                hidden = True
+        for attribute, child in reversed(inner):
+            if child is not None:
+                own = "" if hidden and attribute in ("base_layer", "original_module") else attribute
+                waiting.append((".".join(filter(None, (name, own))), child))
 
 
 def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
@@ -82,8 +101,8 @@ def embedding_slots(model: LoraModel) -> dict[str, Slot]:
     """The base weights of a transformers model's input and output embeddings: a file may carry them."""
     getters = (getattr(model.model, f"get_{which}_embeddings", None) for which in ("input", "output"))
     ends = [end for get in getters if callable(get) and (end := get()) is not None]
-    found = {}
-    for name, module in model.model.named_modules():
+    found: dict[str, Slot] = {}
+    for name, module in model.model.named_modules() if ends else ():
         if any(module is end or (isinstance(end, LoraLayer) and module is end.base_layer) for end in ends):
             if isinstance(module, LoraLayer):
                 continue  # its base layer comes by its own name
@@ -117,7 +136,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
     problems = [f"{key}: is missing" for key in expected if key not in tensors]
     problems += [f"{key}: is not expected" for key in tensors if key not in expected and key not in optional]
     places = {key: expected.get(key) or optional[key] for key in tensors if key in expected or key in optional}
-    left = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer) and m.lora_taken}
+    left = {id(m.base_layer) for m in model.wrappers() if isinstance(m, LoraLayer) and m.lora_taken}
     changed = [key for key in places if key not in expected and id(optional[key].owner) in left]
     problems += [f"{key}: is a base weight that the initialisation of an adapter has changed" for key in changed]
     ready = []

@@ -170,6 +170,8 @@ def load_adapter(
 
 def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give linear layers the base weights that an adapter brings along (LoftQ's), and return the other tensors."""
+    if not any(key.endswith(".base_layer.weight") for key in tensors):
+        return tensors
     ends, left = embedding_slots(model), dict(tensors)
     layers = {
         f"{PREFIX}{name}.base_layer.weight": layer

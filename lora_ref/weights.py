@@ -69,9 +69,13 @@ class WeightKeeper(AdapterModule):
         """The module that is wrapped."""
         return self.base_layer
 
+    def frame(self) -> Iterable[nn.Module]:
+        """The base layer, and what was taken out of its weight."""
+        return self.base_layer, self.lora_taken
+
     def get_base_layer(self) -> nn.Module:
         """The module at the bottom of nested wrappers."""
-        return unwrapped(self)
+        return unwrapped(self.base_layer)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -110,7 +114,11 @@ class WeightKeeper(AdapterModule):
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
         """The original weight as (out, in): transposed storage is undone here and in `stored`."""
-        return self.original_weight()
+        return self.logical(self.original_weight())
+
+    def logical(self, W: Tensor) -> Float[Tensor, "*batch out in"]:
+        """A weight as stored, seen as (out, in): the inverse of `stored`."""
+        return W
 
     def stored(self, D: Float[Tensor, "*batch out in"]) -> Tensor:
         """A logical update in the shape that the base weight is stored in."""

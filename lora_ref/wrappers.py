@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .atomic import tree
+
 _OWN = ["answering", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters"]
 
 
@@ -47,22 +49,31 @@ class AdapterModule(nn.Module):
         """The names of the adapters that have a part here."""
         return list(dict.fromkeys(name for attribute in self.by_adapter for name in getattr(self, attribute)))
 
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters that belong to one adapter."""
+    def frame(self) -> Iterable[nn.Module]:
+        """The modules in it that are more than an adapter's own numbers."""
+        return [module for module in self._modules.values() if module is not None]
+
+    def parameters_by_adapter(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(adapter, parameter) of all parameters that belong to adapters."""
         for attribute in self.by_adapter:
             part = getattr(self, attribute)
-            if name in part and isinstance(part[name], nn.Parameter):
-                yield part[name]
-            elif name in part and isinstance(part[name], nn.Module):
-                yield from part[name].parameters()
+            for name, value in part.items() if isinstance(part, nn.Module) else ():
+                if isinstance(value, nn.Module):
+                    for module in tree(value) if value._modules else (value,):
+                        yield from ((name, p) for p in module._parameters.values() if p is not None)
+                else:
+                    yield name, value
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters that belong to one adapter."""
+        return (parameter for owner, parameter in self.parameters_by_adapter() if owner == name)
 
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         """Make these adapters active and trainable (not trainable with inference_mode), all others frozen."""
-        names = list(names)
-        self.active_adapters = [name for name in names if name in self.adapters()]
-        for name in self.adapters():
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(name in names and not inference_mode)
+        here = self.adapters()
+        self.active_adapters = active = [name for name in names if name in here]
+        for name, parameter in self.parameters_by_adapter():
+            parameter.requires_grad = name in active and not inference_mode
 
     def state(self) -> dict[str, Any]:
         """What switching changes, for `restore`."""
@@ -88,13 +99,18 @@ class AdapterModule(nn.Module):
                 del part[old]
         self.active_adapters = [new if x == old else x for x in self.active_adapters]
 
-    def rows(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each name in `sample_adapters`, with the indices of its rows."""
+    def row_names(self, batch: int) -> list[str]:
+        """`sample_adapters`, one name for each row of the batch."""
         names = list(self.sample_adapters or [])
         if len(names) != batch:
             raise ValueError(
                 f"adapter_names has {len(names)} names for a batch of {batch} samples at {type(self).__name__}"
             )
+        return names
+
+    def rows(self, batch: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each name in `sample_adapters`, with the indices of its rows."""
+        names = self.row_names(batch)
         for name in dict.fromkeys(names):
             yield name, torch.tensor([i for i, other in enumerate(names) if other == name])
 
@@ -107,6 +123,19 @@ class AdapterModule(nn.Module):
             if name in _OWN or name.startswith("__"):
                 raise
             return getattr(self.answering, name)
+
+
+def frame(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, and the wrappers in it, without the adapters' own numbers: what switching changes."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            inner = module.frame() if isinstance(module, AdapterModule) else module._modules.values()
+            waiting += [child for child in inner if child is not None]
+    return list(found.values())
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import install_import_hook
@@ -21,3 +22,15 @@ settings.register_profile("default", max_examples=25, derandomize=True, **slow_i
 settings.register_profile("deep", max_examples=1000, **slow_is_fine)
 settings.register_profile("unshrunk", max_examples=25, phases=(Phase.explicit, Phase.generate), **slow_is_fine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def masks_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lora_ref` draws dropout's masks as `nn.Dropout` does, so that PEFT has the same ones after the same seed."""
+    from lora_ref import fused
+
+    def mask(x: torch.Tensor, p: float) -> torch.Tensor:
+        kept = torch.nn.functional.dropout(torch.ones(x.shape), p) != 0
+        return kept.view(torch.uint8).view(-1, x.shape[-1])
+
+    monkeypatch.setattr(fused, "mask", mask)

@@ -309,6 +309,7 @@ def test_weighted_sums_of_adapters_are_the_same(kind: str, weights: list[float],
                 torch.testing.assert_close(ours.base_model.model[i].delta(name), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("masks_of_torch")
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_dropout_acts_on_the_same_input(p: float) -> None:
     theirs, ours = wrap(chain(), r=3, target_modules=["0", "2", "3"], lora_dropout=p)

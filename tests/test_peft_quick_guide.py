@@ -88,6 +88,7 @@ CAUSAL = {
 }
 
 
+@pytest.mark.usefixtures("masks_of_torch")
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_causal_language_model_from_config_to_merged_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

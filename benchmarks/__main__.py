@@ -1,0 +1,83 @@
+"""What lora_ref costs beside PEFT, loralib, full fine-tuning and the frozen model, as ratios.
+
+    python -m benchmarks [--quick] [--device cuda] [--threads 1] [--only THEME ...] [--out FOLDER]
+
+Everything is run by turns in one process; a ratio is of two jobs of the same turn. Absolute times depend
+on the machine and are not written. The initialisations have a command of their own: benchmarks/init.py.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from threadpoolctl import threadpool_limits
+
+from . import machine, measure, mixed, models, report, steps
+
+THEMES: dict[str, ModuleType] = {"steps": steps, "models": models, "mixed": mixed}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes, fewer turns: about a minute")
+    parser.add_argument("--tiny", action="store_true", help="sizes at which nothing is measured: a trial in seconds")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of torch and BLAS (default: 1)")
+    parser.add_argument("--trim", action="store_true", help="leave the allocator as it is: it returns memory at will")
+    parser.add_argument("--only", nargs="+", choices=list(THEMES), default=list(THEMES))
+    parser.add_argument("--seconds", type=float, help="begin no turn of a case after so many, beyond the fifth")
+    parser.add_argument("--out", type=Path, help="write bench.json, bench.md and bench.png into this folder")
+    options = parser.parse_args(arguments)
+    options.quick |= options.tiny
+    options.cuda = options.device == "cuda"
+    if options.cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    options.turns = 2 if options.tiny else 5 if options.quick else 41
+    if options.seconds is None:
+        options.seconds = 1 if options.quick else 10
+    return options
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run, show and write; returns the results."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    threadpool_limits(options.threads)
+    kept = not options.cuda and not options.trim and machine.keep_freed_memory()
+    options.allocator = "keeps freed memory" if kept else "default"
+    options.dtypes = machine.dtypes(options)
+    options.bandwidth = machine.bandwidth(options)
+    results: dict[str, Any] = {"machine": machine.describe(options), "quick": options.quick, "rows": []}
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for theme in options.only:
+            task = progress.add_task(theme, total=None)
+            made = list(THEMES[theme].cases(options)) if options.tiny else THEMES[theme].cases(options)
+            for case in made:  # made one by one: the large weights are not all there at once
+                said = ", ".join(f"{value}" for value in case.about.values())
+                progress.update(task, description=f"{theme}: {said}", advance=0)
+                row = measure.run(case, options.seconds, options.turns, options.device)
+                results["rows"].append(row)
+                progress.advance(task)
+            progress.update(task, total=progress.tasks[task].completed, description=theme)
+    report.show(results, Console())
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (options.out / "bench.md").write_text(report.markdown(results), encoding="utf-8")
+        report.draw(results, options.out / "bench.png")
+        print(f"written: bench.json, bench.md and bench.png in {options.out}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

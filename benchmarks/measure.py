@@ -1,0 +1,173 @@
+"""How cost is measured: by turns in one process, as ratios; and bytes by counting, not by sampling.
+
+ratio     of two jobs that ran in the same turn; of all turns the median, and the quartiles as spread
+saved     bytes of the tensors that autograd keeps for the backward pass, each storage once, without
+          those that stay alive anyway (parameters, the input)
+peak      the most bytes that tensors made by the job held at one moment
+"""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+Job = Callable[[], Any]
+Prepare = Callable[[], Job]
+
+
+@dataclass
+class Bar:
+    """One thing that must hold of a case: `value` of its row is at most `at_most`."""
+
+    text: str
+    value: Callable[[dict[str, Any]], float]
+    at_most: float
+
+
+@dataclass
+class Case:
+    """Jobs to be compared. `prepare` functions return the job to be timed; what they do is not timed.
+
+    Args:
+        theme: the table that the case belongs to.
+        about: what the case is, as the table's first columns.
+        jobs: {name: prepare}; ratios are of a job's time over that of `floor`, one of the names.
+        fresh: prepare anew before each turn, for jobs that change what they work on.
+        waits: for jobs that wait for a disk: measure the time on the clock, not the process's own.
+        bytes: also measure `saved` and `peak` of each job; `alive(job)` gives the tensors not counted.
+        computed: {name: ratio} that are possible at best, from FLOPs, bytes and the seconds that `floor` takes.
+        bars: what must hold.
+    """
+
+    theme: str
+    about: dict[str, Any]
+    jobs: Mapping[str, Prepare]
+    floor: str
+    fresh: bool = False
+    waits: bool = False
+    bytes: bool = False
+    alive: Callable[[Job], Iterable[Tensor]] = lambda job: ()
+    computed: Callable[[float], dict[str, float]] = lambda seconds: {}
+    bars: list[Bar] = field(default_factory=list)
+
+
+def run(case: Case, seconds: float, turns: int, device: str = "cpu") -> dict[str, Any]:
+    """Measure a case: its row of the results."""
+    gc.collect()
+    gc.freeze()  # the libraries' own objects: collecting before each job is then quick
+    try:
+        times, jobs = by_turns(case, seconds, turns, device)
+    finally:
+        gc.unfreeze()
+    row: dict[str, Any] = {"theme": case.theme, "about": case.about, "floor": case.floor}
+    row["turns"] = len(times[case.floor])
+    row["ratios"] = {name: spread(t / f for t, f in zip(times[name], times[case.floor], strict=True)) for name in times}
+    row["computed"] = case.computed(statistics.median(times[case.floor]))
+    if case.bytes:
+        jobs = {name: prepare() for name, prepare in case.jobs.items()} if case.fresh else jobs
+        row["saved"] = {name: saved_bytes(job, case.alive(job)) for name, job in jobs.items()}
+        jobs = {name: prepare() for name, prepare in case.jobs.items()} if case.fresh else jobs
+        row["peak"] = {name: peak_bytes(job, device) for name, job in jobs.items()}
+    row["bars"] = []
+    for bar in case.bars:
+        value = bar.value(row)
+        row["bars"].append({"text": bar.text, "value": value, "at_most": bar.at_most, "kept": value <= bar.at_most})
+    return row
+
+
+def by_turns(case: Case, seconds: float, turns: int, device: str) -> tuple[dict[str, list[float]], dict[str, Job]]:
+    """Seconds of each job in each turn, in an order drawn anew each turn: at least 5 turns, at most `turns`, and
+    none begun after `seconds`. A job of less than 2 ms is called several times a turn."""
+    jobs = {name: prepare() for name, prepare in case.jobs.items()}
+    calls = {}
+    for name, job in jobs.items():  # the first call of all is slower, and not counted
+        once = time_of(job, 1, device)
+        calls[name] = (
+            1 if case.fresh else max(1, min(200, round(0.002 / (once if once > 0.1 else time_of(job, 3, device)))))
+        )
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    order, shuffle, began = list(jobs), random.Random(0), time.perf_counter()
+    while (done := len(times[case.floor])) < min(5, turns) or (done < turns and time.perf_counter() - began < seconds):
+        shuffle.shuffle(order)
+        for name in order:
+            job = case.jobs[name]() if case.fresh else jobs[name]
+            times[name].append(time_of(job, calls[name], device, case.waits))
+            del job
+    return times, jobs
+
+
+def time_of(job: Job, calls: int, device: str, waits: bool = False) -> float:
+    """Seconds a call."""
+    # with one thread its own time, which other programs on the machine do not lengthen
+    own = device == "cpu" and torch.get_num_threads() == 1 and not waits
+    clock = time.process_time if own else time.perf_counter
+    gc.collect()
+    gc.disable()
+    try:
+        synchronize(device)
+        began = clock()
+        for _ in range(calls):
+            job()
+        synchronize(device)
+        return (clock() - began) / calls
+    finally:
+        gc.enable()
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """The median and the quartiles.
+
+    >>> spread([1.0, 2.0, 3.0, 4.0, 9.0])
+    {'median': 3.0, 'low': 2.0, 'high': 4.0}
+    """
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def saved_bytes(job: Job, alive: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps between the job's forward and backward pass, beyond the tensors `alive`."""
+    known, found = {storage(t) for t in alive}, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # a reference keeps the storage from being freed and counted again under the same address
+        found[storage(tensor)] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        job()
+    return sum(t.untyped_storage().nbytes() for where, t in found.items() if where not in known)
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def peak_bytes(job: Job, device: str) -> int:
+    """The most bytes that tensors made by the job held at one moment."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        job()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

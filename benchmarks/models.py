@@ -1,0 +1,81 @@
+"""A training step of whole models: a GPT-2-like and a Llama-like one, random weights, every linear layer adapted."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from .measure import Bar, Case, Job
+from .steps import LIBRARIES, overhead
+
+R = 16
+
+
+def cases(options: Any) -> Iterator[Case]:
+    """One case a model."""
+    layers, width, tokens = (1, 32, 8) if options.tiny else (2, 256, 64) if options.quick else (4, 768, 128)
+    heads, words, batch = width // 32, 512, 4
+    gpt2 = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=heads, vocab_size=words, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    llama = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_attention_heads=heads,
+        vocab_size=words,
+    )
+    yield case("GPT-2-like", partial(GPT2LMHeadModel, gpt2), batch, tokens, options)
+    yield case("Llama-like", partial(LlamaForCausalLM, llama), batch, tokens, options)
+
+
+def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, options: Any) -> Case:
+    """Frozen: the gradient runs back to the embeddings' output and reaches no parameter."""
+    torch.manual_seed(0)
+    ids = torch.randint(512, (batch, tokens), device=options.device)
+
+    def plain(trains: bool) -> Job:
+        torch.manual_seed(0)
+        model = make().to(options.device).train().requires_grad_(trains)
+        if not trains:
+            model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        return partial(forward_backward, model, ids)
+
+    def adapted(library: Any) -> Job:
+        torch.manual_seed(0)
+        model = make().to(options.device)
+        config = library.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = library.get_peft_model(model, config).train()
+        return partial(forward_backward, model, ids)
+
+    jobs: dict[str, Callable[[], Job]] = {"frozen": partial(plain, False), "full": partial(plain, True)}
+    jobs |= {library: partial(adapted, module) for library, module in LIBRARIES.items()}
+    return Case(
+        theme="Training step of a whole model, all-linear, r=16",
+        about={"model": name, "layers": 1 if options.tiny else 2 if options.quick else 4, "tokens": batch * tokens},
+        jobs=jobs,
+        floor="frozen",
+        bytes=True,
+        alive=lambda job: job.args[0].parameters(),
+        bars=[
+            Bar(
+                "whole-model step: overhead / PEFT's",
+                lambda row: overhead(row, "lora_ref") / overhead(row, "PEFT"),
+                0.6,
+            ),
+            Bar(
+                "whole-model step: peak memory / PEFT's",
+                lambda row: row["peak"]["lora_ref"] / row["peak"]["PEFT"],
+                1.0,
+            ),
+        ],
+    )
+
+
+def forward_backward(model: nn.Module, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None

@@ -1,0 +1,161 @@
+"""The results as tables and as a figure: first what must hold, then each theme."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; each readable on white and on black
+COLOURS = {"lora_ref": "#0072B2", "PEFT": "#E69F00", "loralib": "#CC79A7", "full": "#009E73"}
+MARKERS = {"lora_ref": "o", "PEFT": "s", "loralib": "^", "full": "D"}
+
+
+def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What must hold, each once: the worst of its cases, and how many keep it."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in results["rows"]:
+        for bar in row["bars"]:
+            line = found.setdefault(bar["text"], bar | {"cases": 0, "keep": 0, "worst": -float("inf"), "where": ""})
+            line["cases"] += 1
+            line["keep"] += bar["kept"]
+            if bar["value"] > line["worst"]:
+                line["worst"], line["where"] = bar["value"], said(row["about"])
+    return list(found.values())
+
+
+def said(about: dict[str, Any]) -> str:
+    return ", ".join(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in about.items())
+
+
+def themes(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each theme."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        found.setdefault(row["theme"], []).append(row)
+    return found
+
+
+def lines(row: dict[str, Any]) -> list[list[str]]:
+    """One line a job: its ratio with the quartiles, the best that is possible, bytes saved and peak."""
+    made = []
+    for name, ratio in row["ratios"].items():
+        best = next((f"{value:.2f}" for key, value in row["computed"].items() if name.endswith(key)), "")
+        shown = f"{number(ratio['median'])} ({number(ratio['low'])} to {number(ratio['high'])})"
+        bytes_of = [size(row[key][name]) if key in row else "" for key in ("saved", "peak")]
+        made.append([name, "1" if name == row["floor"] else shown, best, *bytes_of])
+    return made
+
+
+def number(value: float) -> str:
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.3g}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value > 0.1
+        else f"{value:.2g}"
+    )
+
+
+def size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.2f}"
+
+
+HEAD = ["job", "ratio (quartiles)", "computed floor", "saved, MiB", "peak, MiB"]
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table without the columns that are empty."""
+    full = [i for i in range(len(head)) if any(line[i] for line in body)]
+    rows = [[line[i] for i in full] for line in (head, ["---"] + ["---:"] * (len(head) - 1), *body)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in rows)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page that is committed."""
+    m = results["machine"]
+    threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
+    where = f"{m['device']}: {m['cpu']}, {m['cores']} cores, {threads}; {m['blas']}; allocator: {m['allocator']}"
+    versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "peft", "loralib", "transformers"))
+    page = [
+        "# What things cost",
+        f"{where}. {versions}. Written by `make bench`.",
+        "A ratio is of a job's time over that of the first job of its table, run by turns: the median, with quartiles. "
+        "*Computed floor*: what the ratio could be at the frozen layer's FLOP/s and the memory's speed. *Saved*: bytes "
+        "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held.",
+        "![Overhead of a training step over the frozen layer's](bench.png)",
+        "## What must hold",
+        table(
+            ["what", "worst", "at most", "kept", "worst at"],
+            [
+                [b["text"], f"{b['worst']:.2f}", f"{b['at_most']:g}", f"{b['keep']} of {b['cases']}", b["where"]]
+                for b in bars(results)
+            ],
+        ),
+    ]
+    for theme, rows in themes(results).items():
+        page.append(f"## {theme}")
+        for row in rows:
+            page.append(f"**{said(row['about'])}** ({row['turns']} turns)")
+            page.append(table(HEAD, lines(row)))
+    return "\n\n".join(page) + "\n"
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The same on the terminal, shorter."""
+    for theme, rows in themes(results).items():
+        shown = Table(title=theme)
+        for title in ["case", *HEAD]:
+            shown.add_column(title, justify="left" if title in ("case", "job") else "right")
+        for row in rows:
+            for i, line in enumerate(lines(row)):
+                shown.add_row("" if i else said(row["about"]), *line, end_section=i + 1 == len(row["ratios"]))
+        console.print(shown)
+    shown = Table(title="What must hold")
+    for title in ("what", "worst", "at most", "kept", "worst at"):
+        shown.add_column(title, justify="right" if title in ("worst", "at most") else "left")
+    for b in bars(results):
+        colour = "green" if b["keep"] == b["cases"] or results["quick"] else "red"
+        worst, kept = f"[{colour}]{b['worst']:.2f}[/]", f"{b['keep']} of {b['cases']}"
+        shown.add_row(b["text"], worst, f"{b['at_most']:g}", kept, b["where"])
+    console.print(shown)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Each job's ratio as a dot with its quartiles, one panel a theme, on a logarithmic axis."""
+    parts = {theme: rows for theme, rows in themes(results).items()}
+    heights = [sum(len(lanes(row)) for row in rows) + 1 for rows in parts.values()]
+    figure = Figure(figsize=(9, 0.24 * sum(heights) + 1.1 * len(parts)), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(parts), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for panel, (theme, rows) in zip(panels, parts.items(), strict=True):
+        names: list[str] = []
+        for row in rows:
+            for setting, jobs in lanes(row).items():
+                for job, library in jobs.items():
+                    ratio, at = row["ratios"][job], len(names)
+                    style = {"color": COLOURS.get(library, "0.4"), "marker": MARKERS.get(library, "x")}
+                    panel.plot([ratio["low"], ratio["high"]], [at, at], color=style["color"], linewidth=1)
+                    panel.plot(ratio["median"], at, linestyle="none", label=library, markersize=5, **style)
+                names.append(f"{said(row['about'])}{', ' * bool(setting)}{setting}")
+        panel.axvline(1, color="0.4", linewidth=1)
+        panel.set(xscale="log", title=theme, xlabel=f"time / {rows[0]['floor']}")
+        panel.set_yticks(range(len(names)), names, fontsize=7)
+        panel.invert_yaxis()
+        panel.grid(axis="x", which="both", color="0.9", linewidth=0.5)
+        panel.spines[["top", "right"]].set_visible(False)
+        once = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        panel.legend(once.values(), once, fontsize=7, frameon=False, loc="upper right")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def lanes(row: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """{setting: {job: library}}: the jobs that are to be compared on one line of the figure."""
+    found: dict[str, dict[str, str]] = {}
+    for job in row["ratios"]:
+        library, _, setting = job.partition(" ")
+        if job != row["floor"]:
+            found.setdefault(setting, {})[job] = library
+    return found

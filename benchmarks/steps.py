@@ -1,0 +1,201 @@
+"""A training step of one adapted Linear, and a call without gradients, over those of the frozen layer.
+
+A step is forward and backward with a gradient of the input, as inside of a deep network.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import loralib
+import peft
+import torch
+from torch import Tensor, nn
+
+import lora_ref
+
+from .measure import Bar, Case, Job
+
+SHAPES = [(768, 768), (768, 3072), (4096, 4096)]  # (in, out)
+LARGE = [(4096, 4096), (4096, 14336)]  # on CUDA
+LIBRARIES = {"lora_ref": lora_ref, "PEFT": peft}
+
+
+def cases(options: Any) -> Iterator[Case]:
+    """Steps at each size and precision, then single tokens without gradients."""
+    shapes = [(64, 64)] if options.tiny else SHAPES[:2] if options.quick else LARGE if options.cuda else SHAPES
+    tokens = [8] if options.tiny else [512] if options.quick else [8192] if options.cuda else [512, 2048]
+    for dtype in options.dtypes:
+        for shape in shapes:
+            for n in tokens:
+                yield step(shape, n, dtype, options)
+    yield one_token(shapes[0], options)
+
+
+def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) -> Case:
+    """All of one size in one case: the frozen layer, full fine-tuning, and each library at r = 8, 64, p = 0, 0.1."""
+    linear = nn.Linear(*shape, device=options.device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(tokens, shape[0], device=options.device, dtype=dtype, requires_grad=True)
+    g = torch.randn(tokens, shape[1], device=options.device, dtype=dtype)
+    whole = nn.Linear(*shape, device=options.device, dtype=dtype)
+    jobs: dict[str, Callable[[], Job]] = {
+        "frozen": lambda: partial(forward_backward, linear, x, g),
+        "full": lambda: partial(forward_backward, whole, x, g),
+    }
+    compiled = options.cuda and not options.quick
+    settings = [(r, p) for r in (8, 64) for p in (0.0, 0.1)]
+    for r, p in settings:
+        jobs[label("bare", r, p)] = lambda r=r, p=p: bare(linear, x.detach(), g, r, p)
+        for name, library in LIBRARIES.items():
+            jobs[label(name, r, p)] = lambda library=library, r=r, p=p: partial(
+                forward_backward, adapted(library, linear, r, p), x, g
+            )
+            if compiled:
+                jobs[label(name, r, p) + ", compiled"] = lambda library=library, r=r, p=p: partial(
+                    forward_backward, torch.compile(adapted(library, linear, r, p)), x, g
+                )
+        if dtype == torch.float32:  # loralib has no other
+            jobs[label("loralib", r, p)] = lambda r=r, p=p: partial(
+                forward_backward, adapted_by_loralib(linear, r, p), x, g
+            )
+    return Case(
+        theme="Training step of one Linear",
+        about={"in": shape[0], "out": shape[1], "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")},
+        jobs=jobs,
+        floor="frozen",
+        bytes=True,
+        alive=lambda job: [x, *(job.args[0].parameters() if isinstance(job, partial) else [])],
+        computed=partial(best, shape, tokens, dtype, settings, options),
+        bars=bars(shape, dtype),
+    )
+
+
+def label(library: str, r: int, p: float) -> str:
+    return f"{library} r={r} p={p:g}"
+
+
+def overhead(row: dict[str, Any], name: str) -> float:
+    """By how much a job takes longer than the floor, as a share of it."""
+    return row["ratios"][name]["median"] - 1
+
+
+def bars(shape: tuple[int, int], dtype: torch.dtype) -> list[Bar]:
+    """Overhead over PEFT's, and bytes kept for the backward pass over PEFT's."""
+
+    def of(r: int, p: float) -> Callable[[dict[str, Any]], float]:
+        return lambda row: overhead(row, label("lora_ref", r, p)) / overhead(row, label("PEFT", r, p))
+
+    def saved(row: dict[str, Any]) -> float:
+        kept = row["saved"]
+        return max(kept[label("lora_ref", r, 0.1)] / kept[label("PEFT", r, 0.1)] for r in (8, 64))
+
+    small = shape[0] < 4096
+    return [
+        Bar(f"step, r=8, p=0{', up to 768->3072' * small}: overhead / PEFT's", of(8, 0), 0.5 if small else 1.0),
+        Bar("step, r=64, p=0: overhead / PEFT's", of(64, 0), 0.8),
+        Bar("step, r=8, p=0.1: overhead / PEFT's", of(8, 0.1), 0.6),
+        Bar("step, r=64, p=0.1: overhead / PEFT's", of(64, 0.1), 0.6),
+        Bar("step, p=0.1: bytes kept beyond x / PEFT's", saved, 0.25),
+    ]
+
+
+def best(
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    settings: list[tuple[int, float]],
+    options: Any,
+    seconds: float,
+) -> dict[str, float]:
+    """The step ratio of a branch that runs at the base's FLOP/s, or at the memory's speed, whichever is slower.
+
+    FLOPs: 4 T in out for the frozen layer, 6 T r (in + out) for the branch. Bytes: x is read twice more
+    and g once, y and dx are read and written; with dropout a mask of one bit an element is free.
+    """
+    n_in, n_out = shape
+    moved = tokens * (4 * n_in + 3 * n_out) * dtype.itemsize
+    share = {r: 6 * r * (n_in + n_out) / (4 * n_in * n_out) for r, _ in settings}
+    by_bytes = moved / options.bandwidth / seconds
+    return {f"r={r} p={p:g}": 1 + max(share[r], by_bytes) for r, p in settings}
+
+
+def adapted(library: Any, linear: nn.Linear, r: int, p: float) -> nn.Module:
+    """The layer that a library puts around `linear`, with B as if trained."""
+    config = library.LoraConfig(r=r, lora_alpha=16, lora_dropout=p, target_modules=["0"])
+    layer = library.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+    return layer.train()
+
+
+def adapted_by_loralib(linear: nn.Linear, r: int, p: float) -> nn.Module:
+    layer = loralib.Linear(linear.in_features, linear.out_features, r=r, lora_alpha=16, lora_dropout=p)
+    layer.to(linear.weight.device)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    nn.init.normal_(layer.lora_B, std=0.02)
+    return layer  # never in eval mode, which would merge into the weight that all share
+
+
+def bare(linear: nn.Linear, x: Tensor, g: Tensor, r: int, p: float) -> Job:
+    """The measured floor: the products of a step in their fastest orientation, A and B in float32, without autograd."""
+    W, b = linear.weight, linear.bias
+    A, B = torch.randn(r, W.shape[1], device=W.device), torch.randn(W.shape[0], r, device=W.device)
+
+    def products() -> None:
+        y, wide, kept = nn.functional.linear(x, W, b), x.float(), None
+        if p:
+            words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+            kept = (words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(torch.uint8).view(x.shape)
+            wide = x * kept
+        z = A @ wide.T
+        y.float().addmm_(z.T, B.T).to(y.dtype)
+        wide = g.float()
+        dz, dB = B.T @ wide.T, z @ wide
+        dx, wide = g @ W, x.float()
+        if kept is not None:
+            dA = dz @ (wide * kept)
+            dx.add_((dz.T @ A).mul_(kept))
+        else:
+            dA = dz @ wide
+            dx.float().addmm_(dz.T, A).to(dx.dtype)
+        del dA, dB
+
+    return products
+
+
+def forward_backward(layer: nn.Module, x: Tensor, g: Tensor) -> None:
+    layer(x).backward(g)
+    x.grad = None
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def one_token(shape: tuple[int, int], options: Any) -> Case:
+    """A forward call on one token without gradients, as in decoding: Python's own cost is what counts."""
+    linear = nn.Linear(*shape, device=options.device).requires_grad_(False)
+    x = torch.randn(1, 1, shape[0], device=options.device)
+
+    def job(layer: nn.Module) -> Job:
+        def call() -> Tensor:
+            with torch.no_grad():
+                return layer(x)
+
+        return call
+
+    jobs: dict[str, Callable[[], Job]] = {"frozen": lambda: job(linear)}
+    for name, library in LIBRARIES.items():
+        jobs[name] = lambda library=library: job(adapted(library, linear, 8, 0.0).eval())
+    jobs["loralib"] = lambda: job(adapted_by_loralib(linear, 8, 0.0).requires_grad_(False))
+    return Case(
+        theme="One token without gradients",
+        about={"in": shape[0], "out": shape[1], "r": 8},
+        jobs=jobs,
+        floor="frozen",
+        bars=[
+            Bar(
+                "one token without gradients: overhead / PEFT's",
+                lambda row: overhead(row, "lora_ref") / max(overhead(row, "PEFT"), math.ulp(1)),
+                0.5,
+            )
+        ],
+    )

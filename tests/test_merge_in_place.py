@@ -1,0 +1,228 @@
+"""merge_and_unload writes into the weights' own memory: what it refuses and leaves alone, what an interrupt does."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from lora_ref import LoraConfig, PeftModel, get_peft_model, merge
+from lora_ref.layer import LoraLayer
+
+WIDE = 2 * merge.BLOCK // 512  # rows of 512 numbers: two blocks
+
+
+class Conv1D(nn.Module):
+    """transformers': weight (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, WIDE, 512))
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(512, WIDE),
+    "conv1d": lambda: Conv1D(WIDE, 512),
+    "embedding": lambda: nn.Embedding(512, WIDE),
+    "conv": lambda: nn.Conv2d(64, WIDE, (2, 4)),
+    "experts": Experts,
+}
+
+
+def adapted(net: nn.Module, *targets: str, r: int = 4, **options: Any) -> PeftModel:
+    parameters = [t for t in targets if "." in t] or None
+    config = LoraConfig(
+        r=r, target_modules=[t for t in targets if "." not in t], target_parameters=parameters, **options
+    )
+    model = get_peft_model(net.eval(), config)
+    with torch.no_grad():
+        for layer in model.layers().values():
+            for factor in layer.adapter_parameters("default"):
+                factor.copy_(torch.randn(factor.shape) / 8)
+    return model
+
+
+def layers(n: int = 4) -> nn.Sequential:
+    return nn.Sequential(*[nn.Linear(8, 8) for _ in range(n)])
+
+
+def bits(net: nn.Module) -> dict[str, bytes]:
+    return {
+        n.replace("base_layer.", ""): p.detach().numpy().tobytes() for n, p in net.named_parameters() if "lora" not in n
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", BASES)
+def test_the_sum_is_in_the_weights_own_memory_and_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"base": BASES[kind]()}).to(dtype)
+    weight = next(p for p in net["base"].parameters() if p.ndim > 1)
+    before, memory = weight.detach().clone(), weight.data_ptr()
+    model = adapted(net, "base.stack" if kind == "experts" else "base")
+    (layer,) = model.layers().values()
+    A, B = (factor.detach().double() for factor in layer.factors("default"))
+    exact = before.double() + layer.stored(layer.scaling["default"] * (B @ A))
+    assert model.merge_and_unload() is net
+    assert next(p for p in net["base"].parameters() if p.ndim > 1) is weight
+    assert weight.data_ptr() == memory
+    single = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    allowed = exact.abs() * torch.finfo(dtype).eps / 2 + 16 * single * (before.double().abs() + exact.abs() + 1)
+    assert ((weight.detach().double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_takes_less_memory_than_one_update(dtype: torch.dtype) -> None:
+    net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(3)]).to(dtype)
+    model = adapted(net, "0", "1", "2")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model.merge_and_unload()
+    held = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 0 < most < net[0].weight.nbytes
+
+
+def test_what_is_not_finite_is_refused_before_the_first_weight_is_written() -> None:
+    net = layers()
+    model = adapted(net, "0", "1", "2", "3")
+    with torch.no_grad():
+        model.layers()["3"].factors("default")[0][0, 0] = torch.nan
+    before = bits(net)
+    with pytest.raises(ValueError, match=r"^3: merging default gives weights that are not finite; nothing was merged"):
+        model.merge_and_unload()
+    assert bits(net) == before
+    assert all(isinstance(module, LoraLayer) and not module.merged for module in net)
+
+
+def test_a_tied_weight_keeps_its_values_elsewhere() -> None:
+    net = layers(3)
+    net[1].weight = net[0].weight
+    before = net[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match="tied"):
+        model = adapted(net, "1")
+    delta = model.layers()["1"].delta("default")
+    model.merge_and_unload()
+    assert torch.equal(net[0].weight, before)
+    torch.testing.assert_close(net[1].weight.detach(), before + delta)
+
+
+def test_a_weight_that_lies_in_anothers_memory_leaves_that_alone() -> None:
+    """Views of one tensor, of which the other is not even a parameter; and one number that stands for all."""
+    net, memory = layers(2), torch.randn(12, 8)
+    net[0].weight = nn.Parameter(memory[:8])
+    net[1].weight = nn.Parameter(torch.ones(1, 1).expand(8, 8))
+    before = memory.clone()
+    model = adapted(net, "0", "1")
+    deltas = [layer.delta("default") for layer in model.layers().values()]
+    model.merge_and_unload()
+    assert torch.equal(memory, before)
+    torch.testing.assert_close(net[0].weight.detach(), before[:8] + deltas[0])
+    torch.testing.assert_close(net[1].weight.detach(), 1 + deltas[1])
+
+
+def test_weights_made_in_inference_mode_and_channels_last() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4)).to(memory_format=torch.channels_last)
+    weights = [net[0].weight.clone(), net[2].weight.clone()]
+    model = adapted(net, "0", "2")
+    deltas = [layer.delta("default") for layer in model.layers().values()]
+    model.merge_and_unload()
+    for weight, before, delta in zip((net[0].weight, net[2].weight), weights, deltas, strict=True):
+        torch.testing.assert_close(weight.detach(), before + delta)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    before, model = net[0].weight.detach().clone(), adapted(net, "0")
+    delta = model.layers()["0"].delta("default")
+    model.merge_and_unload()
+    torch.testing.assert_close(net[0].weight.detach(), before + delta)
+
+
+def test_an_interrupt_takes_effect_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = layers()
+    model = adapted(net, "0", "1", "2", "3")
+    x, handler, add = torch.randn(3, 8), signal.getsignal(signal.SIGINT), merge.add
+    y = model(x)
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        add(*args)
+
+    monkeypatch.setattr(merge, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+    assert all(type(module) is nn.Linear for module in net)
+    torch.testing.assert_close(net(x), y)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("call", [1, 3, 4])
+def test_a_sum_that_fails_all_the_same_is_undone_to_rounding(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = layers()
+    model = adapted(net, "0", "1", "2", "3")
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    x, calls, add = torch.randn(3, 8), [], merge.add
+    y = model(x)
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if len(calls) == call:
+            raise RuntimeError("the device is gone")
+        add(*args, **kwargs)
+
+    monkeypatch.setattr(merge, "add", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        model.merge_and_unload()
+    assert len(calls) == 2 * call - 1
+    assert all(isinstance(module, LoraLayer) and not module.merged for module in net)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(x), y)
+    monkeypatch.undo()
+    torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+@given(
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.floats(-1, 1),
+    st.floats(-1, 1),
+    st.integers(0, 2**32),
+)
+def test_the_bound_is_a_proof(dtype: torch.dtype, w: float, d: float, seed: int) -> None:
+    """Where it says that a sum is finite, it is; and far from the largest number it says so."""
+    generator = torch.Generator().manual_seed(seed)
+    top = torch.finfo(dtype).max
+    wide = torch.promote_types(dtype, torch.float32)
+    W = (torch.rand(3, 4, generator=generator, dtype=torch.float64) * w * top).to(dtype)
+    A, B = torch.rand(2, 4, generator=generator, dtype=wide), torch.rand(3, 2, generator=generator, dtype=wide)
+    B = B * (d * top)
+    total = (W.to(wide) + B @ A).to(dtype)
+    sure = merge.surely_finite(W, [(A, B)])
+    assert torch.isfinite(total).all() or not sure
+    assert sure or abs(w) > 0.5 or abs(d) * top > top**0.5 / 10
+
+
+def test_a_sum_just_below_the_largest_number_is_accepted() -> None:
+    net = nn.Sequential(nn.Linear(2, 2)).half()
+    with torch.no_grad():
+        net[0].weight.fill_(65000.0)
+    model = adapted(net, "0", r=1)
+    assert not merge.surely_finite(net[0].base_layer.weight, merge.updates_of(model.layers()["0"], ["default"]))
+    model.merge_and_unload()
+    assert torch.isfinite(net[0].weight).all()
