@@ -58,7 +58,7 @@ def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
 def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
     """(name in the file, module) of all modules that an adapter has a part in.
 
-    The name is as if the model had this adapter only: wrappers that serve others are not in it.
+    The name is as if the model had this adapter only: wrappers that serve others, or an engine, are not in it.
     """
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model.model)]
@@ -77,7 +77,8 @@ def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Adapter
                 hidden = True
         for attribute, child in reversed(inner):
             if child is not None:
-                own = "" if hidden and attribute in ("base_layer", "original_module") else attribute
+                skipped = (*ENGINES, "base_layer", "original_module") if hidden else ENGINES
+                own = "" if attribute in skipped else attribute
                 waiting.append((".".join(filter(None, (name, own))), child))
 
 
