@@ -11,6 +11,7 @@ and from the repository's root: `python -m cogapp -P -r -I tutorials tutorials/*
 import ast
 import os
 import pathlib
+import re
 import sys
 import textwrap
 
@@ -103,5 +104,6 @@ def modules(*names: str) -> None:
     for name in names:
         path = path_of(f"lora_ref.{name}")
         source = path.read_text(encoding="utf-8")
-        said = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0].replace("|", "\\|").replace("_", "\\_")
+        said = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0].replace("|", "\\|")
+        said = re.sub(r"(`[^`]*`)|_", lambda m: m[1] or r"\_", said)  # within backticks nothing is escaped
         print(f"| [`{name.replace('.', '/')}`]({link_to(path)}) | {len(source.splitlines())} | {said} |")
