@@ -30,6 +30,7 @@ CLAIMS = {
     "conv3d": "adapts a 3-dimensional convolution",
     "parameter": "adapts a raw parameter (out, in)",
     "experts": "adapts a stack of raw parameters (experts, out, in)",
+    "attention": "has models with an attention that reads its out_proj without calling it (torch's MultiheadAttention)",
     # options of a layer
     "rslora": "use_rslora: s = lora_alpha / sqrt(r)",
     "alpha": "any finite lora_alpha, fractions and negative ones too",
@@ -64,6 +65,7 @@ CLAIMS = {
     "init:corda": "directions that matter for the inputs (needs data)",
     "init:eva": "principal components of the inputs (needs data)",
     "init:lora_ga": "directions of the gradient (needs data)",
+    "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
     "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
     # a model
     "model": "adapts a model of named layers by target_modules",
@@ -200,7 +202,11 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModuleSpec:
-    """A module of a model: "linear", "transposed", "embedding" or "norm" (elementwise y = W * x + b, W (n,))."""
+    """A module of a model: "linear", "transposed", "embedding" or "norm" (elementwise y = W * x + b, W (n,)).
+
+    "attention" (claim "attention"): the out_proj of an attention over one token with identical values, so y = W x + b;
+    the attention's forward reads W and b, and never calls the module that holds them.
+    """
 
     kind: str
     W: Array
@@ -294,6 +300,10 @@ class Model:
 
     def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, how: str) -> None:
         """add_weighted_adapter; how: "cat", "svd" or "linear"."""
+        raise NotImplementedError
+
+    def look(self, batches: Sequence[Array]) -> None:
+        """Start the adapter "default" from inputs of the model (claim "eva_ranks"; init_lora_weights="eva")."""
         raise NotImplementedError
 
     def unload(self, merge: bool) -> dict[str, tuple[Array, Array | None]]:

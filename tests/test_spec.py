@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import spec_tests
-from spec_tests import markdown, peers, report
+from spec_tests import coverage, markdown, peers, report
 from spec_tests.contract import CLAIMS
 from spec_tests.engine import examine, find
 
@@ -71,3 +71,13 @@ def test_the_report_on_peft_is_about_the_installed_one_and_so_is_its_list() -> N
 def test_conformance_is_what_the_reports_say() -> None:
     reports = [made for name in sorted(REPORTS) for made in REPORTS[name]]
     assert (Path(peers.ROOT) / "CONFORMANCE.md").read_text() == markdown.page(reports)
+
+
+def test_every_statement_has_a_requirement_or_a_reason_for_none():
+    found = coverage.cited()
+    without = {number for numbers in coverage.WITHOUT for number in numbers.split()}
+    assert {number for number, ids in found.items() if not ids} == without
+
+
+def test_a_source_may_name_a_range_of_statements():
+    assert list(coverage.named("CorDA, arXiv 2406.05223 (K1 to K3, S3)")) == ["K1", "K2", "K3", "S3"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 from torch import nn
@@ -20,6 +20,7 @@ OPTION_OF = {
     "target_parameters": "target_parameters",
     "init:corda": "corda_config",
     "init:eva": "eva_config",
+    "eva_ranks": "eva_config",
     "init:lora_ga": "lora_ga_config",
 }  # claim: the option of LoraConfig that it needs
 CLASS_OF = {"conv1d": "Conv1d", "conv2d": "Conv2d", "conv3d": "Conv3d", "embedding": "Embedding"}
@@ -59,11 +60,21 @@ def claims_of_this_release() -> frozenset[str]:
     )
 
 
+class PeftModel(PeftStyleModel):
+    looking: ClassVar[dict[str, Any]] = {
+        "forward_fn": lambda net, batch: net(batch),
+        "prepare_model_inputs_fn": None,
+        "prepare_layer_inputs_fn": lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
+        "show_progress_bar": False,
+    }
+
+
 class Peft(PeftStyle):
     """Claims what its documentation does."""
 
     name = "peft"
     library = peft
+    model_class = PeftModel
     claims = claims_of_this_release()
 
     def layer_options(self, spec: LayerSpec) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +69,11 @@ def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpe
             module.bias.data.zero_()
     elif kind == "embedding":
         module = nn.Embedding(n_in, out, padding_idx=spec.padding_idx if spec else None)
+    elif kind == "attention":
+        module = nn.MultiheadAttention(out, 1, batch_first=True)
+        module.in_proj_weight.data = torch.eye(out).repeat(3, 1)  # over one token the output is its value
+        module.out_proj.weight.data, module.out_proj.bias.data = to_torch(W, dtype), to_torch(b, dtype)
+        return module.to(getattr(torch, dtype))
     else:
         assert spec is not None
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[MESH[kind] - 1]
@@ -90,9 +95,12 @@ class Chain(nn.Module):
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.order = list(modules)
+        self.order = []
         for name, module in modules.items():
             *path, last = name.split(".")
+            if isinstance(module, nn.MultiheadAttention):  # what is named is its out_proj
+                *path, last = path
+            self.order.append(".".join([*path, last]))
             parent: nn.Module = self
             for part in path:
                 if part not in parent._modules:
@@ -102,7 +110,11 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.order:
-            x = self.get_submodule(name)(x)
+            module = self.get_submodule(name)
+            if isinstance(module, nn.MultiheadAttention):
+                x = module(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]  # one token a sample
+            else:
+                x = module(x)
         return x
 
 
@@ -128,6 +140,8 @@ def configuration(library: ModuleType, options: Mapping[str, Any]) -> Any:
 
 class PeftStyleModel(Model):
     """A PeftModel of either library."""
+
+    looking: ClassVar[dict[str, Any]] = {"show_progress_bar": False}  # how initialize_lora_eva_weights is called
 
     def __init__(
         self, library: ModuleType, spec: ModelSpec, net: nn.Module | None = None, folder: Path | None = None
@@ -253,6 +267,10 @@ class PeftStyleModel(Model):
 
     def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, how: str) -> None:
         self.peft.add_weighted_adapter(list(adapters), list(weights), name, combination_type=how)
+
+    def look(self, batches: Sequence[Array]) -> None:
+        data = [to_torch(x, self.spec.dtype) for x in batches]
+        self.library.initialize_lora_eva_weights(self.peft, data, **self.looking)
 
     def unload(self, merge: bool) -> dict[str, tuple[Array, Array | None]]:
         return self.plain(self.peft.merge_and_unload() if merge else self.peft.unload())

@@ -285,7 +285,7 @@ def _starts(id: str, init: str, what: str = "", needs: str = "", **config: Any) 
     @requirement(
         id,
         f"{init}{what}: a trained adapter that is saved and loaded on the original base gives the same output.",
-        "PEFT's documentation: a saved adapter is loaded on the base model it was made from (V5)",
+        "PEFT's documentation: a saved adapter is loaded on the base model it was made from (V2, V3, V5)",
         f"model files init:{init} {needs}",
         lambda i: small(
             i, **{"init_lora_weights": init, "r": st.sampled_from((1, 2)), "target_modules": ["proj", "up"]} | config

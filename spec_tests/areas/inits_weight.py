@@ -436,7 +436,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "LOFTQ-003",
     "loftq with one iteration: with the adapter, W is met better than by quantisation alone.",
-    LOFTQ,
+    LOFTQ + " (L4)",
     "init:loftq",
     lambda i: loftq(i, 1),
 )

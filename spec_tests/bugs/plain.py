@@ -21,7 +21,7 @@ from scipy.stats import norm
 
 from ..contract import CLAIMS, MESH, Array, Implementation, Layer, LayerSpec, LayerState, Model, ModelSpec
 
-LINEAR = ("linear", "transposed")
+LINEAR = ("linear", "transposed", "attention")
 FLAT = (*LINEAR, "parameter")
 ON_ITS_SIDE = ("transposed", "embedding")
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "mica", "corda", "eva", "lora_ga")
@@ -692,6 +692,40 @@ class PlainModel(Model):
         ranks = {f"^{re.escape(module)}": one.r for module, one in made.items()}
         c = {**OPTIONS, **plain, "r": r, "lora_alpha": r, "target_modules": list(made)}
         self.configs[name] = {**c, "rank_pattern": ranks, "alpha_pattern": ranks}
+
+    def look(self, batches: Sequence[Array]) -> None:
+        """EVA: ranks go to the directions that explain most of a layer's inputs."""
+        c = self.configs["default"]
+        eva = {"rho": 1.0, "whiten": False, "adjust_scaling_factors": True} | c["eva_config"]
+        here = {name: site for name, site in self.sites.items() if "default" in site.adapters and site.kind in LINEAR}
+        seen: dict[str, list[Array]] = {name: [] for name in here}
+        for x in batches:
+            for name, site in self.sites.items():
+                if name in here:
+                    seen[name].append(x)
+                x = site.forward(x, [])
+        offers: list[tuple[float, str]] = []
+        for name, site in here.items():
+            X = np.concatenate(seen[name])
+            S = np.linalg.svd(X - X.mean(0), compute_uv=False)
+            most = round(site.adapters["default"].r * eva["rho"])
+            offers += [(float(share), name) for share in (S**2 / (S**2).sum())[:most]]
+        budget = sum(site.adapters["default"].r for site in here.values())
+        chosen = [name for _, name in sorted(offers, reverse=True)[:budget]]
+        ranks, alphas = {}, {}
+        for name, site in here.items():
+            a, rank = site.adapters.pop("default"), chosen.count(name)
+            if not rank:
+                continue
+            A, B = rounded(components({"inputs": seen[name]} | eva, rank), site.fine), np.zeros((len(a.B), rank))
+            alpha = a.alpha
+            if eva["adjust_scaling_factors"]:
+                alpha *= math.sqrt(rank / a.r) if c["use_rslora"] else rank / a.r
+            s = alpha / (math.sqrt(rank) if c["use_rslora"] else rank)
+            site.adapters["default"] = Adapter(A, B, rank, alpha, s, s, a.dropout, True, (A, B))
+            ranks[f"^{re.escape(name)}"], alphas[f"^{re.escape(name)}"] = rank, alpha
+        names = [name for name, site in self.sites.items() if "default" in site.adapters]
+        self.configs["default"] = {**c, "target_modules": names, "rank_pattern": ranks, "alpha_pattern": alphas}
 
     def unload(self, merge: bool) -> dict[str, tuple[Array, Array | None]]:
         active = self.active()

@@ -131,6 +131,12 @@ BUGS = (
         "if p > 0 and (rng := rng or np.random.default_rng(0)):",
         "karpathy/nanoGPT/pull/240",
     ),
+    Bug(
+        "the_attention_s_output_is_never_called",
+        ACTS,
+        'if name in self.adapters and name not in self.merged and self.kind != "attention":',
+        "Baijiong-Lin/LoRA-Torch/issues/3",
+    ),
     Bug("dropout_never", DROPS, "if False:", "meta-pytorch/torchtune/issues/996"),
     Bug(
         "dropout_scales_evaluation",
@@ -1413,6 +1419,63 @@ MUTANTS = (
         "base_has_one_more",
         "return {n: (s.side(s.weight()).copy(), None if s.b is None else s.b.copy()) for n, s in self.sites.items()}",
         'return {n: (s.side(s.weight()).copy(), None if s.b is None else s.b.copy()) for n, s in self.sites.items()} | {\n            "nowhere": (np.zeros(1), None)\n        }',
+    ),
+    Bug(
+        "a_start_in_other_letters_is_the_default",
+        "init = init.lower() if isinstance(init, str) else init",
+        "init = True if isinstance(init, str) and not init.islower() else init",
+    ),
+    Bug(
+        "fan_in_fan_out_is_believed",
+        "made = Adapter(A, B, r, alpha, s, s, dropout, init, (A, B))",
+        'self.kind = "transposed" if config.get("fan_in_fan_out") and self.kind == "linear" else self.kind; made = Adapter(A, B, r, alpha, s, s, dropout, init, (A, B))',
+    ),
+    Bug(
+        "an_attention_is_left_out",
+        "wanted = named(name, rule) and in_layer(name, c)",
+        'wanted = named(name, rule) and in_layer(name, c) and kind != "attention"',
+    ),
+    Bug(
+        "an_adapter_without_a_name_is_the_default",
+        'if adapter in self.configs or not adapter or "." in adapter or adapter == "__base__":',
+        'if adapter in self.configs or "." in (adapter := adapter or "default") or adapter == "__base__":',
+    ),
+    Bug(
+        "a_bias_is_saved_as_if_nothing_were_adapted",
+        'found[f"{place}.base_layer.bias" if adapter in site.adapters else f"{place}.bias"] = site.b',
+        'found[f"{place}.bias"] = site.b',
+    ),
+    Bug(
+        "the_original_s_bias_is_saved_beside_the_copy",
+        'found |= {f"{place}.weight": W} | ({} if b is None else {f"{place}.bias": b})',
+        'found |= {f"{place}.weight": W, f"{place}.original_module.bias": site.b} | ({} if b is None else {f"{place}.bias": b})',
+    ),
+    Bug(
+        "eva_s_shares_are_variances_and_no_ratios",
+        "for share in (S**2 / (S**2).sum())[:most]]",
+        "for share in (S**2 * (1 + len(offers)))[:most]]",
+    ),
+    Bug(
+        "eva_gives_one_direction_more",
+        'most = round(site.adapters["default"].r * eva["rho"])',
+        'most = round(site.adapters["default"].r * eva["rho"]) + 1',
+    ),
+    Bug(
+        "eva_looks_at_the_model_s_input",
+        'components({"inputs": seen[name]} | eva, rank)',
+        'components({"inputs": list(batches)} | eva, rank)',
+    ),
+    Bug("eva_starts_b_at_one", "np.zeros((len(a.B), rank))", "np.ones((len(a.B), rank))"),
+    Bug(
+        "eva_adjusts_alpha_by_the_rank_with_rslora_too",
+        'alpha *= math.sqrt(rank / a.r) if c["use_rslora"] else rank / a.r',
+        "alpha *= rank / a.r",
+    ),
+    Bug("eva_always_adjusts", 'if eva["adjust_scaling_factors"]:', "if True:"),
+    Bug(
+        "eva_saves_the_old_alpha",
+        '"rank_pattern": ranks, "alpha_pattern": alphas}\n\n    def unload',
+        '"rank_pattern": ranks}\n\n    def unload',
     ),
 )
 ALL = BUGS + MUTANTS
