@@ -71,12 +71,13 @@ def largest(W: Tensor) -> float:
     if W.numel() == 0:
         return 0.0
     low, high = torch.aminmax(W.float() if W.itemsize == 1 else W)  # torch has it for no 8-bit type
-    return float(torch.maximum(-low, high))
+    return max(-float(low), float(high))
 
 
 def surely_finite(W: Tensor, updates: list[Update]) -> bool:
     """|W + sum B A| <= max |W| + sum ||B|| ||A|| in every entry (Cauchy-Schwarz): a proof without computing the sum."""
-    bound = largest(W) + sum(float(A.norm() * B.norm()) for A, B in updates)
+    norm = torch.linalg.vector_norm
+    bound = largest(W) + sum(float(norm(A) * norm(B)) for A, B in updates)
     return bound < 0.9 * torch.finfo(W.dtype).max
 
 
@@ -130,6 +131,11 @@ def unmerge(layers: Iterable[LoraLayer]) -> None:
     """Give every layer the weight that it had before merging, bit for bit."""
     for layer in layers:
         layer.unmerge()
+
+
+def changes(layers: Iterable[LoraLayer]) -> list[nn.Module]:
+    """The modules whose attributes merging and unmerging change."""
+    return [module for layer in layers for module in (layer, layer.get_base_layer())]
 
 
 # -- without a way back ------------------------------------------------------------------------
