@@ -60,8 +60,7 @@ def transaction(
             vars(module).clear()
             vars(module).update(kept)
         for container, content in containers:  # into the same object: others may refer to it (hooks' handles do)
-            content = () if content is container else content
-            container.clear()
+            container.clear()  # and an empty one is its own content
             container.extend(content) if isinstance(container, list) else container.update(content)
         for tensor, data, requires_grad in tensors:
             tensor.data = data

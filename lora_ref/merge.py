@@ -149,7 +149,8 @@ def prepare(
     All that can be refused is refused here. Not in place: a weight whose memory others share, which
     would change with it, or that an initialisation has changed and that is about to be made whole.
     """
-    todo, owners, sums = to_merge(layers, names), _owners(model), []
+    todo, owners = to_merge(layers, names), _owners(model)
+    sums: list[tuple[Tensor, list[Update]]] = []
     elsewhere: dict[str, LoraLayer] = {}
     for where, new in todo.items():
         layer = layers[where]
