@@ -3,7 +3,7 @@
     python -m benchmarks [--quick] [--device cuda] [--threads 1] [--only THEME ...] [--out FOLDER]
 
 Everything is run by turns in one process; a ratio is of two jobs of the same turn. Absolute times depend
-on the machine and are not written. The initialisations have a command of their own: benchmarks/init.py.
+on the machine and are not written. `--only init` runs benchmarks/init.py, which has options of its own.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from threadpoolctl import threadpool_limits
 
-from . import machine, measure, mixed, models, report, steps
+from . import init, lifecycle, machine, measure, mixed, models, report, steps
 
-THEMES: dict[str, ModuleType] = {"steps": steps, "models": models, "mixed": mixed}
+THEMES: dict[str, ModuleType] = {"steps": steps, "models": models, "mixed": mixed, "lifecycle": lifecycle}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -31,9 +31,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="of torch and BLAS (default: 1)")
     parser.add_argument("--trim", action="store_true", help="leave the allocator as it is: it returns memory at will")
-    parser.add_argument("--only", nargs="+", choices=list(THEMES), default=list(THEMES))
+    parser.add_argument(
+        "--only", nargs="+", choices=[*THEMES, "init"], default=list(THEMES), help="init: benchmarks/init.py"
+    )
     parser.add_argument("--seconds", type=float, help="begin no turn of a case after so many, beyond the fifth")
-    parser.add_argument("--out", type=Path, help="write bench.json, bench.md and bench.png into this folder")
+    parser.add_argument("--out", type=Path, help="write JSON, a page and a figure into this folder")
     options = parser.parse_args(arguments)
     options.quick |= options.tiny
     options.cuda = options.device == "cuda"
@@ -48,6 +50,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run, show and write; returns the results."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    if options.only == ["init"]:
+        out = ["--out", str(options.out)] if options.out else []
+        init.main([*["--quick"] * options.quick, *out])
+        return {}
+    options.only = [theme for theme in options.only if theme != "init"]
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     threadpool_limits(options.threads)
@@ -66,17 +73,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 said = ", ".join(f"{value}" for value in case.about.values())
                 progress.update(task, description=f"{theme}: {said}", advance=0)
                 row = measure.run(case, options.seconds, options.turns, options.device)
-                results["rows"].append(row)
+                results["rows"].append({"of": theme} | row)
                 progress.advance(task)
             progress.update(task, total=progress.tasks[task].completed, description=theme)
     report.show(results, Console())
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (options.out / "bench.md").write_text(report.markdown(results), encoding="utf-8")
-        report.draw(results, options.out / "bench.png")
-        print(f"written: bench.json, bench.md and bench.png in {options.out}")
+        write(results, options)
     return results
+
+
+def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """JSON, page and figure. With --only, the other themes' rows stay as they were."""
+    name = "bench" + "-cuda" * options.cuda + "-quick" * options.quick
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{name}.json"
+    if path.exists() and set(options.only) < set(THEMES):
+        rows = [r for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if r["of"] not in options.only]
+        results["rows"] = sorted([*rows, *results["rows"]], key=lambda row: list(THEMES).index(row["of"]))
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(report.markdown(results, f"{name}.png"), encoding="utf-8")
+    report.draw(results, path.with_suffix(".png"))
+    print(f"written: {name}.json, {name}.md and {name}.png in {options.out}")
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def markdown(results: dict[str, Any]) -> str:
     return f"# Initialisations\n\n{where}.\n\n" + "\n".join(lines) + note + "\n".join(said) + "\n"
 
 
-def main() -> None:
+def main(arguments_given: list[str] | None = None) -> None:
     global QUICK
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a quarter of each dimension: under a minute")
@@ -428,7 +428,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--turns", type=int, default=5, help="at most so many of each (fewer of slow ones)")
     parser.add_argument("--out", type=Path, help="write init.json and init.md into this folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments_given)
     QUICK = arguments.quick
     warnings.simplefilter("ignore")
     console = Console()

@@ -25,11 +25,12 @@ Prepare = Callable[[], Job]
 
 @dataclass
 class Bar:
-    """One thing that must hold of a case: `value` of its row is at most `at_most`."""
+    """One thing that must hold of a case: `value` of its row is at most `at_most`; `floor`: no code can do better."""
 
     text: str
     value: Callable[[dict[str, Any]], float]
     at_most: float
+    floor: Callable[[dict[str, Any]], float] | None = None
 
 
 @dataclass
@@ -79,7 +80,10 @@ def run(case: Case, seconds: float, turns: int, device: str = "cpu") -> dict[str
     row["bars"] = []
     for bar in case.bars:
         value = bar.value(row)
-        row["bars"].append({"text": bar.text, "value": value, "at_most": bar.at_most, "kept": value <= bar.at_most})
+        floor = {"floor": bar.floor(row)} if bar.floor else {}
+        row["bars"].append(
+            {"text": bar.text, "value": value, "at_most": bar.at_most, "kept": value <= bar.at_most} | floor
+        )
     return row
 
 

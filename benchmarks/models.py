@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import logging as transformers_logging
 
 from .measure import Bar, Case, Job
 from .steps import LIBRARIES, overhead
@@ -16,6 +17,7 @@ R = 16
 
 def cases(options: Any) -> Iterator[Case]:
     """One case a model."""
+    transformers_logging.set_verbosity_error()  # the small vocabulary has no token to end with, and needs none
     layers, width, tokens = (1, 32, 8) if options.tiny else (2, 256, 64) if options.quick else (4, 768, 128)
     heads, words, batch = width // 32, 512, 4
     gpt2 = GPT2Config(

@@ -21,7 +21,8 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
             line["cases"] += 1
             line["keep"] += bar["kept"]
             if bar["value"] > line["worst"]:
-                line["worst"], line["where"] = bar["value"], said(row["about"])
+                floor = f"{bar['floor']:.2f}" if "floor" in bar else ""
+                line |= {"worst": bar["value"], "floor there": floor, "where": said(row["about"])}
     return list(found.values())
 
 
@@ -64,6 +65,11 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:.2f}"
 
 
+def counted(bar: dict[str, Any]) -> list[str]:
+    return [f"{bar['worst']:.2f}", f"{bar['at_most']:g}", f"{bar['keep']} of {bar['cases']}", bar["floor there"]]
+
+
+BARS = ["what", "worst", "at most", "kept", "measured floor there", "worst at"]
 HEAD = ["job", "ratio (quartiles)", "computed floor", "saved, MiB", "peak, MiB"]
 
 
@@ -74,7 +80,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in rows)
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], figure: str = "bench.png") -> str:
     """The page that is committed."""
     m = results["machine"]
     threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
@@ -85,15 +91,13 @@ def markdown(results: dict[str, Any]) -> str:
         f"{where}. {versions}. Written by `make bench`.",
         "A ratio is of a job's time over that of the first job of its table, run by turns: the median, with quartiles. "
         "*Computed floor*: what the ratio could be at the frozen layer's FLOP/s and the memory's speed. *Saved*: bytes "
-        "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held.",
-        "![Overhead of a training step over the frozen layer's](bench.png)",
+        "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held. "
+        "*bare*: the products of a step in their fastest form, without autograd: the measured floor.",
+        f"![The ratios of all tables, each with its quartiles]({figure})",
         "## What must hold",
         table(
-            ["what", "worst", "at most", "kept", "worst at"],
-            [
-                [b["text"], f"{b['worst']:.2f}", f"{b['at_most']:g}", f"{b['keep']} of {b['cases']}", b["where"]]
-                for b in bars(results)
-            ],
+            BARS,
+            [[b["text"], *counted(b), b["where"]] for b in bars(results)],
         ),
     ]
     for theme, rows in themes(results).items():
@@ -115,12 +119,12 @@ def show(results: dict[str, Any], console: Console) -> None:
                 shown.add_row("" if i else said(row["about"]), *line, end_section=i + 1 == len(row["ratios"]))
         console.print(shown)
     shown = Table(title="What must hold")
-    for title in ("what", "worst", "at most", "kept", "worst at"):
-        shown.add_column(title, justify="right" if title in ("worst", "at most") else "left")
+    for title in BARS:
+        shown.add_column(title, justify="left" if title in ("what", "worst at") else "right")
     for b in bars(results):
         colour = "green" if b["keep"] == b["cases"] or results["quick"] else "red"
-        worst, kept = f"[{colour}]{b['worst']:.2f}[/]", f"{b['keep']} of {b['cases']}"
-        shown.add_row(b["text"], worst, f"{b['at_most']:g}", kept, b["where"])
+        worst, *others = counted(b)
+        shown.add_row(b["text"], f"[{colour}]{worst}[/]", *others, b["where"])
     console.print(shown)
 
 

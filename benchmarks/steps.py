@@ -55,7 +55,8 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
                 jobs[label(name, r, p) + ", compiled"] = lambda library=library, r=r, p=p: partial(
                     forward_backward, torch.compile(adapted(library, linear, r, p)), x, g
                 )
-        if dtype == torch.float32:  # loralib has no other
+        heavy = tokens * shape[0] * shape[1] > 2**34
+        if dtype == torch.float32 and not heavy:  # loralib has no other, and does what PEFT does
             jobs[label("loralib", r, p)] = lambda r=r, p=p: partial(
                 forward_backward, adapted_by_loralib(linear, r, p), x, g
             )
@@ -83,21 +84,21 @@ def overhead(row: dict[str, Any], name: str) -> float:
 def bars(shape: tuple[int, int], dtype: torch.dtype) -> list[Bar]:
     """Overhead over PEFT's, and bytes kept for the backward pass over PEFT's."""
 
-    def of(r: int, p: float) -> Callable[[dict[str, Any]], float]:
-        return lambda row: overhead(row, label("lora_ref", r, p)) / overhead(row, label("PEFT", r, p))
+    def of(job: str, r: int, p: float) -> Callable[[dict[str, Any]], float]:
+        return lambda row: overhead(row, label(job, r, p)) / overhead(row, label("PEFT", r, p))
 
     def saved(row: dict[str, Any]) -> float:
         kept = row["saved"]
         return max(kept[label("lora_ref", r, 0.1)] / kept[label("PEFT", r, 0.1)] for r in (8, 64))
 
-    small = shape[0] < 4096
-    return [
-        Bar(f"step, r=8, p=0{', up to 768->3072' * small}: overhead / PEFT's", of(8, 0), 0.5 if small else 1.0),
-        Bar("step, r=64, p=0: overhead / PEFT's", of(64, 0), 0.8),
-        Bar("step, r=8, p=0.1: overhead / PEFT's", of(8, 0.1), 0.6),
-        Bar("step, r=64, p=0.1: overhead / PEFT's", of(64, 0.1), 0.6),
-        Bar("step, p=0.1: bytes kept beyond x / PEFT's", saved, 0.25),
-    ]
+    small, half = shape[0] < 4096, ", half precision" * (dtype.itemsize < 4)
+    limits = [(8, 0.0, 0.5 if small else 1.0), (64, 0.0, 0.8), (8, 0.1, 0.6), (64, 0.1, 0.6)]
+    made = []
+    for r, p, at_most in limits:
+        width = "" if (r, p) != (8, 0.0) else ", up to 768->3072" if small else ", wider layers"
+        text = f"step, r={r}, p={p:g}{width}{half}: overhead / PEFT's"
+        made.append(Bar(text, of("lora_ref", r, p), at_most, of("bare", r, p)))
+    return [*made, Bar(f"step, p=0.1{half}: bytes kept beyond x / PEFT's", saved, 0.25)]
 
 
 def best(
@@ -146,7 +147,7 @@ def bare(linear: nn.Linear, x: Tensor, g: Tensor, r: int, p: float) -> Job:
         if p:
             words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
             kept = (words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(torch.uint8).view(x.shape)
-            wide = x * kept
+            wide = wide * kept
         z = A @ wide.T
         y.float().addmm_(z.T, B.T).to(y.dtype)
         wide = g.float()

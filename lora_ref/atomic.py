@@ -46,8 +46,9 @@ def transaction(
         return
     covered = [m for m in (modules() if modules else tree(*roots)) if id(m) not in outer]
     attributes = [(m, vars(m).copy()) for m in covered]
-    containers = [v for _, kept in attributes for v in kept.values() if isinstance(v, (dict, list, set))]
-    contents = [(v, v.copy()) for v in containers if v]  # most are empty: hooks that nobody has set
+    containers = [  # most are empty: hooks that nobody has set
+        (v, v.copy() if v else v) for _, kept in attributes for v in kept.values() if isinstance(v, (dict, list, set))
+    ]
     tensors = [(p, p.data, p.requires_grad) for m in covered for p in m._parameters.values() if p is not None]
     trains = [(p, p.requires_grad) for p in flags]
     variable, new = (_shallow, shallow.union(map(id, roots))) if modules else (_covered, outer.union(map(id, covered)))
@@ -58,9 +59,8 @@ def transaction(
         for module, kept in attributes:
             vars(module).clear()
             vars(module).update(kept)
-        for container in containers:
-            container.clear()
-        for container, content in contents:  # into the same object: others may refer to it (hooks' handles do)
+        for container, content in containers:  # into the same object: others may refer to it (hooks' handles do)
+            container.clear()  # and an empty one is its own content
             container.extend(content) if isinstance(container, list) else container.update(content)
         for tensor, data, requires_grad in tensors:
             tensor.data = data

@@ -95,14 +95,13 @@ class Down(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor | None, *dzs: Tensor) -> tuple[Any, ...]:
         x, *saved = ctx.saved_tensors
         n, needs = len(dzs), ctx.needs_input_grad
-        in_place = ctx.in_place and not torch.is_grad_enabled()  # not where the gradient has gradients
         dAs: list[Tensor | None] = [None] * n
         for i, dz in enumerate(dzs):
             A, kept = saved[i], saved[n + i]
             if needs[3 + i]:
                 dAs[i] = dz @ dropped(x, kept, A.dtype)  # (r, T) @ (T, in) -> (r, in)
             if needs[0]:
-                dx = add_dx(torch.zeros_like(x) if dx is None else dx, dz, A, kept, in_place)
+                dx = add_dx(torch.zeros_like(x) if dx is None else dx, dz, A, kept, ctx.in_place)
         return dx, None, None, *dAs
 
 
@@ -112,7 +111,8 @@ def add_dx(dx: Tensor, dz: Tensor, A: Tensor, kept: Tensor | None, in_place: boo
     if kept is None and dx.dtype == A.dtype:
         flat = flat.addmm_(dz.T, A) if in_place else torch.addmm(flat, dz.T, A)
     else:
-        part = dz.T @ A if kept is None else (dz.T @ A) * kept
+        part = dz.T @ A
+        part = part if kept is None else part.mul_(kept) if in_place else part * kept
         flat = flat.add_(part) if in_place else (flat + part).to(dx.dtype)
     return flat if dx.ndim == 2 else flat.view(dx.shape)
 

@@ -95,8 +95,9 @@ class LoraLayer(WeightKeeper):
         if residual is not None:
             self.take(name, residual, (A, B, s) if exact else None)
         self.build(name, A, B)
-        self.lora_dropout[name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        self.lora_dropout[name].train(self.training)
+        dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        dropout.training = self.training
+        self.lora_dropout[name] = dropout
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = train_B

@@ -71,12 +71,13 @@ def largest(W: Tensor) -> float:
     if W.numel() == 0:
         return 0.0
     low, high = torch.aminmax(W.float() if W.itemsize == 1 else W)  # torch has it for no 8-bit type
-    return float(torch.maximum(-low, high))
+    return max(-float(low), float(high))
 
 
 def surely_finite(W: Tensor, updates: list[Update]) -> bool:
     """|W + sum B A| <= max |W| + sum ||B|| ||A|| in every entry (Cauchy-Schwarz): a proof without computing the sum."""
-    bound = largest(W) + sum(float(A.norm() * B.norm()) for A, B in updates)
+    norm = torch.linalg.vector_norm
+    bound = largest(W) + sum(float(norm(A) * norm(B)) for A, B in updates)
     return bound < 0.9 * torch.finfo(W.dtype).max
 
 
@@ -132,6 +133,11 @@ def unmerge(layers: Iterable[LoraLayer]) -> None:
         layer.unmerge()
 
 
+def changes(layers: Iterable[LoraLayer]) -> list[nn.Module]:
+    """The modules whose attributes merging and unmerging change."""
+    return [module for layer in layers for module in (layer, layer.get_base_layer())]
+
+
 # -- without a way back ------------------------------------------------------------------------
 
 
@@ -143,7 +149,8 @@ def prepare(
     All that can be refused is refused here. Not in place: a weight whose memory others share, which
     would change with it, or that an initialisation has changed and that is about to be made whole.
     """
-    todo, owners, sums = to_merge(layers, names), _owners(model), []
+    todo, owners = to_merge(layers, names), _owners(model)
+    sums: list[tuple[Tensor, list[Update]]] = []
     elsewhere: dict[str, LoraLayer] = {}
     for where, new in todo.items():
         layer = layers[where]

@@ -35,13 +35,15 @@ class LoraModel(SwitchModel):
         """
         names = self._named(adapter_names)
         check_whole(self.parameters(), "merging")
-        with self._switching():
-            merge.merge(self.layers(), names)
+        layers = self.layers()
+        with transaction(self, modules=lambda: merge.changes(layers.values())):
+            merge.merge(layers, names)
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit. Adapters that were active still are."""
-        with self._switching():
-            merge.unmerge(self.layers().values())
+        layers = self.layers().values()
+        with transaction(self, modules=lambda: merge.changes(layers)):
+            merge.unmerge(layers)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None

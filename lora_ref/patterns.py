@@ -64,20 +64,23 @@ class Pattern:
 
     def run(self, method: str, name: str) -> "regex.Match[str] | None":
         """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""
-        left, started = self.clock.left, time.perf_counter()
+        left = self.clock.left
         if left <= 0:
             raise ValueError(
                 f"{self.option}: its regular expressions are too slow for this model; write fewer or simpler"
             )
+        started = time.perf_counter()
         try:
-            match = getattr(self.compiled, method)(name, timeout=min(left, TIME_LIMIT))
+            match = getattr(self.compiled, method)(name, timeout=TIME_LIMIT if left > TIME_LIMIT else left)
         except TimeoutError:
             raise ValueError(
                 f"{self.option}: the regular expression {self.text[:80]!r} is too slow: it backtracks without end "
                 f"on {name[:80]!r}; write it without nested repetition"
             ) from None
         # an ordinary match is free, however many there are: a slow machine must not refuse what a fast one takes
-        self.clock.left = left - max(0.0, time.perf_counter() - started - ORDINARY)
+        spent = time.perf_counter() - started - ORDINARY
+        if spent > 0:
+            self.clock.left = left - spent
         return match
 
     def fullmatch(self, name: str) -> bool:

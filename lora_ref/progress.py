@@ -3,16 +3,19 @@
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import Progress
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
 
-def progress_bar(show: bool = True) -> Progress:
+def progress_bar(show: bool = True) -> "Progress":
     """A `rich` progress bar, to be used in a `with` statement: an exception takes it down, too."""
+    from rich.console import Console  # it takes as long to import as all of lora_ref
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None  # rich warns without it
     return Progress(console=console, transient=True, disable=not (show and (console.is_terminal or in_notebook)))
@@ -26,5 +29,8 @@ def steps(items: Sequence[T], what: str, show: bool = True) -> Iterator[Iterable
     ...     sum(numbers)
     6
     """
-    with progress_bar(show) as bar:
+    if not show:
+        yield items
+        return
+    with progress_bar() as bar:
         yield bar.track(items, description=what)

@@ -56,8 +56,8 @@ class AdapterModule(nn.Module):
     def parameters_by_adapter(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters that belong to adapters."""
         for attribute in self.by_adapter:
-            part = getattr(self, attribute)
-            for name, value in part.items() if isinstance(part, nn.Module) else ():
+            part: Any = getattr(self, attribute)  # a ModuleDict or a ParameterDict, or a dict of plain values
+            for name, value in [] if isinstance(part, dict) else part.items():
                 if isinstance(value, nn.Module):
                     for module in tree(value) if value._modules else (value,):
                         yield from ((name, p) for p in module._parameters.values() if p is not None)

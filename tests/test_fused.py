@@ -193,6 +193,8 @@ def test_the_mask_is_that_of_dropout() -> None:
         assert (flat.mean(0) - (1 - p)).abs().max() < 5 * sigma
         correlation = torch.corrcoef(torch.cat([flat[1:], flat[:-1]], dim=1).T) - torch.eye(8)
         assert correlation.abs().max() < 5 / math.sqrt(len(flat))
+    rare = fused.mask(torch.empty(2**11, 2**11), 2**-16)  # 64 of them expected
+    assert abs((rare == 0).sum().item() - 64) < 5 * math.sqrt(64)
     torch.manual_seed(5)
     one = fused.mask(x, 0.1)
     torch.manual_seed(5)
@@ -237,7 +239,7 @@ def test_hooks_on_the_base_see_what_the_base_said(grad: bool) -> None:
 
 
 def test_a_base_that_keeps_its_output() -> None:
-    """Another class may save its output for backward, or return its input: both are left as they are."""
+    """Another class may save its output for backward, return its input, or give that no gradient."""
 
     class Tanh(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -247,12 +249,25 @@ def test_a_base_that_keeps_its_output() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    for cls in (Tanh, Through):
+    class Deaf(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    for cls in (Tanh, Through, Deaf):
         _, layer = adapt(cls(6, 6).double(), r=2, lora_alpha=3, init_lora_weights=False)
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
         before = x.detach().clone()
         assert_alike(*both(layer, x), 1e-12)
         assert torch.equal(x, before)
+
+
+def test_no_gradient_is_computed_that_nobody_asks_for() -> None:
+    """Where x needs none, the base does not compute one."""
+    layer, seen = layer_of(), []
+    layer.base_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    for needed in (False, True):
+        layer(torch.randn(4, 6, dtype=torch.float64, requires_grad=needed)).sum().backward()
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -353,6 +368,25 @@ def test_traced_exported_and_copied() -> None:
     assert torch.allclose(torch.export.export(layer, (x,)).module()(x), want)
     assert torch.equal(copy.deepcopy(layer)(x), want)
     assert layer.to("meta")(x.to("meta")).shape == want.shape
+
+
+def test_data_parallel_and_sharded() -> None:
+    """DDP and FSDP2 in a group of one process: the same bits."""
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(4, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    plain = results(layer_of(adapters=2), x)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for wrap in (nn.parallel.DistributedDataParallel, partial(fully_shard, mesh=mesh)):
+            torch.manual_seed(0)
+            wrapped = results(wrap(layer_of(adapters=2)), x)
+            found = {n.removeprefix("module."): getattr(g, "_local_tensor", g) for n, g in wrapped.items()}
+            assert plain.keys() == found.keys() and all(torch.equal(plain[n], found[n]) for n in plain)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # -- a batch that mixes adapters -------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""What an adapter costs outside of training: put in, saved, loaded, switched, merged; and the import of the library.
+
+All over PEFT's time. "bare" is what no library can do without: of an injection the modules that the
+adapter file's keys name, of a merge the sums, and with a way back the copy of the weights.
+"""
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .measure import Bar, Case, Job
+from .steps import LIBRARIES
+
+R = 8
+INJECTION, MERGING, IMPORT = "Putting adapters in, saving, loading, switching", "Merging", "Import"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def cases(options: Any) -> Iterator[Case]:
+    """Injection by the number of layers and of patterns; then the rest on 32 layers; then merging by size."""
+    width, many = (16, 2) if options.tiny else (64, 8 if options.quick else 32)
+    numbers = [1, 2] if options.tiny else [8] if options.quick else [8, 32, 128]
+    for layers in numbers:
+        yield injection(layers, width, options)
+    yield injection(many, width, options, patterns=many)
+    for layers in numbers:
+        yield loading(layers, width, options)
+    yield saving(many, width, options)
+    yield switching(many, width, options)
+    yield disabling(many, width, options)
+    sizes = [(1, 32)] if options.tiny else [(1, 512)] if options.quick else [(32, 256), (4, 1024), (1, 4096)]
+    for dtype in options.dtypes:
+        for layers, size in sizes:
+            for operation in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+                yield merging(operation, layers, size, dtype, options)
+    if not options.cuda:
+        yield importing()
+
+
+def network(layers: int, width: int, options: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Seven projections a layer, named as in a Llama; random weights."""
+    names = {"self_attn": TARGETS[:4], "mlp": TARGETS[4:]}
+
+    def block() -> nn.Module:
+        parts = {
+            part: nn.ModuleDict({name: nn.Linear(width, width, bias=False, device="meta") for name in own})
+            for part, own in names.items()
+        }
+        return nn.ModuleDict(parts | {"input_layernorm": nn.LayerNorm(width, device="meta")})
+
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([block() for _ in range(layers)])})})
+    model = model.to_empty(device=options.device).to(dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def config(library: Any, patterns: int = 0) -> Any:
+    """r = 8 everywhere, or by `patterns` regular expressions."""
+    ranks = {rf"model\.layers\.{i}\..*": 4 + i % 3 for i in range(patterns)}
+    return library.LoraConfig(r=R, lora_alpha=2 * R, target_modules=TARGETS, rank_pattern=ranks)
+
+
+def adapted(library: Any, net: nn.Module, adapters: int = 1) -> Any:
+    """With adapters a0, a1, ... (one: default) that do something."""
+    model = library.get_peft_model(net, config(library), **({} if adapters == 1 else {"adapter_name": "a0"}))
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", config(library))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def versus_peft(row: dict[str, Any]) -> float:
+    return row["ratios"]["lora_ref"]["median"]
+
+
+def bare(row: dict[str, Any]) -> float:
+    return row["ratios"]["bare"]["median"]
+
+
+def injection(layers: int, width: int, options: Any, patterns: int = 0) -> Case:
+    """`get_peft_model` on a fresh model."""
+
+    def put_in(library: Any) -> Job:
+        return partial(library.get_peft_model, network(layers, width, options), config(library, patterns))
+
+    jobs: dict[str, Callable[[], Job]] = {name: partial(put_in, library) for name, library in LIBRARIES.items()}
+    jobs["bare"] = lambda: partial(only_modules, network(layers, width, options))
+    text = "get_peft_model, with rank patterns" if patterns else "get_peft_model"
+    return Case(
+        theme=INJECTION,
+        about={"what": "inject", "layers": f"{layers} x 7", "rank patterns": patterns},
+        jobs=jobs,
+        floor="PEFT",
+        fresh=True,
+        bars=[Bar(f"{text}: time / PEFT's", versus_peft, 0.2, bare)],
+    )
+
+
+class Wrapper(nn.Module):
+    """A layer and one adapter's factors, under the names that they have in the file."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A, self.lora_B = base, nn.ModuleDict(), nn.ModuleDict()
+        n_out, n_in = base.weight.shape
+        for part, shape in ((self.lora_A, (R, n_in)), (self.lora_B, (n_out, R))):
+            factor = nn.Module()
+            factor.weight = nn.Parameter(torch.empty(shape).uniform_(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in)))
+            part["default"] = factor
+
+
+def only_modules(model: nn.Module) -> nn.Module:
+    for parent in [m for m in model.modules() if isinstance(m, nn.ModuleDict)]:
+        for name, child in list(parent.items()):
+            if isinstance(child, nn.Linear):
+                parent[name] = Wrapper(child)
+    return model
+
+
+def loading(layers: int, width: int, options: Any) -> Case:
+    """`PeftModel.from_pretrained`: both read the folder that PEFT wrote."""
+    folder = tempfile.TemporaryDirectory()
+    adapted(LIBRARIES["PEFT"], network(layers, width, options)).save_pretrained(folder.name)
+
+    def load(library: Any) -> Job:
+        return partial(library.PeftModel.from_pretrained, network(layers, width, options), folder.name)
+
+    return Case(
+        theme=INJECTION,
+        about={"what": "load", "layers": f"{layers} x 7"},
+        jobs={name: partial(load, library) for name, library in LIBRARIES.items()},
+        floor="PEFT",
+        fresh=True,
+        bars=[Bar("from_pretrained: time / PEFT's", versus_peft, 0.2)],
+    )
+
+
+def saving(layers: int, width: int, options: Any) -> Case:
+    """`save_pretrained`; lora_ref's waits until the disk has it."""
+    folder = tempfile.TemporaryDirectory()
+
+    def save(name: str, library: Any) -> Job:
+        return partial(adapted(library, network(layers, width, options)).save_pretrained, Path(folder.name) / name)
+
+    return Case(
+        theme=INJECTION,
+        about={"what": "save", "layers": f"{layers} x 7"},
+        jobs={name: partial(save, name, library) for name, library in LIBRARIES.items()},
+        floor="PEFT",
+        bars=[Bar("save_pretrained: time / PEFT's", versus_peft, 1.0)],
+    )
+
+
+def switching(layers: int, width: int, options: Any) -> Case:
+    """`set_adapter` through ten adapters."""
+
+    def switch(library: Any) -> Job:
+        return partial(through, adapted(library, network(layers, width, options), adapters=10))
+
+    return Case(
+        theme=INJECTION,
+        about={"what": "switch among 10 adapters", "layers": f"{layers} x 7"},
+        jobs={name: partial(switch, library) for name, library in LIBRARIES.items()},
+        floor="PEFT",
+        bars=[Bar("set_adapter among 10: time / PEFT's", versus_peft, 1.0)],
+    )
+
+
+def through(model: Any) -> None:
+    for i in range(10):
+        model.set_adapter(f"a{i}")
+
+
+def disabling(layers: int, width: int, options: Any) -> Case:
+    """`disable_adapter`: off, and on again."""
+
+    def off_and_on(library: Any) -> Job:
+        return partial(disabled, adapted(library, network(layers, width, options)))
+
+    return Case(
+        theme=INJECTION,
+        about={"what": "disable_adapter", "layers": f"{layers} x 7"},
+        jobs={name: partial(off_and_on, library) for name, library in LIBRARIES.items()},
+        floor="PEFT",
+        bars=[Bar("disable_adapter: time / PEFT's", versus_peft, 1.0)],
+    )
+
+
+def disabled(model: Any) -> None:
+    with model.disable_adapter():
+        pass
+
+
+def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options: Any) -> Case:
+    """One of the three. PEFT neither checks what it merges, nor gives the exact weights back."""
+
+    def job(library: Any) -> Job:
+        model = adapted(library, network(layers, width, options, dtype))
+        if operation == "unmerge_adapter":
+            model.merge_adapter()
+        return getattr(model, operation)
+
+    def sums() -> Job:
+        net = network(layers, width, options, dtype)
+        A, B = (torch.randn(shape, device=options.device).to(dtype) for shape in ((R, width), (width, R)))
+        weights = [m.weight.data for m in net.modules() if isinstance(m, nn.Linear)]
+        copied = operation == "merge_adapter"
+        return lambda: [(W.clone() if copied else W).addmm_(B, A, alpha=2.0) for W in weights]
+
+    jobs: dict[str, Callable[[], Job]] = {name: partial(job, library) for name, library in LIBRARIES.items()}
+    bars = [Bar(f"{operation}: time / PEFT's", versus_peft, 0.125)]
+    if operation != "unmerge_adapter":
+        jobs["bare"] = sums
+        bars[0].floor = bare
+    if operation == "merge_and_unload":
+        update = width * width * dtype.itemsize
+        bars.append(Bar("merge_and_unload: peak / one update", lambda row: row["peak"]["lora_ref"] / update, 1.0))
+    return Case(
+        theme=MERGING,
+        about={"what": operation, "layers": f"{layers} x 7 of {width}", "dtype": str(dtype).removeprefix("torch.")},
+        jobs=jobs,
+        floor="PEFT",
+        fresh=True,
+        bytes=True,
+        bars=bars,
+    )
+
+
+def importing() -> Case:
+    """In fresh processes; what is imported is what `get_peft_model` needs."""
+    torch_alone: list[float] = []
+
+    def remember(seconds: float) -> dict[str, float]:
+        torch_alone[:] = [seconds]
+        return {}
+
+    def load(code: str) -> Job:
+        return partial(subprocess.run, [sys.executable, "-c", f"import torch; {code}"], check=True)
+
+    return Case(
+        theme=IMPORT,
+        about={"what": "import, in a fresh process"},
+        jobs={
+            "torch": lambda: load("pass"),
+            "lora_ref": lambda: load("from lora_ref import get_peft_model"),
+            "PEFT": lambda: load("from peft import get_peft_model"),
+        },
+        floor="torch",
+        computed=remember,
+        bars=[Bar("import, on top of torch: seconds", lambda row: (versus_peft(row) - 1) * torch_alone[0], 0.3)],
+    )
