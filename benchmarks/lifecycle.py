@@ -41,7 +41,7 @@ def cases(options: Any) -> Iterator[Case]:
         for layers, size in sizes:
             for operation in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
                 yield merging(operation, layers, size, dtype, options)
-    if not options.cuda:
+    if not (options.cuda or options.tiny):  # each import is a process of its own, of seconds
         yield importing()
 
 

@@ -40,8 +40,8 @@ class Linear(LoraLayer):
 
     def branches(self) -> list[fused.Branch]:
         """What `forward` adds to the base's output; none where only the formula can tell."""
-        part = self._modules  # one token takes less time than some ten attributes of a module
-        taken: Any = part["lora_taken"]
+        part: Any = self._modules  # one token takes less time than some ten attributes of a module
+        taken = part["lora_taken"]
         spoken = self.disable_adapters or self.sample_adapters is not None
         if spoken or (taken and not taken.keys() <= {*self.active_adapters, *self.merged_adapters}):
             return []
