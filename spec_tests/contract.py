@@ -53,7 +53,7 @@ CLAIMS = {
     "disable": "switches the adapter off and on again",
     "rescale": "set_scale, scale_layer, unscale_layer",
     # initialisations: init_lora_weights
-    "init:True": "the default: A random, B zero (an embedding: A zero, B random)",
+    "init:True": "the default: A uniform up to 1 / sqrt(in), B zero (an embedding: A zero, B standard normal)",
     "init:False": "both factors random",
     "init:gaussian": "A normal with standard deviation 1 / r",
     "init:orthogonal": "B @ A = 0 with both factors nonzero",
@@ -164,6 +164,7 @@ class Layer:
     """An adapted layer. `read`, `forward` are needed by all requirements, the others by those that need the claim.
 
     x: (*tokens, in), of an embedding integers (*tokens,), of a convolution (batch, in, *size).
+    Arrays that are given belong to the suite: copy what is to be changed in place.
     """
 
     def read(self) -> LayerState:
@@ -325,7 +326,6 @@ class Implementation:
         name: as reports show it.
         claims: which of `CLAIMS` it makes; the others are reported as unsupported.
         conventions: where it differs from the usual by choice: see `CONVENTIONS`.
-        dtypes: which of the dtype claims hold; part of `claims`.
     """
 
     name = "unnamed"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .contract import Implementation, LayerSpec
+from .contract import Implementation, LayerSpec, LayerState
 
 KINDS = ("linear", "transposed", "embedding", "conv1d", "conv2d", "conv3d", "parameter", "experts")
 
@@ -31,6 +31,8 @@ def check(implementation: Implementation) -> None:
             state = implementation.layer(case).read()
         except Exception as error:
             raise _wrong(implementation, kind, f"layer(spec).read() raised {type(error).__name__}: {error}") from error
+        if not isinstance(state, LayerState):
+            raise _wrong(implementation, kind, f"read() must give a LayerState, it gave a {type(state).__name__}")
         want: dict[str, Any] = {"W": case.W, "b": case.b}
         for name, value in want.items():
             got = getattr(state, name)
@@ -39,10 +41,15 @@ def check(implementation: Implementation) -> None:
                     raise _wrong(implementation, kind, f"read().{name} is {got!r}: the layer has none, so None is due")
             elif not isinstance(got, np.ndarray) or got.shape != value.shape or not np.array_equal(got, value):
                 raise _wrong(implementation, kind, f"read().{name} is {got!r}: the layer was made with {value!r}")
-        for name in "AB":
+        batch, kernel = case.W.shape[: len(case.W.shape) - 2] if kind == "experts" else (), case.W.shape[2:]
+        shapes = {"A": (*batch, 1, 3, *(() if batch else kernel)), "B": (*batch, 2, 1)}
+        for name, shape in shapes.items():
             got = getattr(state, name)
             if not isinstance(got, np.ndarray) or got.dtype != np.float64:
-                raise _wrong(implementation, kind, f"read().{name} must be a float64 NumPy array, it is {type(got)}")
+                is_now = f"an array of {got.dtype}" if isinstance(got, np.ndarray) else f"a {type(got).__name__}"
+                raise _wrong(implementation, kind, f"read().{name} must be a float64 NumPy array, it is {is_now}")
+            if got.shape != shape:
+                raise _wrong(implementation, kind, f"read().{name} has the shape {got.shape}, it must be {shape}")
         if not isinstance(state.scaling, float):
             raise _wrong(implementation, kind, f"read().scaling must be a float, it is {state.scaling!r}")
 

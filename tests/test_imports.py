@@ -32,7 +32,7 @@ ORDER = [
     {"config", "config_file"},  # LoraConfig.from_pretrained reads the file
     {"targeting", "init", "combination"},
     {"wrappers", "atomic", "sharded", "watch", "covariance", "gradients"},
-    {"weights"},
+    {"weights", "fused", "rows"},
     {"layer"},
     {"layers"},
     {"parameters"},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,28 @@ def test_a_wrong_adapter_class_is_told_before_anything_is_tried() -> None:
     none = type("None", (Tiny,), {"claims": frozenset({"write"})})()
     with pytest.raises(TypeError, match="claims no kind of layer"):
         smoke.check(none)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda s: s._replace(A=s.A.T), r"read\(\)\.A has the shape \(3, 1\), it must be \(1, 3\)"),
+        (lambda s: s._replace(B=s.B.T), r"read\(\)\.B has the shape \(1, 2\), it must be \(2, 1\)"),
+        (lambda s: s._replace(A=s.A.astype(np.float32)), r"A must be a float64 NumPy array, it is an array of float32"),
+        (lambda s: s._replace(B=s.B.tolist()), r"B must be a float64 NumPy array, it is a list"),
+        (lambda s: s._replace(scaling=np.float32(1)), r"scaling must be a float"),
+        (lambda s: tuple(s), r"read\(\) must give a LayerState, it gave a tuple"),
+    ],
+)
+def test_the_smoke_test_says_what_read_must_give(changed: Any, said: str) -> None:
+    class Odd(Tiny):
+        def layer(self, spec: LayerSpec) -> Layer:
+            made = TinyLayer(spec)
+            made.state = changed(made.state)
+            return made
+
+    with pytest.raises(TypeError, match=f"the adapter class of tiny is wrong .*{said}"):
+        smoke.check(Odd())
 
 
 def test_the_script_of_a_failure_fails_alone(tmp_path: Path) -> None:
