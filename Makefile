@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-test
 # quotes first: a page may be about the code that has just changed
 tutorials: $(VENV)/.installed-tutorials
 	@echo "==> cog: quotes from the code"
-	@$(BIN)/python -m cogapp -P -r -I tutorials $(wildcard tutorials/*.md tutorials/vi/*.md)
+	@COLUMNS=120 $(BIN)/python -m cogapp -P -r -I tutorials $(wildcard tutorials/*.md tutorials/vi/*.md)
 	@echo "==> tutorials/book/run.py --write $(ARGS)"
 	@$(BIN)/python tutorials/book/run.py --write $(ARGS)
 

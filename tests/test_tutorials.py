@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -43,7 +44,8 @@ def test_a_page_executed_from_scratch_prints_and_plots_what_is_committed(page):
 @pytest.mark.parametrize("page", PROSE, ids=named)
 def test_code_in_the_prose_is_the_code_of_the_module(page):
     command = [sys.executable, "-m", "cogapp", "--check", "-P", "-I", str(TUTORIALS), str(page)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    wide = {**os.environ, "COLUMNS": "120"}  # as `make tutorials` has it: for tables that rich draws
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=wide)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\nmake tutorials renews the quotes"
 
 
