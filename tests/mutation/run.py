@@ -37,7 +37,15 @@ SUITE = ["--lora-impl", "lora_ref", "--lora-profile", "quick"]
 PLAIN = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--no-summary"]
 # about the suite, the pages and the command rather than about lora_ref, or too slow to be of use here
 SKIPPED = (
-    *("test_spec", "test_tutorials", "test_rosetta", "test_vietnamese", "test_book", "test_mutation", "test_benchmarks"),
+    *(
+        "test_spec",
+        "test_tutorials",
+        "test_rosetta",
+        "test_vietnamese",
+        "test_book",
+        "test_mutation",
+        "test_benchmarks",
+    ),
     *("test_demo", "test_peft_quick_guide", "test_distributed", "test_fuzz"),
 )
 BUDGET = 25.0  # seconds of tests for one mutant, by their own time
