@@ -148,7 +148,7 @@ def examine(
     if not requirement.needs <= implementation.claims:
         missing = ", ".join(sorted(requirement.needs - implementation.claims))
         return dataclasses.replace(result, outcome="UNSUPPORTED", message=f"does not claim {missing}")
-    check, latest = Check(), []
+    check, latest = Check(), list[Any]()
 
     def body(case: Any) -> None:
         check.examples += 1
