@@ -159,3 +159,19 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(
     monkeypatch.setattr(folder, "fcntl", None)
     storage.write_folder(tmp_path, *pair(2))
     assert belongs_together(tmp_path) == 2
+
+
+def test_a_folder_that_lost_its_tensors_is_said_so_whatever_else_lies_there(tmp_path: Path) -> None:
+    storage.write_folder(tmp_path, *pair(1))
+    (tmp_path / folder.WEIGHTS).unlink()
+    (tmp_path / f"{folder.CONFIG}.0123.tmp").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"there is no adapter_model\.safetensors in"):
+        storage.read_adapter(tmp_path)
+
+
+def test_readers_share_the_lock_and_a_writer_has_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(folder.fcntl, "flock", lambda handle, kind: asked.append(kind))
+    storage.write_folder(tmp_path, *pair(1))
+    storage.read_adapter(tmp_path)
+    assert asked == [folder.fcntl.LOCK_EX, folder.fcntl.LOCK_SH]

@@ -429,3 +429,14 @@ def test_mixed_rows_have_gradients() -> None:
     x.grad = None
     (layer(x[[0, 2]]).square().sum() + layer.base_layer(x[1]).square().sum()).backward()
     assert torch.allclose(mixed[0], layer.lora_A["default"].weight.grad) and torch.allclose(mixed[1], x.grad)
+
+
+def test_it_applies_to_plain_tensors_outside_of_forward_mode_alone():
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.ones(2, 2)
+    assert fused.applies(x) and fused.applies(torch.nn.Parameter(x))
+    assert not fused.applies(x.as_subclass(Other))
+    with torch.autograd.forward_ad.dual_level():
+        assert not fused.applies(x)

@@ -25,6 +25,7 @@ from lora_ref.init.pissa import pissa
 from lora_ref.init.random import unzeroed
 from lora_ref.linalg.arrays import _drawing_device
 from lora_ref.progress import progress_bar
+from lora_ref.sharded import is_main_process
 from lora_ref.spectrum import BARS, bar
 from lora_ref.watch import inputs
 
@@ -175,3 +176,11 @@ def test_what_was_given_back_is_not_given_back_again() -> None:
     for _ in range(2):
         layer.give_back(["default"])
         assert torch.allclose(layer.base_weight, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank, writes", [(0, True), (1, False), (2, False)])
+def test_of_several_processes_that_of_rank_0_writes(monkeypatch: pytest.MonkeyPatch, rank: int, writes: bool) -> None:
+    assert is_main_process()  # alone
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    assert is_main_process() is writes

@@ -104,7 +104,10 @@ def test_a_size_between_the_published_ones_has_more_blocks() -> None:
 
 def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--params", "70e9", "--gpus", "4", "--gpu-memory", "80"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
+    full, ours = (operations(shape_of(70e9), 16, 4096, full) for full in (True, False))
+    assert f"{ours:.3g}, {ours / full:.2f} of full fine-tuning's" in " ".join(printed.split())
     assert lines["DDP"].split()[-1] == "no" and lines["FSDP2"].split()[-1] == "yes"
     assert main(["plan", "--params", "1"]) == 1
     assert "must be at least" in capsys.readouterr().err
