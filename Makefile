@@ -70,8 +70,8 @@ mutants: $(VENV)/.installed-mutation
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 fuzz: $(VENV)/.installed-test
-	@echo "==> tests/fuzz/run.py $(ARGS)"
-	@$(BIN)/python tests/fuzz/run.py $(ARGS)
+	@echo "==> tests/fuzz/fuzzing.py $(ARGS)"
+	@$(BIN)/python tests/fuzz/fuzzing.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff check, ruff format --check, mypy"

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent / "fuzz"
 
 
 def runner():
-    spec = importlib.util.spec_from_file_location("fuzz_run", HERE / "run.py")
+    spec = importlib.util.spec_from_file_location("fuzz_run", HERE / "fuzzing.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -33,10 +33,10 @@ def test_every_input_that_was_kept_is_read_or_refused_and_changes_nothing(target
 
 def test_a_finding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers that do what they must not are noticed by the same functions."""
-    config, folder = run.make("config"), run.make("folder")
+    config, folder, valid = run.make("config"), run.make("folder"), run.seeds("config")[0]
     monkeypatch.setattr("lora_ref.config_file.dumps", lambda config: '{"peft_type": "LORA", "r": 3}')
     with pytest.raises(AssertionError, match="what was read is not what is written"):
-        config(run.seeds("config")[0])
+        config(valid)
     monkeypatch.undo()
 
     def careless(net, place):

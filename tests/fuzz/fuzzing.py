@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what reads adapter folders: `python tests/fuzz/run.py [config|folder] [--seconds 60]`.
+"""Coverage-guided fuzzing of what reads adapter folders: `python tests/fuzz/fuzzing.py [TARGET] [--seconds 60]`.
 
 atheris changes bytes, keeps what reaches new code of lora_ref, and goes on from there. An input is survived if it
 is read, or refused with ValueError or OSError and the model is bit for bit as it was. The corpus, in tests/fuzz/corpus,
@@ -160,7 +160,7 @@ def run(target: str, seconds: int) -> dict[str, Any]:
         corpus = Path(scratch)
         for index, data in enumerate([*seeds(target), *(path.read_bytes() for path in sorted(kept.iterdir()))]):
             (corpus / f"seed-{index}").write_bytes(data)
-        line = [sys.executable, str(HERE / "run.py"), target, "--inside", str(corpus), "--seconds", str(seconds)]
+        line = [sys.executable, str(HERE / "fuzzing.py"), target, "--inside", str(corpus), "--seconds", str(seconds)]
         done = subprocess.run(line, capture_output=True, text=True, errors="replace", check=False)
         said = done.stderr + done.stdout
         if done.returncode:
