@@ -179,3 +179,5 @@ def refused(model: PeftModel) -> dict[str, str]:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own end
