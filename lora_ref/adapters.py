@@ -17,6 +17,7 @@ from .atomic import transaction, tree
 from .bias import biases
 from .config import LoraConfig
 from .layer import Init, LoraLayer
+from .layers import Linear
 from .options import near
 from .scaling import check_alpha
 from .sharded import check_whole
@@ -115,7 +116,7 @@ class AdaptedModel(nn.Module):
                 adapted as asked, a second adapter has bias != "none", or the model is sharded.
         """
         self._new(adapter_name)
-        check_whole(self.parameters(), "adding an adapter")
+        check_whole(self, "adding an adapter")
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # validated anew, and the user's own is not touched
@@ -135,8 +136,8 @@ class AdaptedModel(nn.Module):
             if off:  # then what is newly wrapped is, too
                 self._switch(False)
             self.peft_config[adapter_name] = config
-            adapted = [layer for layer in self.layers().values() if adapter_name in layer.adapters()]
-            transposed = any(getattr(a, "fan_in_fan_out", False) and a.kind == "linear" for a in adapted)
+            adapted = [w for w in self.wrappers() if isinstance(w, Linear) and adapter_name in w.adapters()]
+            transposed = any(layer.fan_in_fan_out for layer in adapted)
             config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
 
     def _check_second(self, config: LoraConfig) -> None:
@@ -178,7 +179,7 @@ class AdaptedModel(nn.Module):
         """Forget an adapter. If it was the only active one, the first that is left becomes active."""
         self._known(adapter_name)
         self._check_not_merged([adapter_name], "deleting")
-        check_whole(self.parameters(), "deleting an adapter")
+        check_whole(self, "deleting an adapter")
         with transaction(self):
             for bias in biases(self.model, self.peft_config[adapter_name].bias, adapter_name).values():
                 bias.requires_grad_(False)

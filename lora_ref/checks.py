@@ -27,10 +27,11 @@ def check(
     changes_base = will_init and inits.method_of(config.init_lora_weights) in inits.CHANGE_BASE
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
     shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
-    for name, owner in model.named_modules():
+    owners = [("", model), *((name, unwrapped(getattr(parent, at))) for name, (parent, at) in places.items())]
+    for name, owner in owners:
         for attribute, tensor in owner._parameters.items():
-            shared.setdefault(id(tensor), []).append(f"{name}.{attribute}")
-    nested = any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for m in model.modules())
+            shared.setdefault(id(tensor), []).append(f"{name}.{attribute}".lstrip("."))
+    nested = any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for _, m in owners)
     for match in plan.matches:
         if not match.action:
             continue

@@ -18,6 +18,7 @@ from .decomposition import Factors
 from .scaling import scaling
 from .sharded import gathered
 from .weights import WeightKeeper, at_least_float32
+from .wrappers import on_demand, put
 
 Init = Callable[[Tensor, int, float], Factors]
 
@@ -36,16 +37,18 @@ class LoraLayer(WeightKeeper):
         *("r", "lora_alpha", "scaling", "initial_scaling", "train_B"),
     )
 
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    initial_scaling: dict[str, float]
+    train_B: dict[str, bool]
+    lora_dropout = on_demand("lora_dropout")  # of the adapters that have any
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.lora_A: Any = nn.ModuleDict()
         self.lora_B: Any = nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.initial_scaling: dict[str, float] = {}
-        self.train_B: dict[str, bool] = {}
+        self.have(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
 
     @property
     def merged(self) -> bool:
@@ -95,9 +98,8 @@ class LoraLayer(WeightKeeper):
         if residual is not None:
             self.take(name, residual, (A, B, s) if exact else None)
         self.build(name, A, B)
-        dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        dropout.training = self.training
-        self.lora_dropout[name] = dropout
+        if lora_dropout:
+            put(self, "lora_dropout", name, nn.Dropout(lora_dropout).train(self.training))
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = train_B
@@ -136,6 +138,10 @@ class LoraLayer(WeightKeeper):
         """s * B @ A in the shape of the stored base weight, in at least float32."""
         A, B = (at_least_float32(x.detach()) for x in self.factors(name))
         return self.stored(decomposition.delta(A, B, self.scaling[name]))
+
+    def dropped(self, x: Tensor, name: str) -> Tensor:
+        """dropout(x), as one adapter has it."""
+        return self.lora_dropout[name](x) if name in self.lora_dropout else x
 
     def set_scale(self, name: str, factor: float) -> None:
         """s = factor * the scaling that the configuration gives."""
@@ -197,7 +203,6 @@ def linear_of(weight: Float[Tensor, "n_out n_in"]) -> nn.Linear:
     """A frozen, bias-free nn.Linear around this weight; its own __init__ would draw another one first."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.out_features, layer.in_features = weight.shape
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    layer.register_parameter("bias", None)
+    vars(layer).update(out_features=weight.shape[0], in_features=weight.shape[1])
+    layer._parameters.update(weight=nn.Parameter(weight.contiguous(), requires_grad=False), bias=None)
     return layer

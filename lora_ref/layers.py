@@ -1,5 +1,6 @@
 """The layer types: Linear (and transformers' Conv1D), Embedding, Conv1d, Conv2d, Conv3d."""
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from .weights import add_product
 class Linear(LoraLayer):
     """y = x W^T + b + s * (x A^T) B^T for `nn.Linear`, and for transformers' `Conv1D`, which stores W^T."""
 
+    fan_in_fan_out: bool
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.fan_in_fan_out = is_conv1d_of_transformers(base_layer)
+        self.have(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
 
     def logical(self, W: Tensor) -> Float[Tensor, "out in"]:
         return W.T if self.fan_in_fan_out else W
@@ -28,7 +31,7 @@ class Linear(LoraLayer):
 
     def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        return add_product(y, self.lora_dropout[name](x.to(A.dtype)), A, B, self.scaling[name])
+        return add_product(y, self.dropped(x.to(A.dtype), name), A, B, self.scaling[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The formula above, or the same by `fused` where that applies."""
@@ -41,7 +44,7 @@ class Linear(LoraLayer):
     def branches(self) -> list[fused.Branch]:
         """What `forward` adds to the base's output; none where only the formula can tell."""
         part: Any = self._modules  # one token takes less time than some ten attributes of a module
-        taken = part["lora_taken"]
+        taken, dropouts = self.lora_taken, self.lora_dropout
         spoken = self.disable_adapters or self.sample_adapters is not None
         if spoken or (taken and not taken.keys() <= {*self.active_adapters, *self.merged_adapters}):
             return []
@@ -50,9 +53,9 @@ class Linear(LoraLayer):
             if name in self.merged_adapters:
                 continue
             A, B = part["lora_A"][name].weight, part["lora_B"][name].weight
-            dropout = part["lora_dropout"][name]
+            dropout = dropouts[name] if name in dropouts else None
             p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-            if A.dtype != B.dtype or p > 0.5 or type(dropout) not in (nn.Identity, nn.Dropout):
+            if A.dtype != B.dtype or p > 0.5 or type(dropout) not in (NoneType, nn.Dropout):
                 return []
             found.append(fused.Branch(A, B, self.scaling[name], p))
         return found
@@ -152,13 +155,13 @@ class Conv(LoraLayer):
 
     def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         lora_A = self.lora_A[name]
-        z = lora_A(self.lora_dropout[name](x.to(lora_A.weight.dtype)))  # (batch, r, *space)
+        z = lora_A(self.dropped(x.to(lora_A.weight.dtype), name))  # (batch, r, *space)
         return y + self.scaling[name] * self.lora_B[name](z)  # (batch, out, *space)
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """GPT-2's linear layer, recognised without importing transformers: weight (in, out), `nf` outputs."""
+    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        return False
     weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
-    )
+    return isinstance(weight, Tensor) and weight.ndim == 2

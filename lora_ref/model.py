@@ -34,7 +34,7 @@ class LoraModel(SwitchModel):
             contribute; unmerging is exact.
         """
         names = self._named(adapter_names)
-        check_whole(self.parameters(), "merging")
+        check_whole(self, "merging")
         layers = self.layers()
         with transaction(self, modules=lambda: merge.changes(layers.values())):
             merge.merge(layers, names)
@@ -62,7 +62,7 @@ class LoraModel(SwitchModel):
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
         names = self._named(adapter_names)
-        check_whole(self.parameters(), "merging")
+        check_whole(self, "merging")
         with uninterrupted(), self._switching(flags=True):
             if self._is_off():
                 self.enable_adapter_layers()
@@ -82,7 +82,7 @@ class LoraModel(SwitchModel):
         Biases that were trained (bias != "none") stay trained. A weight that an initialisation had
         changed (PiSSA and the like) is the original again, but for rounding.
         """
-        check_whole(self.parameters(), "unloading")
+        check_whole(self, "unloading")
         with self._switching():
             merge.unmerge(self.layers().values())
             self.disable_adapter_layers()

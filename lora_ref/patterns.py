@@ -61,9 +61,13 @@ class Pattern:
             self.compiled = regex.compile(template.format(text) if template != "{}" else text)
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
+        # outside of groups repetitions do not multiply: so few of them cannot take long
+        self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 2
 
     def run(self, method: str, name: str) -> "regex.Match[str] | None":
         """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""
+        if self.is_quick:
+            return getattr(self.compiled, method)(name)
         left = self.clock.left
         if left <= 0:
             raise ValueError(
@@ -125,6 +129,8 @@ class Rule:
 
     def match(self, name: str) -> str | None:
         """The item that matches name (its full name first), or None."""
+        if not self.items:
+            return None
         if self.pattern:
             if not self.pattern.fullmatch(name):
                 return None
@@ -142,7 +148,7 @@ class Rule:
 
     def ancestor(self, name: str) -> str | None:
         """The item that matches name or a parent of it."""
-        while name:
+        while name and self.items:
             if hit := self.match(name):
                 return hit
             name = name.rpartition(".")[0]

@@ -5,10 +5,10 @@ model trains as it is then. What an engine has cut it also keeps track of: a par
 never be seen by it. So adapters are added, loaded and merged before the model is sharded.
 """
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .atomic import tree
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -20,14 +20,14 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Is it a DTensor? Asked without importing torch.distributed, which takes as long as all of lora_ref."""
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
 
 
-def check_whole(tensors: Iterable[Tensor], what: str) -> None:
-    """Raise ValueError if any of these is sharded."""
-    if any(map(is_sharded, tensors)):
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise ValueError if any parameter of the model is sharded."""
+    if any(is_sharded(p) for module in tree(model) for p in module._parameters.values()):
         raise ValueError(
             f"{what} is not possible once the model is sharded (fully_shard, parallelize_module): the engine would go "
             "on with the parameters that it has cut. Do it before, or save the adapter and do it in one process"

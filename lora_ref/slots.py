@@ -8,6 +8,7 @@
 The name of the adapter is not part of the key.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Adapter
             if child is not None:
                 skipped = (*ENGINES, "base_layer", "original_module") if hidden else ENGINES
                 own = "" if attribute in skipped else attribute
-                waiting.append((".".join(filter(None, (name, own))), child))
+                waiting.append((f"{name}.{own}" if name and own else name or own, child))
 
 
 def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
@@ -137,7 +138,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
     problems = [f"{key}: is missing" for key in expected if key not in tensors]
     problems += [f"{key}: is not expected" for key in tensors if key not in expected and key not in optional]
     places = {key: expected.get(key) or optional[key] for key in tensors if key in expected or key in optional}
-    left = {id(m.base_layer) for m in model.wrappers() if isinstance(m, LoraLayer) and m.lora_taken}
+    left = {id(m.base_layer) for m in model.wrappers() if isinstance(m, LoraLayer) and m.lora_taken} if optional else {}
     changed = [key for key in places if key not in expected and id(optional[key].owner) in left]
     problems += [f"{key}: is a base weight that the initialisation of an adapter has changed" for key in changed]
     ready = []
@@ -161,7 +162,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
             if parameter is None:
                 slot.owner._buffers[slot.attribute] = tensor
             elif parameter.is_meta:
-                setattr(slot.owner, slot.attribute, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+                slot.owner._parameters[slot.attribute] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             else:
                 parameter.data = tensor
 
@@ -177,8 +178,9 @@ def is_finite(tensor: Tensor) -> bool:
     """No NaN, no infinity."""
     if tensor.is_meta or not tensor.is_floating_point():
         return True
-    # torch cannot ask this of 8-bit types; float64 would overflow in float32
-    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch cannot ask this of 8-bit types
+    # one NaN or infinity makes a sum one; a sum may also become one by its size
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def some(problems: list[str]) -> str:

@@ -124,8 +124,7 @@ def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]
             )
         raise FileNotFoundError(f"there is no {WEIGHTS} in {directory}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        tensors = safetensors.torch.load(path.read_bytes())  # in half the time that a mapped file takes
         infinite = [key for key, tensor in tensors.items() if not is_finite(tensor)]  # a 4-bit type: RuntimeError
     except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from error

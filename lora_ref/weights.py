@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from .sharded import gathered
-from .wrappers import AdapterModule, unwrapped
+from .wrappers import AdapterModule, on_demand, put, unwrapped
 
 
 class Taken(nn.Module):
@@ -53,16 +53,16 @@ class WeightKeeper(AdapterModule):
     """A wrapped module with a weight that adapters may replace, and that can be had back."""
 
     weight_name = "weight"  # the base parameter that updates are added to
+    merged_adapters: list[str]
+    # while merged: the unmerged weight, so that unmerging gives it back bit for bit; while merged
+    # and disabled: the merged weight. In a list, for a parameter here would count as the model's
+    spare: list[nn.Parameter]
+    lora_taken = on_demand("lora_taken")  # {adapter: what it took out of the weight}
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_taken: Any = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-        # while merged: the unmerged weight, so that unmerging gives it back bit for bit; while merged
-        # and disabled: the merged weight. In a list, for a parameter here would count as the model's
-        self.spare: list[nn.Parameter] = []
-        self.training = base_layer.training
+        self.have(merged_adapters=[], spare=[], training=base_layer.training)
 
     @property
     def base(self) -> nn.Module:
@@ -71,7 +71,8 @@ class WeightKeeper(AdapterModule):
 
     def frame(self) -> Iterable[nn.Module]:
         """The base layer, and what was taken out of its weight."""
-        return self.base_layer, self.lora_taken
+        taken = self._modules.get("lora_taken")
+        return [self.base_layer] if taken is None else [self.base_layer, taken]
 
     def get_base_layer(self) -> nn.Module:
         """The module at the bottom of nested wrappers."""
@@ -103,7 +104,8 @@ class WeightKeeper(AdapterModule):
     def whole(self, W: Tensor, names: Iterable[str]) -> Tensor:
         """A weight as stored, together with what these adapters have taken out of it; rounded once."""
         parts = [self.stored(self.lora_taken[name].delta()) for name in names if name in self.lora_taken]
-        W = gathered(W.detach()).to(self.base_weight.device)  # the model may have moved while W was put aside
+        W = gathered(W.detach())
+        W = W.to(self.base_weight.device) if self.spare else W  # the model may have moved while W was put aside
         return (at_least_float32(W) + sum(parts)).to(W.dtype) if parts else W
 
     def unmerge(self) -> None:
@@ -143,7 +145,7 @@ class WeightKeeper(AdapterModule):
         if not linalg.is_finite(after):
             raise ValueError(f"what the initialisation leaves of the base weight is not finite in {now.dtype}")
         self.put_weight(after)
-        self.lora_taken[name] = taken
+        put(self, "lora_taken", name, taken)
 
     def _without(self, residual: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         return at_least_float32(self.logical_weight()) - residual

@@ -16,6 +16,17 @@ from .atomic import tree
 _OWN = ["answering", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters"]
 
 
+def on_demand(name: str) -> Any:
+    """An attribute {adapter: module} that most layers need not: no module is made before `put` puts one into it."""
+    return property(lambda layer: layer._modules.get(name, {}))
+
+
+def put(layer: nn.Module, attribute: str, name: str, module: nn.Module) -> None:
+    """layer.attribute[name] = module, for an attribute that is made `on_demand`."""
+    part: Any = layer._modules.setdefault(attribute, nn.ModuleDict())
+    part[name] = module
+
+
 class AdapterModule(nn.Module):
     """A wrapped module plus dicts keyed by adapter name.
 
@@ -24,12 +35,18 @@ class AdapterModule(nn.Module):
     """
 
     by_adapter: tuple[str, ...] = ()
+    active_adapters: list[str]
+    disable_adapters: bool
+    sample_adapters: Sequence[str] | None  # one name for each row of the batch
 
     def __init__(self) -> None:
         super().__init__()
-        self.active_adapters: list[str] = []
-        self.disable_adapters = False
-        self.sample_adapters: Sequence[str] | None = None  # one name for each row of the batch
+        self.have(active_adapters=[], disable_adapters=False, sample_adapters=None)
+
+    def have(self, **attributes: Any) -> None:
+        """Set attributes that are no modules or parameters. (nn.Module's own assignment asks that of each, which for
+        a dozen of them takes longer than making the module.)"""
+        vars(self).update(attributes)
 
     @property
     def base(self) -> nn.Module:
@@ -56,8 +73,8 @@ class AdapterModule(nn.Module):
     def parameters_by_adapter(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters that belong to adapters."""
         for attribute in self.by_adapter:
-            part: Any = getattr(self, attribute)  # a ModuleDict or a ParameterDict, or a dict of plain values
-            for name, value in [] if isinstance(part, dict) else part.items():
+            part: Any = self._modules.get(attribute)  # a ModuleDict or a ParameterDict; not a dict of plain values
+            for name, value in part.items() if part else ():
                 if isinstance(value, nn.Module):
                     for module in tree(value) if value._modules else (value,):
                         yield from ((name, p) for p in module._parameters.values() if p is not None)
@@ -116,6 +133,8 @@ class AdapterModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What is not ours is the answering module's: weight, in_features, embed_scale, ..."""
+        if name in (own := vars(self).get("_modules", {})):
+            return own[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
