@@ -53,7 +53,7 @@ class Linear(LoraLayer):
             if name in self.merged_adapters:
                 continue
             A, B = part["lora_A"][name].weight, part["lora_B"][name].weight
-            dropout = dropouts[name] if name in dropouts else None
+            dropout = dropouts[name] if name in dropouts else None  # noqa: SIM401 (a ModuleDict has no get)
             p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
             if A.dtype != B.dtype or p > 0.5 or type(dropout) not in (NoneType, nn.Dropout):
                 return []
