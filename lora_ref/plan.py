@@ -90,8 +90,9 @@ def memory(shape: Shape, r: int, engine: str, gpus: int, tokens: int) -> dict[st
     """Bytes that each of `gpus` processes needs to train on `tokens` tokens at a time, with activation checkpointing.
 
     Returns {"weights", "adapters", "gathered", "activations", "total"}. FSDP2 cuts weights and adapters and gathers two
-    blocks at a time; tensor parallelism cuts the base weights alone. With checkpointing each block keeps its input, in
-    bfloat16, and the block at work the inputs and outputs of its layers; logits are there twice, in float32.
+    units at a time: blocks, or a block and the head (the embedding and the head are units of their own). Tensor
+    parallelism cuts the base weights alone. With checkpointing each block keeps its input, in bfloat16, and the block
+    at work the inputs and outputs of its layers; logits are there twice, in float32.
 
     Raises:
         ValueError: an engine that is not one of ENGINES, several GPUs for one process, no GPU or no token.
@@ -104,10 +105,11 @@ def memory(shape: Shape, r: int, engine: str, gpus: int, tokens: int) -> dict[st
     cut = gpus if engine in ("FSDP2", "tensor parallel") else 1
     at_work = sum(n_in + n_out for n_in, n_out in shape.linear().values()) * BASE
     kept = tokens * (shape.layers * shape.hidden * BASE + at_work + 2 * 4 * shape.vocab)
+    units = shape.block() + max(shape.block(), shape.vocab * shape.hidden)
     found = {
         "weights": BASE * shape.parameters() / cut,
         "adapters": TRAINED * shape.adapter(r) / (cut if engine == "FSDP2" else 1),
-        "gathered": BASE * 2 * shape.block() if engine == "FSDP2" and gpus > 1 else 0,
+        "gathered": BASE * units if engine == "FSDP2" and gpus > 1 else 0,
         "activations": kept,
     }
     return found | {"total": sum(found.values())}
