@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
+import lora_ref
+
 from .measure import Bar, Case, Job
 from .steps import LIBRARIES, overhead
 
@@ -39,21 +41,46 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
     torch.manual_seed(0)
     ids = torch.randint(512, (batch, tokens), device=options.device)
 
-    def plain(trains: bool) -> Job:
+    def plain(trains: bool) -> partial[None]:
         torch.manual_seed(0)
         model = make().to(options.device).train().requires_grad_(trains)
         if not trains:
             model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         return partial(forward_backward, model, ids)
 
-    def adapted(library: Any) -> Job:
+    def adapted(library: Any) -> partial[None]:
         torch.manual_seed(0)
         model = make().to(options.device)
         config = library.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", task_type="CAUSAL_LM")
         model = library.get_peft_model(model, config).train()
         return partial(forward_backward, model, ids)
 
-    jobs: dict[str, Callable[[], Job]] = {"frozen": partial(plain, False), "full": partial(plain, True)}
+    def bare() -> Job:
+        """The measured floor: the frozen step, and then the products of every branch in their fastest orientation."""
+        pairs = [layer.factors(layer.active_adapters[0]) for layer in adapted(lora_ref).args[0].layers().values()]
+        sizes = {(A.shape[1], B.shape[0]) for A, B in pairs}
+        data = {
+            (n_in, n_out): [torch.randn(batch * tokens, n, device=options.device) for n in (n_in, n_out, n_out, n_in)]
+            for n_in, n_out in sizes
+        }
+
+        @torch.no_grad()
+        def products() -> None:
+            for A, B in pairs:
+                x, y, g, dx = data[A.shape[1], B.shape[0]]
+                z, dz = A @ x.T, B.T @ g.T
+                dB, dA = z @ g, dz @ x
+                y.addmm_(z.T, B.T)
+                dx.addmm_(dz.T, A)
+                del dB, dA
+
+        def job(model: nn.Module) -> None:
+            forward_backward(model, ids)
+            products()
+
+        return partial(job, plain(False).args[0])
+
+    jobs: dict[str, Callable[[], Job]] = {"frozen": partial(plain, False), "full": partial(plain, True), "bare": bare}
     jobs |= {library: partial(adapted, module) for library, module in LIBRARIES.items()}
     return Case(
         theme="Training step of a whole model, all-linear, r=16",
@@ -67,6 +94,7 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
                 "whole-model step: overhead / PEFT's",
                 lambda row: overhead(row, "lora_ref") / overhead(row, "PEFT"),
                 0.6,
+                lambda row: overhead(row, "bare") / overhead(row, "PEFT"),
             ),
             Bar(
                 "whole-model step: peak memory / PEFT's",

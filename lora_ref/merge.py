@@ -8,7 +8,6 @@ costs one copy of each merged weight. Where there is no way back anyway (`merge_
 sum is written into W's own memory.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import linalg
 from .layer import LoraLayer
 from .weights import at_least_float32
 from .wrappers import frame
@@ -44,13 +44,16 @@ def updates_of(layer: LoraLayer, names: Sequence[str]) -> list[Update]:
 
 
 def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator[tuple[Tensor, list[Update]]]:
-    """Some rows of W's memory at a time, with what is to be added to them."""
+    """Some rows of W's memory at a time (all, where no wider copy is made), with what is to be added to them."""
     if W.ndim == 3:
         for e, one in enumerate(W):
             yield from blocks(one, [(A[e], B[e]) for A, B in updates])
         return
     if W.stride(0) < W.stride(1):  # stored as W^T, to which A^T B^T is added
         W, updates = W.T, [(B.T, A.T) for A, B in updates]
+    if W.itemsize >= 4:  # summed where it is
+        yield W, updates
+        return
     n_rows = max(1, (BLOCK if W.device.type == "cpu" else 64 * BLOCK) // max(1, W.shape[1]))
     for first in range(0, W.shape[0], n_rows):
         rows = slice(first, first + n_rows)
@@ -67,9 +70,11 @@ def add(W: Float[Tensor, "rows in"], updates: list[Update], sign: int = 1) -> No
 
 
 def largest(W: Tensor) -> float:
-    """max |W|; NaN if there is one."""
+    """max |W| or more, to 1 % and to what is too small to be squared; not finite if W is not."""
     if W.numel() == 0:
         return 0.0
+    if W.dtype in (torch.float32, torch.bfloat16):  # ||W|| takes a third of the time; its squares may overflow
+        return float(torch.linalg.vector_norm(W))
     low, high = torch.aminmax(W.float() if W.itemsize == 1 else W)  # torch has it for no 8-bit type
     return max(-float(low), float(high))
 
@@ -123,7 +128,7 @@ def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
 
 
 def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
-    if not math.isfinite(largest(weight)):
+    if not linalg.is_finite(weight):
         raise ValueError(f"{where}: merging {', '.join(names)} gives weights that are not finite; nothing was merged")
 
 

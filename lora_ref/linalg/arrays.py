@@ -41,6 +41,10 @@ def is_finite(x: Array) -> bool:
     >>> is_finite(np.array([1.0, np.nan]))
     False
     """
+    if is_torch(x):
+        x = x.float() if x.itemsize == 1 else x  # torch cannot sum 8-bit types
+        if math.isfinite(x.sum()):  # one NaN or infinity makes a sum one; a sum may also become one by its size
+            return True
     return math.isfinite(x.min()) and math.isfinite(x.max())
 
 
