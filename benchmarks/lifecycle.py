@@ -1,7 +1,8 @@
 """What an adapter costs outside of training: put in, saved, loaded, switched, merged; and the import of the library.
 
 All over PEFT's time. "bare" is what no library can do without: of an injection the modules that the
-adapter file's keys name, of a merge the sums, and with a way back the copy of the weights.
+adapter file's keys name, of loading these and the file's tensors, of a merge the sums, and with a way back
+the copy of the weights, of an unmerge that they are put back. No check, no way back from an error.
 """
 
 import math
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -136,13 +138,22 @@ def loading(layers: int, width: int, options: Any) -> Case:
     def load(library: Any) -> Job:
         return partial(library.PeftModel.from_pretrained, network(layers, width, options), folder.name)
 
+    def read_and_put(net: nn.Module) -> None:
+        read = safetensors.torch.load((Path(folder.name) / "adapter_model.safetensors").read_bytes())
+        places = {name: m for name, m in only_modules(net).named_modules() if isinstance(m, Wrapper)}
+        for key, tensor in read.items():
+            name, part = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+            getattr(places[name], part)["default"].weight = nn.Parameter(tensor)
+
+    jobs: dict[str, Callable[[], Job]] = {name: partial(load, library) for name, library in LIBRARIES.items()}
+    jobs["bare"] = lambda: partial(read_and_put, network(layers, width, options))
     return Case(
         theme=INJECTION,
         about={"what": "load", "layers": f"{layers} x 7"},
-        jobs={name: partial(load, library) for name, library in LIBRARIES.items()},
+        jobs=jobs,
         floor="PEFT",
         fresh=True,
-        bars=[Bar("from_pretrained: time / PEFT's", versus_peft, 0.2)],
+        bars=[Bar("from_pretrained: time / PEFT's", versus_peft, 0.2, bare)],
     )
 
 
@@ -158,6 +169,7 @@ def saving(layers: int, width: int, options: Any) -> Case:
         about={"what": "save", "layers": f"{layers} x 7"},
         jobs={name: partial(save, name, library) for name, library in LIBRARIES.items()},
         floor="PEFT",
+        waits=True,
         bars=[Bar("save_pretrained: time / PEFT's", versus_peft, 1.0)],
     )
 
@@ -215,14 +227,15 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
         net = network(layers, width, options, dtype)
         A, B = (torch.randn(shape, device=options.device).to(dtype) for shape in ((R, width), (width, R)))
         weights = [m.weight.data for m in net.modules() if isinstance(m, nn.Linear)]
+        if operation == "unmerge_adapter":
+            owners = [(m, m.weight) for m in net.modules() if isinstance(m, nn.Linear)]
+            return lambda: [setattr(module, "weight", weight) for module, weight in owners]
         copied = operation == "merge_adapter"
         return lambda: [(W.clone() if copied else W).addmm_(B, A, alpha=2.0) for W in weights]
 
     jobs: dict[str, Callable[[], Job]] = {name: partial(job, library) for name, library in LIBRARIES.items()}
-    bars = [Bar(f"{operation}: time / PEFT's", versus_peft, 0.125)]
-    if operation != "unmerge_adapter":
-        jobs["bare"] = sums
-        bars[0].floor = bare
+    jobs["bare"] = sums
+    bars = [Bar(f"{operation}: time / PEFT's", versus_peft, 0.125, bare)]
     if operation == "merge_and_unload":
         update = width * width * dtype.itemsize
         bars.append(Bar("merge_and_unload: peak / one update", lambda row: row["peak"]["lora_ref"] / update, 1.0))
@@ -257,6 +270,7 @@ def importing() -> Case:
             "PEFT": lambda: load("from peft import get_peft_model"),
         },
         floor="torch",
+        waits=True,
         computed=remember,
         bars=[Bar("import, on top of torch: seconds", lambda row: (versus_peft(row) - 1) * torch_alone[0], 0.3)],
     )

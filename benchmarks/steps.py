@@ -176,7 +176,7 @@ def one_token(shape: tuple[int, int], options: Any) -> Case:
     linear = nn.Linear(*shape, device=options.device).requires_grad_(False)
     x = torch.randn(1, 1, shape[0], device=options.device)
 
-    def job(layer: nn.Module) -> Job:
+    def job(layer: Callable[[Tensor], Tensor]) -> Job:
         def call() -> Tensor:
             with torch.no_grad():
                 return layer(x)
@@ -187,6 +187,8 @@ def one_token(shape: tuple[int, int], options: Any) -> Case:
     for name, library in LIBRARIES.items():
         jobs[name] = lambda library=library: job(adapted(library, linear, 8, 0.0).eval())
     jobs["loralib"] = lambda: job(adapted_by_loralib(linear, 8, 0.0).requires_grad_(False))
+    A, B = torch.randn(8, shape[0], device=options.device), torch.randn(shape[1], 8, device=options.device)
+    jobs["bare"] = lambda: job(lambda x: linear(x).view(1, -1).addmm_(x.view(1, -1) @ A.T, B.T))
     return Case(
         theme="One token without gradients",
         about={"in": shape[0], "out": shape[1], "r": 8},
@@ -197,6 +199,7 @@ def one_token(shape: tuple[int, int], options: Any) -> Case:
                 "one token without gradients: overhead / PEFT's",
                 lambda row: overhead(row, "lora_ref") / max(overhead(row, "PEFT"), math.ulp(1)),
                 0.5,
+                lambda row: overhead(row, "bare") / max(overhead(row, "PEFT"), math.ulp(1)),
             )
         ],
     )
