@@ -51,11 +51,8 @@ def transaction(
     ]
     tensors = [(p, p.data, p.requires_grad) for m in covered for p in m._parameters.values() if p is not None]
     trains = [(p, p.requires_grad) for p in flags]
-    variable, new = (_shallow, shallow.union(map(id, roots))) if modules else (_covered, outer.union(map(id, covered)))
-    token = variable.set(new)
-    try:
-        yield
-    except BaseException:
+
+    def undo() -> None:
         for module, kept in attributes:
             vars(module).clear()
             vars(module).update(kept)
@@ -67,9 +64,25 @@ def transaction(
             tensor.requires_grad_(requires_grad)
         for parameter, requires_grad in trains:
             parameter.requires_grad_(requires_grad)
+
+    variable, before = (_shallow, shallow) if modules else (_covered, outer)
+    try:
+        variable.set(before.union(map(id, roots if modules else covered)))
+        yield
+    except BaseException:
+        surely(undo)
         raise
     finally:
-        variable.reset(token)
+        surely(lambda: variable.set(before))
+
+
+def surely(action: Callable[[], object]) -> None:
+    """Run what may run twice to its end: once more where Ctrl-C comes in between, which then takes effect."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        action()
+        raise
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import linalg
+from .atomic import surely
 
 
 @contextmanager
@@ -34,7 +36,15 @@ def mean_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterato
         passes[id(weight)] += 1
         weight.grad = None
 
-    handles = []
+    handles: list[RemovableHandle] = []
+
+    def back() -> None:
+        for handle in handles:
+            handle.remove()
+        for p, requires_grad, grad in before:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+
     try:
         for p, _, _ in before:
             p.grad = None
@@ -46,8 +56,4 @@ def mean_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterato
         for key in sums:
             sums[key] /= passes[key]
     finally:
-        for handle in handles:
-            handle.remove()
-        for p, requires_grad, grad in before:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
+        surely(back)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import checks, inject, watch
+from .atomic import transaction
 from .config import LoraConfig
 from .covariance import Covariances
 from .decomposition import Factors
@@ -103,7 +104,7 @@ def preprocess_corda(
                 U, S = corda.directions(W, damped, r, method)
             start = functools.partial(corda.from_directions, U=U.clone(), S=S)  # a view would keep all of U alive
             prepared[name] = Prepared("corda", tuple(W.shape), r, start)
-    _leave(prepared, targets)
+    _leave(model, prepared, targets)
 
 
 def preprocess_loraga(
@@ -158,7 +159,7 @@ def preprocess_loraga(
                 lora_ga.from_directions, A=A, B=B, scale=options.scale, stable_gamma=options.stable_gamma
             )
             prepared[name] = Prepared("lora_ga", tuple(G.shape), r, start)
-    _leave(prepared, targets)
+    _leave(model, prepared, targets)
 
 
 def _targets(model: nn.Module, config: LoraConfig, method: str) -> dict[str, tuple[Any, int]]:
@@ -194,7 +195,8 @@ def _naming(layer: str) -> Iterator[None]:
         raise ValueError(f"{layer}: {error}") from None
 
 
-def _leave(prepared: Mapping[str, Prepared], targets: Mapping[str, tuple[Any, int]]) -> None:
-    for name, init in prepared.items():
-        module, _ = targets[name]
-        module.prepared_init = getattr(module, "prepared_init", {}) | {init.method: init}
+def _leave(model: nn.Module, prepared: Mapping[str, Prepared], targets: Mapping[str, tuple[Any, int]]) -> None:
+    with transaction(model):
+        for name, init in prepared.items():
+            module, _ = targets[name]
+            module.prepared_init = getattr(module, "prepared_init", {}) | {init.method: init}

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from . import merge
 from .adapters import AdaptedModel
+from .atomic import surely
 from .bias import biases
 from .layer import LoraLayer
 
@@ -27,11 +28,8 @@ class SwitchModel(AdaptedModel):
         states = [(wrapper, wrapper.state()) for wrapper in self.wrappers()]
         trains = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         owned = {name: biases(self.model, c.bias, name).values() for name, c in configs.items()}
-        try:
-            for wrapper, _ in states:
-                wrapper.enable_adapters(False)
-            yield
-        finally:
+
+        def back() -> None:
             # adapters may have been renamed, deleted and added meanwhile: a config is one adapter's for good
             names = {then: now for then, c in configs.items() for now, d in self.peft_config.items() if c is d}
             for wrapper in self.wrappers():
@@ -48,6 +46,13 @@ class SwitchModel(AdaptedModel):
             for bias in [bias for name in configs.keys() - names.keys() for bias in owned[name]]:
                 bias.requires_grad_(False)
             self.active_adapters = [names[name] for name in active if name in names]
+
+        try:
+            for wrapper, _ in states:
+                wrapper.enable_adapters(False)
+            yield
+        finally:
+            surely(back)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
@@ -73,10 +78,13 @@ class SwitchModel(AdaptedModel):
         if self.training:
             raise ValueError("adapter_names mixes adapters for inference: call model.eval() first")
         wrappers = self.wrappers()
-        try:
+
+        def put(names: tuple[str, ...] | None) -> None:
             for wrapper in wrappers:
-                wrapper.sample_adapters = tuple(adapter_names)
+                wrapper.sample_adapters = names
+
+        try:
+            put(tuple(adapter_names))
             yield
         finally:
-            for wrapper in wrappers:
-                wrapper.sample_adapters = None
+            surely(lambda: put(None))

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .atomic import surely
 
 
 @contextmanager
@@ -27,23 +30,31 @@ def inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) 
 
         return look
 
-    handles = []
+    handles: list[RemovableHandle] = []
+
+    def off() -> None:
+        for handle in handles:
+            handle.remove()
+
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        surely(off)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A `with` block in evaluation mode; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
+
+    def back() -> None:
+        for module, training in modes:
+            module.training = training
+
     try:
         model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        surely(back)
