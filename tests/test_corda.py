@@ -179,14 +179,15 @@ def dampings(C: torch.Tensor, probe: torch.Tensor) -> tuple[float, float]:
     return ours, collect_eigens_for_layer(layer, None).S_WC.item() / mean
 
 
-@pytest.mark.parametrize(("n", "want"), [(8, 0.01), (300, 0.01), (2200, 0.02)])
+# the first damping at which float32's rounding lets the inverse pass: at 2200 that differs from processor to processor
+@pytest.mark.parametrize(("n", "want"), [(8, [0.01]), (300, [0.01]), (2200, [0.02, 0.04])])
 def test_the_damping_is_peft_s_where_float32_cannot_invert_the_covariance(n, want):
     v = torch.randn(n, generator=torch.Generator().manual_seed(n))
     probe = torch.zeros(n)
     probe[0], probe[1] = v[1], -v[0]
     ours, pefts = dampings(torch.outer(v, v), probe / probe.norm())
-    assert ours == pytest.approx(want, rel=0.05)  # neighbours are a factor of 2 apart
-    assert pefts == pytest.approx(want, rel=0.05)
+    assert any(ours == pytest.approx(x, rel=0.05) for x in want)  # neighbours are a factor of 2 apart
+    assert pefts == pytest.approx(ours, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["rank one", "few", "decaying", "outlier"])
