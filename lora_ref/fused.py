@@ -47,7 +47,8 @@ def applies(x: Tensor) -> bool:
 def unobserved(base: nn.Module) -> bool:
     """May what this layer returns, forward and backward, be changed in place? Not where a hook might keep it."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return not (hooked or everywhere._has_any_global_hook())
+    forward = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    return not (hooked or forward or everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks)
 
 
 def add_branches(base: nn.Module, x: Tensor, branches: Sequence[Branch], in_place: bool) -> Tensor:

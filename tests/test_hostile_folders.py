@@ -155,7 +155,11 @@ def on_tensor(which: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Dam
 
         tensors = load_file(folder / WEIGHTS)
         key = next(k for k in tensors if which in k)
-        save_file(tensors | {key: change(tensors[key].clone()).contiguous()}, folder / WEIGHTS)
+        changed = change(tensors[key].clone()).contiguous()
+        try:
+            save_file(tensors | {key: changed}, folder / WEIGHTS)
+        except KeyError:  # complex64, before safetensors 0.7
+            pytest.skip(f"this safetensors does not write {changed.dtype}")
 
     return damage
 

@@ -359,8 +359,7 @@ def test_checkpointing_of_a_plain_model(use_reentrant: bool) -> None:
 
 
 def tiny_gpt2() -> nn.Module:
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=13, n_positions=8)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0

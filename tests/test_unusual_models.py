@@ -107,6 +107,7 @@ def test_an_encoder_that_makes_nested_tensors_is_warned_about():
 
 
 def test_beams_multiply_the_adapter_names():
+    pytest.importorskip("transformers")
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
