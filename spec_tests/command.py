@@ -20,6 +20,7 @@ from .contract import Implementation
 from .engine import Result, find, run
 from .registry import Requirement, load
 
+IN_PEERS = ("peft", "transformers", "loralib")  # what the extra "peers" brings
 COLOURS = {"PASS": "green", "FAIL": "bold red", "UNSUPPORTED": "dim", "KNOWN": "yellow", "ERROR": "bold magenta"}
 
 
@@ -59,7 +60,8 @@ def check(options: Options) -> int:
         try:
             found.append(find(name))
         except (ValueError, ImportError) as error:
-            return _wrong(f"{name}: {error}")
+            extra = isinstance(error, ModuleNotFoundError) and error.name in IN_PEERS
+            return _wrong(f"{name}: {error}" + (": pip install 'lora_ref[peers]'" if extra else ""))
     reports, broken = [], False
     for name, implementation in found:
         watched = report.Watched(implementation)

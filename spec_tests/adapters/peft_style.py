@@ -52,6 +52,27 @@ class Raw(nn.Module):
         return x @ self.w.mT
 
 
+class Conv1D(nn.Module):
+    """What transformers' Conv1D is: y = x W^T + b, stored as W^T (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def transposed() -> type[nn.Module]:
+    """transformers' Conv1D; where there is no transformers, its like, which lora_ref takes for it."""
+    try:
+        from transformers.pytorch_utils import Conv1D as Theirs
+    except ModuleNotFoundError:
+        return Conv1D
+    return Theirs
+
+
 def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpec | None = None) -> nn.Module:
     """A layer of torch (or transformers' Conv1D) with these logical weights."""
     if kind == "norm":
@@ -62,9 +83,7 @@ def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpe
     if kind == "linear":
         module: nn.Module = nn.Linear(n_in, out, bias=b is not None)
     elif kind == "transposed":
-        from transformers.pytorch_utils import Conv1D
-
-        module = Conv1D(out, n_in)
+        module = transposed()(out, n_in)
         if b is None:
             module.bias.data.zero_()
     elif kind == "embedding":
