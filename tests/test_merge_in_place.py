@@ -155,6 +155,7 @@ def test_weights_made_in_inference_mode_and_channels_last() -> None:
 
 
 def test_an_interrupt_takes_effect_when_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
     net = layers()
     model = adapted(net, "0", "1", "2", "3")
     x, handler, add = torch.randn(3, 8), signal.getsignal(signal.SIGINT), merge.add
