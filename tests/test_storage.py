@@ -380,3 +380,21 @@ def test_an_unknown_adapter_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=r"there is no adapter 'defualt'.*did you mean 'default'"):
             function(small(), "defualt")
+
+
+def test_a_module_saved_whole_may_hold_one_module_twice(tmp_path: Path) -> None:
+    """Its tensors have a key for each place, as in a state dict."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        twice = nn.Linear(4, 4)
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(twice, nn.ReLU(), twice))
+
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], init_lora_weights=False))
+    with torch.no_grad():
+        model.base_model.model[1].modules_to_save["default"][0].weight.add_(1)
+    model.save_pretrained(tmp_path)
+    keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {f"base_model.model.1.{i}.weight" for i in (0, 2)} <= keys
+    again, x = load(net(), tmp_path), torch.ones(1, 4)
+    assert torch.equal(again(x), model(x))
