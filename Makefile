@@ -5,6 +5,7 @@
 # make peers    the same for other libraries, each in an environment of its own
 # make bench    what things cost, as ratios against PEFT
 # make tutorials  the tutorials, executed from scratch
+# make compat  the tests with the oldest and the newest of what lora_ref needs, on each Python that is here
 # make book     the tutorials as a site: prose on the left, code on the right
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check peers bench tutorials book mutants fuzz lint readme format clean
+.PHONY: help demo test check peers bench tutorials book mutants fuzz compat lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +29,8 @@ help:
 	@echo "make book          the tutorials beside their code, as HTML in tutorials/book/site/; ARGS='--out DIR': elsewhere"
 	@echo "make mutants       small changes of lora_ref's source, and whether the tests notice (an hour)"
 	@echo "make fuzz          fuzz the readers of adapter folders (2 minutes; ARGS='--seconds 1800': an hour)"
+	@echo "make compat        the tests with the oldest, the pinned and the newest of what lora_ref needs, on each Python here"
+	@echo "                   (an hour, gigabytes in .compat/; ARGS='--python 3.12 --with lowest': one of them)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
 	@echo "make readme        renew the tables and outputs of the README"
 	@echo "make format        let ruff rewrite the sources"
@@ -73,6 +76,10 @@ fuzz: $(VENV)/.installed-test
 	@echo "==> tests/fuzz/fuzzing.py $(ARGS)"
 	@$(BIN)/python tests/fuzz/fuzzing.py $(ARGS)
 
+compat: $(VENV)/.installed-test
+	@echo "==> tests/compat/compatibility.py $(ARGS)"
+	@$(BIN)/python tests/compat/compatibility.py $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff check, ruff format --check, mypy"
 	@$(BIN)/ruff check .
@@ -89,7 +96,7 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) lora_ref_demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) lora_ref_demo .compat build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -20,6 +20,7 @@ slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow
 # the default run is the same every time; the deep one looks where nobody has looked
 settings.register_profile("default", max_examples=25, derandomize=True, **slow_is_fine)
 settings.register_profile("deep", max_examples=1000, **slow_is_fine)
+settings.register_profile("quick", max_examples=3, stateful_step_count=20, derandomize=True, **slow_is_fine)
 settings.register_profile("unshrunk", max_examples=25, phases=(Phase.explicit, Phase.generate), **slow_is_fine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
