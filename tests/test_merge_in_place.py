@@ -221,6 +221,16 @@ def test_the_bound_is_a_proof(dtype: torch.dtype, w: float, d: float, seed: int)
     assert sure or abs(w) * top > (far if squared else top / 2) or abs(d) * top > far
 
 
+def test_factors_whose_squares_vanish_are_not_taken_for_zero() -> None:
+    """A = 1e-30 and B = 1e36: the squares of A are zero in float32, and B A = 1e6 is beyond float16."""
+    net = nn.Sequential(nn.Linear(2, 2)).half()
+    model = adapted(net, "0", r=1)
+    A, B = model.layers()["0"].factors("default")
+    A.data.fill_(1e-30), B.data.fill_(1e36)
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_and_unload()
+
+
 def test_a_sum_just_below_the_largest_number_is_accepted() -> None:
     net = nn.Sequential(nn.Linear(2, 2)).half()
     with torch.no_grad():
