@@ -79,10 +79,8 @@ def largest(W: Tensor) -> float:
 
 def surely_finite(W: Tensor, updates: list[Update]) -> bool:
     """|W + sum B A| <= max |W| + sum r max |B| max |A| in every entry: a proof without computing the sum."""
-    if W.dtype in (torch.float32, torch.bfloat16):  # ||W|| takes a third of the time; what its squares lose is tiny
-        size = float(torch.linalg.vector_norm(W))
-    else:
-        size = largest(W)
+    quick = W.dtype in (torch.float32, torch.bfloat16)  # ||W|| takes a third of the time; what its squares lose is tiny
+    size = float(torch.linalg.vector_norm(W)) if quick else largest(W)
     bound = size + sum(A.shape[-2] * largest(A) * largest(B) for A, B in updates)
     return bound < 0.9 * torch.finfo(W.dtype).max
 
