@@ -96,4 +96,4 @@ def seeded_normal(shape: tuple[int, ...], like: Array, seed: int, rng: Any = Non
 
 
 def _drawing_device(like: Array) -> str:
-    return "meta" if like.is_meta else "cpu"  # a meta weight has no numbers to start from
+    return "meta" if like.device.type == "meta" else "cpu"  # a meta weight has no numbers to start from
