@@ -28,6 +28,8 @@ class LoraLayer(WeightKeeper):
 
     `kind` is what the initialisations know it by; `weight_name` is the base parameter that an
     update is added to by a merge.
+
+    Differs from PEFT: an adapter without dropout has no entry in `lora_dropout`, where PEFT has an nn.Identity.
     """
 
     kind = "linear"

@@ -22,7 +22,7 @@ from .wrappers import frame
 
 BLOCK = 1 << 16  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
 
-Update = tuple[Tensor, Tensor]  # A (*batch, r, in) and s * B (*batch, out, r)
+Update = tuple[Tensor, Tensor, float]  # A (*batch, r, in), B (*batch, out, r) and s
 
 
 def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
@@ -37,34 +37,37 @@ def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
 
 
 def updates_of(layer: LoraLayer, names: Sequence[str]) -> list[Update]:
-    """The factors of the named adapters, the scaling in B."""
+    """The factors of the named adapters, themselves where they have the dtype that is summed in."""
     dtype = torch.promote_types(layer.base_weight.dtype, torch.float32)
-    factors = ((layer.scaling[name], *layer.factors(name)) for name in names)
-    return [(A.detach().to(dtype), s * B.detach().to(dtype)) for s, A, B in factors]
+    if beyond := [name for name in names if abs(layer.scaling[name]) > torch.finfo(dtype).max]:
+        raise ValueError(f"{beyond[0]} has scaling {layer.scaling[beyond[0]]:g}, which is not finite in {dtype}")
+    factors = ((*layer.factors(name), layer.scaling[name]) for name in names)
+    updates = [(A.detach().to(dtype), B.detach().to(dtype), s) for A, B, s in factors]
+    return [(A, B, s) if s else (A, 0 * B, 1.0) for A, B, s in updates]  # BLAS leaves out what has factor 0, NaN too
 
 
 def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator[tuple[Tensor, list[Update]]]:
     """Some rows of W's memory at a time (all, where no wider copy is made), with what is to be added to them."""
     if W.ndim == 3:
         for e, one in enumerate(W):
-            yield from blocks(one, [(A[e], B[e]) for A, B in updates])
+            yield from blocks(one, [(A[e], B[e], s) for A, B, s in updates])
         return
     if W.stride(0) < W.stride(1):  # stored as W^T, to which A^T B^T is added
-        W, updates = W.T, [(B.T, A.T) for A, B in updates]
+        W, updates = W.T, [(B.T, A.T, s) for A, B, s in updates]
     if W.itemsize >= 4:  # summed where it is
         yield W, updates
         return
     n_rows = max(1, (BLOCK if W.device.type == "cpu" else 64 * BLOCK) // max(1, W.shape[1]))
     for first in range(0, W.shape[0], n_rows):
         rows = slice(first, first + n_rows)
-        yield W[rows], [(A, B[rows]) for A, B in updates]
+        yield W[rows], [(A, B[rows], s) for A, B, s in updates]
 
 
 def add(W: Float[Tensor, "rows in"], updates: list[Update], sign: int = 1) -> None:
-    """W += sum of B @ A, in W's memory; rounded once."""
+    """W += sum of s * B @ A, in W's memory; rounded once."""
     total = at_least_float32(W)  # W itself, if that is its dtype
-    for A, B in updates:
-        total.addmm_(B, A, alpha=sign)  # (rows, r) @ (r, in) -> (rows, in)
+    for A, B, s in updates:
+        total.addmm_(B, A, alpha=sign * s)  # (rows, r) @ (r, in) -> (rows, in)
     if total is not W:
         W.copy_(total)
 
@@ -78,10 +81,13 @@ def largest(W: Tensor) -> float:
 
 
 def surely_finite(W: Tensor, updates: list[Update]) -> bool:
-    """|W + sum B A| <= max |W| + sum r max |B| max |A| in every entry: a proof without computing the sum."""
+    """|W + sum s B A| <= max |W| + sum r |s| max |B| max |A| in every entry: a proof without computing the sum.
+
+    B A itself may be computed first, so |s| counts as 1 at least.
+    """
     quick = W.dtype in (torch.float32, torch.bfloat16)  # ||W|| takes a third of the time; what its squares lose is tiny
     size = float(torch.linalg.vector_norm(W)) if quick else largest(W)
-    bound = size + sum(A.shape[-2] * largest(A) * largest(B) for A, B in updates)
+    bound = size + sum(A.shape[-2] * max(abs(s), 1.0) * largest(A) * largest(B) for A, B, s in updates)
     return bound < 0.9 * torch.finfo(W.dtype).max
 
 

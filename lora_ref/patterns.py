@@ -61,8 +61,8 @@ class Pattern:
             self.compiled = regex.compile(template.format(text) if template != "{}" else text)
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
-        # outside of groups repetitions do not multiply: so few of them cannot take long
-        self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 2
+        # one repetition, and no group that could be repeated: such a match is ordinary, and needs no clock
+        self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 1
 
     def run(self, method: str, name: str) -> "regex.Match[str] | None":
         """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""

@@ -138,7 +138,8 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
     problems = [f"{key}: is missing" for key in expected if key not in tensors]
     problems += [f"{key}: is not expected" for key in tensors if key not in expected and key not in optional]
     places = {key: expected.get(key) or optional[key] for key in tensors if key in expected or key in optional}
-    left = {id(m.base_layer) for m in model.wrappers() if isinstance(m, LoraLayer) and m.lora_taken} if optional else {}
+    wrapped = model.wrappers() if optional else []
+    left = {id(m.base_layer) for m in wrapped if isinstance(m, LoraLayer) and m.lora_taken}
     changed = [key for key in places if key not in expected and id(optional[key].owner) in left]
     problems += [f"{key}: is a base weight that the initialisation of an adapter has changed" for key in changed]
     ready = []

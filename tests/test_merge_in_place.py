@@ -214,7 +214,7 @@ def test_the_bound_is_a_proof(dtype: torch.dtype, w: float, d: float, seed: int)
     A, B = torch.rand(2, 4, generator=generator, dtype=wide), torch.rand(3, 2, generator=generator, dtype=wide)
     B = B * (d * top)
     total = (W.to(wide) + B @ A).to(dtype)
-    sure = merge.surely_finite(W, [(A, B)])
+    sure = merge.surely_finite(W, [(A, B, 1.0)])
     assert torch.isfinite(total).all() or not sure
     far = top**0.5 / 10  # from where squares overflow
     squared = dtype in (torch.float32, torch.bfloat16)
@@ -229,6 +229,26 @@ def test_factors_whose_squares_vanish_are_not_taken_for_zero() -> None:
     A.data.fill_(1e-30), B.data.fill_(1e36)
     with pytest.raises(ValueError, match="not finite"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("merging", ["merge_adapter", "merge_and_unload"])
+def test_a_scaling_beyond_the_dtype_is_refused(merging: str) -> None:
+    model = adapted(nn.Sequential(nn.Linear(2, 2)), "0", r=1)
+    layer = model.layers()["0"]
+    before, layer.scaling["default"] = layer.base_weight.clone(), 1e300
+    with pytest.raises(ValueError, match=r"default has scaling 1e\+300, which is not finite in torch.float32"):
+        getattr(model, merging)()
+    assert torch.equal(layer.base_weight, before) and not layer.merged
+
+
+def test_merging_for_good_holds_no_copies_of_the_factors() -> None:
+    """Of a model with many small layers these would be more than the one update that is allowed."""
+    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "0", "1", r=4)
+    for layer in model.layers().values():
+        for (A, B, _), (mine_A, mine_B) in zip(
+            merge.updates_of(layer, ["default"]), [layer.factors("default")], strict=True
+        ):
+            assert A.data_ptr() == mine_A.data_ptr() and B.data_ptr() == mine_B.data_ptr()
 
 
 def test_a_sum_just_below_the_largest_number_is_accepted() -> None:

@@ -1,5 +1,6 @@
 """Which modules, which rank: the statements N1 to N11 on names alone, and the laws behind them."""
 
+import contextlib
 import re
 import time
 import warnings
@@ -404,3 +405,21 @@ def test_explain_changes_nothing_and_agrees_with_what_is_then_adapted() -> None:
     assert type(net[0]) is nn.Linear and plan.names("adapt") == ["0", "1.0"]
     model = get_peft_model(net, config)
     assert model.targeted_module_names == plan.names("adapt") == explain(model, config).names("adapt")
+
+
+@given(st.sampled_from(["", ".*", r"\.", "q", "[a-z]+", "x{2}", "l?"]), st.sampled_from(["q", r"\d+", "proj$", ".*"]))
+def test_a_quick_pattern_matches_what_the_timed_one_does(head: str, tail: str) -> None:
+    """One repetition, no group: no clock. Everything else keeps its time limit."""
+    pattern = patterns.Pattern(head + tail)
+    assert pattern.is_quick is (sum((head + tail).count(c) for c in "*+?{") <= 1)
+    for name in ("q", "layers.3.q", "layers.12.xx.proj", "layers.q.proj"):
+        quick = pattern.fullmatch(name)
+        pattern.is_quick = False
+        assert pattern.fullmatch(name) is quick
+        pattern.is_quick = True
+
+
+@pytest.mark.parametrize("text", ["(a|aa)+", "(?:a)", ".*.*", "a{2}b{2}", "(?R)"])
+def test_what_could_take_long_has_a_clock(text: str) -> None:
+    with contextlib.suppress(ValueError):  # not every one compiles
+        assert not patterns.Pattern(text).is_quick

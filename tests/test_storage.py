@@ -398,3 +398,13 @@ def test_a_module_saved_whole_may_hold_one_module_twice(tmp_path: Path) -> None:
     assert {f"base_model.model.1.{i}.weight" for i in (0, 2)} <= keys
     again, x = load(net(), tmp_path), torch.ones(1, 4)
     assert torch.equal(again(x), model(x))
+
+
+def test_a_file_that_is_longer_than_its_tensors_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is: a sparse one may claim any size."""
+    small().save_pretrained(tmp_path)
+    with open(tmp_path / "adapter_model.safetensors", "ab") as file:
+        file.truncate(1 << 40)
+    monkeypatch.setattr(safetensors.torch, "load", lambda data: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"not a valid safetensors file: .*not fully covered"):
+        load(nn.Sequential(nn.Linear(4, 3)), tmp_path)
