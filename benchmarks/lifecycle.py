@@ -215,7 +215,10 @@ def disabled(model: Any) -> None:
 
 
 def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options: Any) -> Case:
-    """One of the three. PEFT neither checks what it merges, nor gives the exact weights back."""
+    """One of the three. PEFT neither checks what it merges, nor gives the exact weights back.
+
+    Bare: the sums, after a look at every weight (merge_and_unload) or into copies (merge_adapter).
+    """
 
     def job(library: Any) -> Job:
         model = adapted(library, network(layers, width, options, dtype))
@@ -230,8 +233,9 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
         if operation == "unmerge_adapter":
             owners = [(m, m.weight) for m in net.modules() if isinstance(m, nn.Linear)]
             return lambda: [setattr(module, "weight", weight) for module, weight in owners]
-        copied = operation == "merge_adapter"
-        return lambda: [(W.clone() if copied else W).addmm_(B, A, alpha=2.0) for W in weights]
+        if operation == "merge_adapter":
+            return lambda: [W.clone().addmm_(B, A, alpha=2.0) for W in weights]
+        return lambda: [torch.linalg.vector_norm(W) for W in weights] + [W.addmm_(B, A, alpha=2.0) for W in weights]
 
     jobs: dict[str, Callable[[], Job]] = {name: partial(job, library) for name, library in LIBRARIES.items()}
     jobs["bare"] = sums

@@ -203,7 +203,11 @@ class AdaptedModel(nn.Module):
             self.active_adapters = [new if name == old else name for name in self.active_adapters]
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
-        """s = factor * the scaling that the configuration gives, in every layer."""
+        """s = factor * the scaling that the configuration gives, in every layer.
+
+        Raises:
+            ValueError: an unknown or merged adapter; a factor, or an s, that is not finite or too large for the dtype.
+        """
         self._known(adapter_name)
         check_alpha(factor, "factor")
         self._check_not_merged([adapter_name], "scaling")

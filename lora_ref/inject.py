@@ -133,6 +133,7 @@ def put_in(
                     init(match.name) if init else _method(config, layer),
                     autocast_adapter_dtype,
                     train_B=config.init_lora_weights != "mica",
+                    rounded=init is None,
                 )
             except ValueError as error:
                 raise ValueError(f"{match.name}: {error}") from error

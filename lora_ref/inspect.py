@@ -7,6 +7,7 @@ and a row of low ones would have done with a smaller r.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,6 +112,9 @@ def describe(
         raise ValueError(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit the configured rank {r}")
     # Experts are the blocks of one block-diagonal update, whose singular values are those of all blocks together.
     values = np.sort(singular_values(a, b, s).ravel())[::-1]
+    norm = math.hypot(*values)  # with no squares that overflow
+    if not math.isfinite(norm):
+        raise ValueError(f"{module}: its update s*B*A, with s = {s:g}, is beyond the numbers of float64")
     return Update(
         module=module,
         kind=kind,
@@ -121,7 +125,7 @@ def describe(
         B=list(B.shape),
         dtype=str(A.dtype).removeprefix("torch."),
         parameters=A.numel() + B.numel(),
-        frobenius_norm=float(np.linalg.norm(values)),
+        frobenius_norm=norm,
         singular_values=values.tolist(),
     )
 

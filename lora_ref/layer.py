@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import decomposition
 from .decomposition import Factors
-from .scaling import scaling
+from .scaling import check_scaling, scaling
 from .sharded import gathered
 from .weights import WeightKeeper, at_least_float32
 from .wrappers import on_demand, put
@@ -88,15 +88,17 @@ class LoraLayer(WeightKeeper):
         init: Init,
         autocast_adapter_dtype: bool = True,
         train_B: bool = True,
+        rounded: bool = True,
     ) -> None:
-        """Add an adapter, inactive and frozen. A and B take the base weight's device and floating
+        """Add an adapter, inactive and frozen. A and B take the base weight's device and (if `rounded`) floating
         dtype, and are then held in float32 where that is a half precision (unless told not to)."""
-        s = scaling(r, lora_alpha, use_rslora)
         weight = self.base_weight
-        A, B, residual, exact = init(self.logical_weight(), r, s)
         dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
+        s = fitting(scaling(r, lora_alpha, use_rslora), dtype)
+        A, B, residual, exact = init(self.logical_weight(), r, s)
         # tensors without numbers yet (on "meta") get them, and a device, from a file
-        A, B = (x.to(x.device if x.is_meta else weight.device, weight.dtype).to(dtype) for x in (A, B))
+        A, B = (x.to(x.device if x.is_meta else weight.device, weight.dtype if rounded else dtype) for x in (A, B))
+        A, B = A.to(dtype), B.to(dtype)
         if residual is not None:
             self.take(name, residual, (A, B, s) if exact else None)
         self.build(name, A, B)
@@ -146,18 +148,25 @@ class LoraLayer(WeightKeeper):
         return self.lora_dropout[name](x) if name in self.lora_dropout else x
 
     def set_scale(self, name: str, factor: float) -> None:
-        """s = factor * the scaling that the configuration gives."""
-        self.scaling[name] = factor * self.initial_scaling[name]
+        """s = factor * the scaling that the configuration gives; ValueError if the dtype cannot hold it."""
+        self._rescale({name: factor * self.initial_scaling[name]})
 
     def scale_layer(self, factor: float) -> None:
-        """s *= factor for the active adapters."""
-        for name in self.active_adapters:
-            self.scaling[name] *= factor
+        """s *= factor for the active adapters; ValueError as from `set_scale`."""
+        self._rescale({name: self.scaling[name] * factor for name in self.active_adapters})
 
     def unscale_layer(self, factor: float | None = None) -> None:
-        """s /= factor for the active adapters; None: back to what the configuration gives."""
-        for name in self.active_adapters:
-            self.scaling[name] = self.initial_scaling[name] if factor is None else self.scaling[name] / factor
+        """s /= factor for the active adapters; None: back to the configured s. ValueError: as there, or for 0."""
+        if factor == 0:
+            raise ValueError("factor=0: the scaling cannot be divided by it; give None for the configured one")
+        by = {
+            name: self.initial_scaling[name] if factor is None else self.scaling[name] / factor
+            for name in self.active_adapters
+        }
+        self._rescale(by)
+
+    def _rescale(self, scalings: dict[str, float]) -> None:
+        self.scaling.update({name: fitting(s, self.base_weight.dtype) for name, s in scalings.items()})
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -199,6 +208,11 @@ class LoraLayer(WeightKeeper):
 def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool = True) -> torch.dtype:
     """The dtype of A and B: the base's, but float32 for half and quarter precision."""
     return torch.float32 if autocast_adapter_dtype and base.itemsize < 4 else base
+
+
+def fitting(s: float, dtype: torch.dtype) -> float:
+    """s, or ValueError: factors of this dtype cannot be multiplied by it (half precisions are, as float32)."""
+    return check_scaling(s, torch.finfo(torch.promote_types(dtype, torch.float32)).max)
 
 
 def linear_of(weight: Float[Tensor, "n_out n_in"]) -> nn.Linear:

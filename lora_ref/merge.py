@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import linalg
-from .layer import LoraLayer
+from .layer import LoraLayer, fitting
 from .weights import at_least_float32
 from .wrappers import frame
 
@@ -39,11 +39,8 @@ def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
 def updates_of(layer: LoraLayer, names: Sequence[str]) -> list[Update]:
     """The factors of the named adapters, themselves where they have the dtype that is summed in."""
     dtype = torch.promote_types(layer.base_weight.dtype, torch.float32)
-    if beyond := [name for name in names if abs(layer.scaling[name]) > torch.finfo(dtype).max]:
-        raise ValueError(f"{beyond[0]} has scaling {layer.scaling[beyond[0]]:g}, which is not finite in {dtype}")
-    factors = ((*layer.factors(name), layer.scaling[name]) for name in names)
-    updates = [(A.detach().to(dtype), B.detach().to(dtype), s) for A, B, s in factors]
-    return [(A, B, s) if s else (A, 0 * B, 1.0) for A, B, s in updates]  # BLAS leaves out what has factor 0, NaN too
+    factors = ((*layer.factors(name), fitting(layer.scaling[name], dtype)) for name in names)
+    return [(A.detach().to(dtype), B.detach().to(dtype), s) for A, B, s in factors]
 
 
 def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator[tuple[Tensor, list[Update]]]:
@@ -66,8 +63,8 @@ def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator
 def add(W: Float[Tensor, "rows in"], updates: list[Update], sign: int = 1) -> None:
     """W += sum of s * B @ A, in W's memory; rounded once."""
     total = at_least_float32(W)  # W itself, if that is its dtype
-    for A, B, s in updates:
-        total.addmm_(B, A, alpha=sign * s)  # (rows, r) @ (r, in) -> (rows, in)
+    for A, B, s in updates:  # as addmm's alpha, an s that is 0 would hide a NaN
+        total.addmm_(sign * s * B, A)  # (rows, r) @ (r, in) -> (rows, in)
     if total is not W:
         W.copy_(total)
 
@@ -83,11 +80,13 @@ def largest(W: Tensor) -> float:
 def surely_finite(W: Tensor, updates: list[Update]) -> bool:
     """|W + sum s B A| <= max |W| + sum r |s| max |B| max |A| in every entry: a proof without computing the sum.
 
-    B A itself may be computed first, so |s| counts as 1 at least.
+    What is multiplied by s first has to be finite as well.
     """
     quick = W.dtype in (torch.float32, torch.bfloat16)  # ||W|| takes a third of the time; what its squares lose is tiny
-    size = float(torch.linalg.vector_norm(W)) if quick else largest(W)
-    bound = size + sum(A.shape[-2] * max(abs(s), 1.0) * largest(A) * largest(B) for A, B, s in updates)
+    bound = float(torch.linalg.vector_norm(W)) if quick else largest(W)
+    for A, B, s in updates:
+        a, b = largest(A), largest(B)
+        bound += abs(s) * max(A.shape[-2] * a * b, a, b)
     return bound < 0.9 * torch.finfo(W.dtype).max
 
 

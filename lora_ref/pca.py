@@ -80,7 +80,7 @@ def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
     X = X.detach().to(xp.float64) if linalg.is_torch(X) else X.astype(np.float64)
     mean = X.mean(0)
     if not xp.isfinite(mean).all():
-        raise ValueError("the data hold NaN or infinite numbers")
+        raise ValueError("the data hold NaN or infinite numbers, or their sum overflows")
     rows, seen = X - mean, m
     if before is not None:
         seen, d = before.seen + m, mean - before.mean
@@ -102,7 +102,7 @@ def components(moments: Moments, n: int) -> Components:
     float64 squares is 0, and its row some direction orthogonal to the others.
 
     Raises:
-        ValueError: n is less than 1, or larger than the number of rows seen or of columns.
+        ValueError: n is less than 1, or larger than the number of rows seen or of columns; S overflows.
 
     Source: equal to scikit-learn's IncrementalPCA of the same batches when that keeps all components. One
         that keeps n of them loses at every batch what lies in the others.
@@ -117,14 +117,15 @@ def components(moments: Moments, n: int) -> Components:
     n_in = mean.shape[0]
     if not 0 < n <= min(n_in, seen):
         raise ValueError(f"n={n} components of {seen} rows of {n_in} numbers: there are 1 to {min(n_in, seen)}")
+    trace = kept.diagonal().sum() if squared else (kept**2).sum()
+    if not math.isfinite(trace):
+        raise ValueError("the data are so large that their squares leave float64: divide them by a common factor")
     if squared:
         xp = library(kept)
         values, V = leading_eigh(xp.triu(kept) + xp.triu(kept, 1).T, n)
-        trace = kept.diagonal().sum()
     else:  # S = R^T R and the smaller R R^T = U diag(sigma^2) U^T have the same sigma, and V diag(sigma) = R^T U
         values, U = leading_eigh(kept @ kept.T, n)
         V = linalg.qr(kept.T @ U)[0]  # (in, k) @ (k, n) -> (in, n), orthonormal even where sigma is 0
-        trace = (kept**2).sum()
     values = values * (values > n_in * EPS * values[0])
     rows = V.T * _signs(V)[:, None]
     return Components(rows, values**0.5, values / trace if trace > 0 else values)
@@ -140,15 +141,16 @@ def leading_eigh(C: Float[Array, "d d"], n: int) -> tuple[Float[Array, " n"], Fl
     >>> leading_eigh(np.diag([1.0, 3.0, 2.0]), 2)[0]
     array([3., 2.])
     """
+    C, e = linalg.near_one(C)
     if linalg.is_torch(C) and C.device.type != "cpu":
         values, V = sys.modules["torch"].linalg.eigh(C)
-        return values[-n:].flip(0).clamp(min=0), V[:, -n:].flip(1)
+        return linalg.times_power(values[-n:].flip(0).clamp(min=0), e), V[:, -n:].flip(1)
     c = np.asarray(C)  # a tensor on the CPU is read where it lies
     as_given = sys.modules["torch"].from_numpy if linalg.is_torch(C) else np.asarray
     found = _lanczos(c, n) if len(c) > SMALL and 8 * n <= len(c) else None
     if found is None or not _are_leading(C, *map(as_given, found)):
         found = scipy.linalg.eigh(c, subset_by_index=[len(c) - n, len(c) - 1])
-    return as_given(np.maximum(found[0][::-1], 0)), as_given(found[1][:, ::-1].copy())
+    return as_given(linalg.times_power(np.maximum(found[0][::-1], 0), e)), as_given(found[1][:, ::-1].copy())
 
 
 def _lanczos(c: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray] | None:

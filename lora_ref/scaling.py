@@ -55,6 +55,22 @@ def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
         raise ValueError(f"{name}={_shown(lora_alpha)}: must be a finite number")
 
 
+def check_scaling(s: float, largest: float) -> float:
+    """s, if numbers up to `largest` can be multiplied by it and, where dropout scales up what it keeps, by 2 s.
+
+    >>> check_scaling(1e300, largest=3.4e38)
+    Traceback (most recent call last):
+    ...
+    ValueError: the scaling is 1e+300: numbers up to 3.4e+38 allow 1.7e+38 at most; lower lora_alpha or the factor
+    """
+    if not abs(s) <= largest / 2:
+        raise ValueError(
+            f"the scaling is {s:g}: numbers up to {largest:.2g} allow {largest / 2:.2g} at most; "
+            "lower lora_alpha or the factor"
+        )
+    return s
+
+
 def _shown(value: object) -> str:
     """repr, cut short; Python refuses to print an int of more than 4300 digits."""
     huge = isinstance(value, int) and abs(value) > 10**80

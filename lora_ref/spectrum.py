@@ -35,7 +35,7 @@ def bar(values: list[float], width: int = 16) -> str:
     if len(values) > width:
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
     top = max(values, default=0.0) or 1.0
-    return "".join(BARS[round(7 * value / top)] for value in values)
+    return "".join(BARS[round(7 * (value / top))] for value in values)
 
 
 def block_diagonal(b: Float[np.ndarray, "out width"], groups: int) -> Float[np.ndarray, "out r"]:

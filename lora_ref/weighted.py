@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from . import patterns
+from . import linalg, patterns
 from .combination import COMBINATIONS
 from .config import LoraConfig
 from .decomposition import Factors
 from .layer import LoraLayer
 from .scaling import check_rank
+from .weights import at_least_float32
 
 
 def combine(
@@ -23,7 +24,7 @@ def combine(
 
     Raises:
         ValueError: unknown combination_type, not as many weights as adapters, a weight that is not
-            finite, or unequal ranks with "linear",
+            finite, unequal ranks with "linear", a result that is not finite,
             or an svd_rank that the groups of a convolution cannot share out.
     """
     if len(adapters) != len(weights) or not adapters:
@@ -41,13 +42,15 @@ def combine(
         parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
         if not parents:
             continue
-        As, Bs = zip(*(layer.converted(name) for name, _ in parents), strict=True)
+        As, Bs = zip(*(map(at_least_float32, layer.converted(name)) for name, _ in parents), strict=True)
         scales = [w * layer.scaling[name] for name, w in parents]
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
         rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
         try:
             combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
+            if not all(f.is_meta or linalg.is_finite(f) for f in combined[where][:2]):
+                raise ValueError(f"weights={list(weights)} and these factors give some that are not finite")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return combined

@@ -133,7 +133,7 @@ class AdapterModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What is not ours is the answering module's: weight, in_features, embed_scale, ..."""
-        if name in (own := vars(self).get("_modules", {})):
+        if name in (own := self.__dict__.get("_modules", {})):
             return own[name]
         try:
             return super().__getattr__(name)

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: two processes of tests wait for each other's threads
 
 import pytest
 import torch

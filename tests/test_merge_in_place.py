@@ -236,7 +236,21 @@ def test_a_scaling_beyond_the_dtype_is_refused(merging: str) -> None:
     model = adapted(nn.Sequential(nn.Linear(2, 2)), "0", r=1)
     layer = model.layers()["0"]
     before, layer.scaling["default"] = layer.base_weight.clone(), 1e300
-    with pytest.raises(ValueError, match=r"default has scaling 1e\+300, which is not finite in torch.float32"):
+    with pytest.raises(ValueError, match=r"the scaling is 1e\+300: numbers up to 3.4e\+38 allow 1.7e\+38 at most"):
+        getattr(model, merging)()
+    assert torch.equal(layer.base_weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize("merging", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(("a", "b", "s"), [(0.0, 3e38, 10.0), (float("nan"), 1.0, 0.0), (float("nan"), 1.0, 5e-324)])
+def test_a_product_that_is_hidden_by_zero_is_not_taken_for_finite(merging: str, a: float, b: float, s: float) -> None:
+    """s B overflows although A is 0; s is 0, also when it is rounded, although A is NaN."""
+    model = adapted(nn.Sequential(nn.Linear(2, 2)), "0", r=1)
+    layer = model.layers()["0"]
+    for factor, value in zip(layer.factors("default"), (a, b), strict=True):
+        factor.data.fill_(value)
+    before, layer.scaling["default"] = layer.base_weight.clone(), s
+    with pytest.raises(ValueError, match="not finite"):
         getattr(model, merging)()
     assert torch.equal(layer.base_weight, before) and not layer.merged
 

@@ -406,5 +406,5 @@ def test_a_file_that_is_longer_than_its_tensors_is_not_read(tmp_path: Path, monk
     with open(tmp_path / "adapter_model.safetensors", "ab") as file:
         file.truncate(1 << 40)
     monkeypatch.setattr(safetensors.torch, "load", lambda data: pytest.fail("read"))
-    with pytest.raises(ValueError, match=r"not a valid safetensors file: .*not fully covered"):
+    with pytest.raises(ValueError, match=r"not a valid safetensors file: .*(fully covered|IncompleteBuffer)"):
         load(nn.Sequential(nn.Linear(4, 3)), tmp_path)

@@ -5,7 +5,6 @@ W C, where C is the covariance of x, and takes the leading directions ("ipm", to
 or the last ones ("kpm", to change as little as possible of what the model does with x).
 """
 
-import math
 from typing import Any
 
 from jaxtyping import Float
@@ -37,7 +36,8 @@ def corda(
     on s, nor on the scale of C.
 
     Raises:
-        ValueError: r > min(in, out), scaling <= 0, an unknown corda_method, a covariance that is zero or not finite.
+        ValueError: r > min(in, out), scaling <= 0, an unknown corda_method, a covariance that is zero or not finite,
+            factors that the weight's dtype cannot hold.
 
     Source: CorDA, arXiv 2406.05223, section 3 and algorithm 1.
 
@@ -89,7 +89,7 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     - where the error is large, 1 / (d mean) makes it so, and doubling d halves it.
 
     Raises:
-        ValueError: C is zero or not finite.
+        ValueError: C is zero or not finite, or has a negative number on its diagonal.
 
     Source: PEFT's preprocess_corda; the authors' code has the same loop.
 
@@ -101,11 +101,13 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
            [0.  , 3.02]])
     """
     C = linalg.at_least_float32(covariance)
-    xp, mean, damping = library(C), float(C.diagonal().mean()), 0.01
-    if not (mean > 0 and math.isfinite(C.sum())):
+    if not (linalg.is_finite(C) and C.diagonal().min() >= 0 and C.diagonal().max() > 0):
         raise ValueError(
-            "the covariance of the inputs is zero, or not finite: it says nothing of which directions matter"
+            "the covariance of the inputs is zero, or not finite, or has a negative variance: it does not say which "
+            "directions matter"
         )
+    C, e = linalg.near_one(C)
+    xp, mean, damping = library(C), float(C.diagonal().mean()), 0.01
     D, ii = C + 0, list(range(len(C)))
     D[ii, ii] += damping * mean
     error = 10 * float(xp.finfo(C.dtype).eps) / 2 * xp.linalg.norm(D) / (damping * mean)
@@ -115,7 +117,7 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     while error >= 0.05:
         D[ii, ii] += damping * mean  # twice as much in all
         damping, error = 2 * damping, error / 2
-    return D
+    return linalg.times_power(D, e) if e else D
 
 
 def directions(
@@ -126,15 +128,15 @@ def directions(
     S_k is computed as |u_k^T W C|, so that it belongs to u_k even where it is lost in the rounding of W C.
 
     Raises:
-        ValueError: an unknown corda_method.
+        ValueError: an unknown corda_method; weight or covariance are not finite.
 
     >>> import numpy as np
     >>> directions(np.diag([3.0, 2.0]), np.diag([1.0, 9.0]), r=1, corda_method="kpm")
     (array([[1.],
            [0.]]), array([3.]))
     """
-    W = linalg.at_least_float32(weight)
-    C = linalg.cast(covariance, W)
+    W, w = linalg.near_one(linalg.at_least_float32(weight))
+    C, c = linalg.near_one(linalg.cast(covariance, W))
     if corda_method not in ("ipm", "kpm"):
         raise ValueError(f"corda_method={corda_method!r}: must be 'ipm' or 'kpm'")
     G = W @ C  # (out, in) @ (in, in) -> (out, in)
@@ -144,7 +146,7 @@ def directions(
         _, R = linalg.qr(G.T)  # G = R^T Q^T has the left singular vectors of the small R^T
         U = linalg.svd(R.T)[0][:, -r:]
     S = ((U.T @ G) ** 2).sum(-1) ** 0.5  # (r, out) @ (out, in) -> (r, in), a norm for each row
-    return U, S
+    return U, linalg.times_power(S, w + c)
 
 
 def from_directions(
@@ -163,7 +165,7 @@ def from_directions(
     residual.check("corda", weight.shape, U.shape[1], scaling)
     W = linalg.at_least_float32(weight)
     U, S = linalg.cast(U, W), linalg.cast(S, W)
-    A = U.T @ W / ((S + (S == 0)) * scaling)[:, None] ** 0.5  # (r, out) @ (out, in) -> (r, in)
+    A = U.T @ W / (S + (S == 0))[:, None] ** 0.5 / scaling**0.5  # (r, out) @ (out, in) -> (r, in)
     largest = A[list(range(len(A))), abs(A).argmax(-1)]
     sign = 1 - 2 * (largest < 0)  # the largest entry of each row of A is positive
-    return residual.take_out(weight, A * sign[:, None], U * (S / scaling) ** 0.5 * sign, scaling)
+    return residual.take_out(weight, A * sign[:, None], U * (S**0.5 / scaling**0.5) * sign, scaling)

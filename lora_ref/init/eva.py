@@ -29,7 +29,8 @@ def eva(
     root of its singular value, so that A x varies less unevenly.
 
     Raises:
-        ValueError: fewer than r components are given, or one to be whitened has singular value 0.
+        ValueError: fewer than r components are given, one to be whitened has singular value 0, or one so
+            small that A is beyond the weight's dtype.
 
     Source: EVA, arXiv 2410.07170, section 3.
 
@@ -52,7 +53,7 @@ def eva(
                 "whitened; use more data, a smaller r or whiten=False"
             )
         A = A / singular_values[:r, None] ** 0.5
-    return Factors(linalg.cast(A, weight), linalg.zeros((weight.shape[0], r), weight))
+    return Factors(linalg.cast_finite(A, weight), linalg.zeros((weight.shape[0], r), weight))
 
 
 def most(r: int, rho: float) -> int:

@@ -30,7 +30,8 @@ def loftq(
     number, which is not the scale that would lower the error most.
 
     Raises:
-        ValueError: r > min(in, out), s <= 0, bits not 2, 4 or 8, iterations < 1, or W is not finite.
+        ValueError: r > min(in, out), s <= 0, bits not 2, 4 or 8, iterations < 1, W is not finite,
+            or the factors are beyond its dtype.
 
     Source: LoftQ, arXiv 2310.08659, algorithm 1 (there s = 1).
 
@@ -59,6 +60,6 @@ def loftq(
         Q = linalg.cast(quantization.dequantize(quantization.quantize(X, bits)), weight)
         U, S, Vh = linalg.leading_svd(W - Q, r)
         X = linalg.subtract_product(W, U * S, Vh, 1.0)
-    root = (S / scaling) ** 0.5
-    A, B = linalg.cast(root[:, None] * Vh, weight), linalg.cast(U * root, weight)
+    root = S**0.5 / scaling**0.5
+    A, B = residual.cast_factors(weight, root[:, None] * Vh, U * root, scaling)
     return Factors(A, B, residual=Q, exact=False)

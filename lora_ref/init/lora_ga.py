@@ -36,7 +36,7 @@ def lora_ga(
 
     Raises:
         ValueError: 2r > min(in, out), scaling <= 0, a gradient that is zero or not finite or has another shape than
-            the weight, an unknown direction or scale, stable_gamma <= 0.
+            the weight, an unknown direction or scale, stable_gamma <= 0, factors that the dtype cannot hold.
 
     Source: LoRA-GA, arXiv 2407.05000, section 3.2 and 3.3 and algorithm 1; the authors' code for the other options.
 
@@ -137,5 +137,5 @@ def from_directions(
     elif scale == "gd_scale":
         c = 1 / scaling
     elif scale == "weight_svd":
-        c = ((linalg.leading_svd(W, r)[1] / scaling) ** 0.5).mean()
+        c = (linalg.leading_svd(W, r)[1] ** 0.5).mean() / scaling**0.5
     return residual.take_out(weight, c * linalg.cast(A, W), c * linalg.cast(B, W), scaling)

@@ -19,7 +19,8 @@ def olora(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any
     the cost is O(in * out * r), not O(in * out * min(in, out)), and nothing of W's size is made but the residual.
 
     Raises:
-        ValueError: r > min(in, out), scaling <= 0, or entries of W that are not finite.
+        ValueError: r > min(in, out), scaling <= 0, entries of W that are not finite, factors that
+            the dtype cannot hold.
 
     Source: OLoRA, arXiv 2406.01775, section 3, algorithm 1.
 
@@ -33,8 +34,8 @@ def olora(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any
            [0., 0.]]))
     """
     check("olora", weight.shape, r, scaling)
-    linalg.check_finite(weight)
     W = linalg.at_least_float32(weight)
+    linalg.check_finite(W)
     B, R = linalg.qr(W[:, :r])  # (out, r), (r, r)
     A = B.T @ W  # (r, out) @ (out, in) -> (r, in)
     A[:, :r] = R  # the same numbers, with zeros below the diagonal exactly

@@ -22,7 +22,8 @@ def pissa(
     iterations; W = residual + s * B @ A holds all the same. It draws from `rng`, or with a fixed seed.
 
     Raises:
-        ValueError: r > min(in, out), scaling <= 0, or entries of W that are not finite.
+        ValueError: r > min(in, out), scaling <= 0, entries of W that are not finite, factors that
+            the dtype cannot hold.
 
     Source: PiSSA, arXiv 2404.02948, equations 2 to 4.
 
@@ -41,5 +42,5 @@ def pissa(
         U, S, Vh = linalg.leading_svd(weight, r)
     else:
         U, S, Vh = linalg.randomized_svd(weight, r, niter, rng)
-    root = (S / scaling) ** 0.5
+    root = S**0.5 / scaling**0.5  # not of S / scaling, which may be too small or large for S's dtype
     return take_out(weight, root[:, None] * Vh, U * root, scaling)

@@ -11,6 +11,8 @@ from jaxtyping import Float
 
 from .. import linalg
 from ..decomposition import Array, Factors
+from ..linalg.arrays import library
+from ..scaling import check_scaling
 
 
 def check(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> None:
@@ -30,7 +32,7 @@ def check(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> 
 def take_out(
     weight: Float[Array, "out in"], A: Float[Array, "r in"], B: Float[Array, "out r"], scaling: float
 ) -> Factors:
-    """A, B and W - s * B @ A, with A and B rounded to the weight's dtype first.
+    """A, B and W - s * B @ A, with A and B rounded to the weight's dtype first; ValueError where one overflows.
 
     Rounding afterwards would leave s * (B @ A - stored B @ stored A) out of the adapted weight:
     in a half precision far more than the rounding of the residual itself.
@@ -40,6 +42,18 @@ def take_out(
     array([[0., 0.],
            [0., 1.]])
     """
-    A, B = linalg.cast(A, weight), linalg.cast(B, weight)
+    A, B = cast_factors(weight, A, B, scaling)
     residual: Any = linalg.subtract_product(weight, B, A, scaling)
-    return Factors(A, B, linalg.cast(residual, weight))
+    return Factors(A, B, linalg.cast_finite(residual, weight))
+
+
+def cast_factors(
+    weight: Float[Array, "out in"], A: Float[Array, "r in"], B: Float[Array, "out r"], scaling: float
+) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
+    """A and B in the weight's dtype; ValueError if they, their product or the scaling are too large for it."""
+    largest = library(weight).finfo(linalg.at_least_float32(weight[:0]).dtype).max
+    check_scaling(scaling, largest)
+    A, B = linalg.cast_finite(A, weight), linalg.cast_finite(B, weight)
+    if len(A) * float(abs(A).max()) * float(abs(B).max()) > largest:
+        raise ValueError(f"B @ A is not finite at the start: with a scaling of {scaling:g} the factors are too large")
+    return A, B

@@ -5,7 +5,20 @@ least float32 (half precision has no decompositions). Importing this package doe
 a tensor can only arrive if torch is there already.
 """
 
-from .arrays import Array, at_least_float32, cast, check_finite, is_finite, is_torch, normal, uniform, zeros
+from .arrays import (
+    Array,
+    at_least_float32,
+    cast,
+    cast_finite,
+    check_finite,
+    is_finite,
+    is_torch,
+    near_one,
+    normal,
+    times_power,
+    uniform,
+    zeros,
+)
 from .dense import qr, subtract_product, svd, svd_of_product
 from .leading import leading_svd, randomized_svd
 
@@ -13,16 +26,19 @@ __all__ = [
     "Array",
     "at_least_float32",
     "cast",
+    "cast_finite",
     "check_finite",
     "is_finite",
     "is_torch",
     "leading_svd",
+    "near_one",
     "normal",
     "qr",
     "randomized_svd",
     "subtract_product",
     "svd",
     "svd_of_product",
+    "times_power",
     "uniform",
     "zeros",
 ]

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 from jaxtyping import Float
 
-from .arrays import Array, at_least_float32, check_finite, is_torch
+from .arrays import Array, at_least_float32, check_finite, is_torch, near_one, times_power
 
 
 def subtract_product(
@@ -40,7 +40,7 @@ def qr(x: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch n m"], Float
         Q, R = torch.linalg.qr(at_least_float32(x))
         sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R.dtype)
     else:
-        Q, R = np.linalg.qr(x)
+        Q, R = np.linalg.qr(at_least_float32(x))
         sign = np.where(R.diagonal(axis1=-2, axis2=-1) < 0, -1.0, 1.0)
     return Q * sign[..., None, :], sign[..., :, None] * R
 
@@ -60,9 +60,8 @@ def svd(
     array([5., 3.])
     """
     check_finite(x)
-    if is_torch(x):
-        return signed(*sys.modules["torch"].linalg.svd(at_least_float32(x), full_matrices=False))
-    return signed(*np.linalg.svd(x, full_matrices=False))
+    xp = sys.modules["torch"] if is_torch(x) else np
+    return signed(*xp.linalg.svd(at_least_float32(x), full_matrices=False))
 
 
 def signed(U: Array, S: Array, Vh: Array) -> tuple[Array, Array, Array]:
@@ -82,11 +81,15 @@ def svd_of_product(
 
     O((in + out) r^2) operations instead of O(in * out * min(in, out)).
 
+    Raises:
+        ValueError: B or A are not finite.
+
     >>> U, S, Vh = svd_of_product(np.array([[3.0], [4.0]]), np.array([[0.0, 2.0, 0.0]]))
     >>> S
     array([10.])
     """
+    (B, b), (A, a) = near_one(at_least_float32(B)), near_one(at_least_float32(A))
     Qb, Rb = qr(B)  # (out, m), (m, r)
     Qa, Ra = qr(A.mT if is_torch(A) else A.swapaxes(-1, -2))  # (in, m'), (m', r)
     U, S, Vh = svd(Rb @ (Ra.mT if is_torch(Ra) else Ra.swapaxes(-1, -2)))
-    return Qb @ U, S, Vh @ (Qa.mT if is_torch(Qa) else Qa.swapaxes(-1, -2))
+    return Qb @ U, times_power(S, a + b), Vh @ (Qa.mT if is_torch(Qa) else Qa.swapaxes(-1, -2))

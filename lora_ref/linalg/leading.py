@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .arrays import Array, at_least_float32, cast, check_finite, library, seeded_normal
+from .arrays import Array, at_least_float32, cast, library, near_one, seeded_normal, times_power
 from .dense import qr, signed, svd
 
 LONGEST_BASIS, KEPT = 16, 4  # blocks in a Krylov basis, and blocks that a restart keeps
@@ -28,17 +28,17 @@ def leading_svd(
     >>> S, Vh
     (array([5.]), array([[0., 1.]]))
     """
-    W = at_least_float32(W)
-    check_finite(W)
+    W, e = near_one(at_least_float32(W))
     width = max(r, 8)
     if LONGEST_BASIS * width <= min(W.shape) // 2:
         start = seeded_normal((W.shape[1], width), W, seed=0)
         tolerance = float(library(W).finfo(W.dtype).eps) * max(64, sum(W.shape) ** 0.5)
         triples = _block_krylov(W, start, r, tolerance / 4)
         if triples and _are_leading(W, *triples, tolerance):
-            return signed(*triples)
+            U, S, Vh = signed(*triples)
+            return U, times_power(S, e), Vh
     U, S, Vh = svd(W)
-    return U[:, :r], S[:r], Vh[:r]
+    return U[:, :r], times_power(S[:r], e), Vh[:r]
 
 
 def _block_krylov(W: Array, X: Array, r: int, tolerance: float) -> tuple[Array, Array, Array] | None:
@@ -124,12 +124,11 @@ def randomized_svd(
     >>> S.round(6)
     array([9., 3.])
     """
-    W = at_least_float32(W)
-    check_finite(W)
+    W, e = near_one(at_least_float32(W))
     width = min(r + 8, *W.shape)
     Q, _ = qr(_times(W, seeded_normal((W.shape[1], width), W, seed=0, rng=rng)))  # (out, width)
     for _ in range(niter):
         Z, _ = qr(_times(W.T, Q))  # (in, width)
         Q, _ = qr(_times(W, Z))
     U, S, Vh = svd(Q.T @ W)  # (width, in)
-    return Q @ U[:, :r], S[:r], Vh[:r]
+    return Q @ U[:, :r], times_power(S[:r], e), Vh[:r]

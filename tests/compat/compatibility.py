@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--python", nargs="+", choices=PYTHONS, default=PYTHONS, help="only these")
     options.add_argument("--with", nargs="+", choices=FILES, default=list(FILES), dest="which", help="only these")
+    options.add_argument("--jobs", type=int, default=1, help="so many at once (default 1: a core and 2 GB each)")
     options.add_argument("--keep", action="store_true", help="keep the environments (gigabytes each)")
     given = options.parse_args()
 
@@ -223,13 +225,14 @@ def main() -> int:
                 console.print(text)
 
         built = wheel()
-        for python, which in wanted:
-            runs[python, which] = one(python, which, built, files, given.keep, say)
-            progress.advance(bar)
-            left = {"not_run": "not asked for"}
-            made = [runs.get((p, w), {"python": p, "with": w, **left}) for p in PYTHONS for w in FILES]
-            results = {"modules": now, "files": [SUITE, *files], "left_out": others, "runs": made}
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with ThreadPoolExecutor(given.jobs) as pool:
+            for made in pool.map(lambda asked: one(*asked, built, files, given.keep, say), wanted):
+                runs[made["python"], made["with"]] = made
+                progress.advance(bar)
+                left = {"not_run": "not asked for"}
+                each = [runs.get((p, w), {"python": p, "with": w, **left}) for p in PYTHONS for w in FILES]
+                results = {"modules": now, "files": [SUITE, *files], "left_out": others, "runs": each}
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     return int(any(runs[asked].get("failed") or "not_run" in runs[asked] for asked in wanted))
 
