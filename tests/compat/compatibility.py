@@ -205,6 +205,7 @@ def main() -> int:
     options.add_argument("--python", nargs="+", choices=PYTHONS, default=PYTHONS, help="only these")
     options.add_argument("--with", nargs="+", choices=FILES, default=list(FILES), dest="which", help="only these")
     options.add_argument("--jobs", type=int, default=1, help="so many at once (default 1: a core and 2 GB each)")
+    options.add_argument("--check", action="store_true", help="leave results.json as it is")
     options.add_argument("--keep", action="store_true", help="keep the environments (gigabytes each)")
     given = options.parse_args()
 
@@ -232,8 +233,12 @@ def main() -> int:
                 left = {"not_run": "not asked for"}
                 each = [runs.get((p, w), {"python": p, "with": w, **left}) for p in PYTHONS for w in FILES]
                 results = {"modules": now, "files": [SUITE, *files], "left_out": others, "runs": each}
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                if not given.check:
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
+    for made in (runs[asked] for asked in wanted):
+        for test in made.get("failures", []):
+            print(f"failed, see .compat/{made['python']}-{made['with']}.log: {test}")
     return int(any(runs[asked].get("failed") or "not_run" in runs[asked] for asked in wanted))
 
 
