@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ref import combination, decomposition, init, linalg
 from lora_ref.atomic import transaction
-from lora_ref.scaling import scaling
+from lora_ref.scaling import check_scaling, scaling
 
 U64 = 2.0**-53  # unit roundoff of float64
 
@@ -149,6 +149,21 @@ def test_a_transaction_that_fails_leaves_the_tree_as_it_was(error):
     assert net[0]._forward_hooks is hooks
     handle.remove()
     assert not hooks  # the handle still reaches the dict
+
+
+def test_a_scaling_leaves_room_for_dropout():
+    assert check_scaling(-50.0, largest=100.0) == -50.0
+    for s in (51.0, -51.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="numbers up to 1e\\+02 allow 50 at most"):
+            check_scaling(s, largest=100.0)
+
+
+def test_a_transaction_of_a_few_modules_gives_back_the_flags_of_parameters_in_others():
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(KeyboardInterrupt), transaction(net, modules=lambda: [net], flags=[other.weight]):
+        net.left = other.weight.requires_grad_(False)
+        raise KeyboardInterrupt
+    assert other.weight.requires_grad and not hasattr(net, "left")
 
 
 def test_a_transaction_that_succeeds_keeps_its_changes():

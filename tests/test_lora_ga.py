@@ -134,6 +134,14 @@ def test_what_cannot_be_done_is_an_error(options, message):
         lora_ga(np.ones((3, 5)), **({"r": 1, "gradient": np.ones((3, 5))} | options))
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_goes_by_its_letters(scale):
+    """A string read from a file is equal to the name in the code, and another object."""
+    W, G = np.eye(6, 5), np.eye(6, 5)[::-1]
+    made, want = (lora_ga(W, r=1, scaling=2.0, gradient=G, scale=name) for name in ("".join(list(scale)), scale))
+    assert (made.A == want.A).all() and (made.B == want.B).all()
+
+
 # -- models ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -263,6 +264,20 @@ def test_merging_for_good_holds_no_copies_of_the_factors() -> None:
             merge.updates_of(layer, ["default"]), [layer.factors("default")], strict=True
         ):
             assert A.data_ptr() == mine_A.data_ptr() and B.data_ptr() == mine_B.data_ptr()
+
+
+def test_what_pissa_left_of_a_weight_is_merged_in_place_too() -> None:
+    model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", r=2, init_lora_weights="pissa")
+    layer = model.layers()["0"]
+    want, memory = layer.base_weight + layer.delta("default"), layer.base_weight.data_ptr()
+    weight = model.merge_and_unload()[0].weight
+    assert weight.data_ptr() == memory and torch.allclose(weight, want)
+
+
+def test_it_works_in_a_thread_where_signals_cannot_be_put_off() -> None:
+    with ThreadPoolExecutor() as pool:
+        merged = pool.submit(adapted(nn.Sequential(nn.Linear(2, 2)), "0").merge_and_unload).result()
+    assert type(merged[0]) is nn.Linear
 
 
 def test_a_sum_just_below_the_largest_number_is_accepted() -> None:

@@ -407,6 +407,16 @@ def test_explain_changes_nothing_and_agrees_with_what_is_then_adapted() -> None:
     assert model.targeted_module_names == plan.names("adapt") == explain(model, config).names("adapt")
 
 
+def test_explain_is_about_the_active_adapter_or_else_the_first() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
+    model.add_adapter("other", LoraConfig(r=1, target_modules=["1"]))
+    assert model.explain().names("adapt") == ["0"]
+    model.set_adapter("other")
+    assert model.explain().names("adapt") == ["1"]
+    model.base_model.active_adapters = []
+    assert model.explain().names("adapt") == ["0"] and model.explain("other").names("adapt") == ["1"]
+
+
 @given(st.sampled_from(["", ".*", r"\.", "q", "[a-z]+", "x{2}", "l?"]), st.sampled_from(["q", r"\d+", "proj$", ".*"]))
 def test_a_quick_pattern_matches_what_the_timed_one_does(head: str, tail: str) -> None:
     """One repetition, no group: no clock. Everything else keeps its time limit."""
