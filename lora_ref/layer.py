@@ -44,12 +44,13 @@ class LoraLayer(WeightKeeper):
     scaling: dict[str, float]
     initial_scaling: dict[str, float]
     train_B: dict[str, bool]
+    lora_A: Any  # {adapter: module}
+    lora_B: Any
     lora_dropout = on_demand("lora_dropout")  # of the adapters that have any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_A: Any = nn.ModuleDict()
-        self.lora_B: Any = nn.ModuleDict()
+        self._modules.update(lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
         self.have(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
 
     @property
@@ -61,8 +62,8 @@ class LoraLayer(WeightKeeper):
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         """Make the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
-        self.lora_A[name] = linear_of(A)
-        self.lora_B[name] = linear_of(B)
+        put(self, "lora_A", name, linear_of(A))
+        put(self, "lora_B", name, linear_of(B))
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
         """A and B of one adapter in logical orientation."""
