@@ -41,6 +41,7 @@ def replace(directory: Path, write_weights: Callable[[Path], None], config: str)
         try:
             staging.mkdir()
             write_weights(new_weights)
+            new_weights.chmod(staging.stat().st_mode & 0o666)  # as for any new file; safetensors keeps it to its owner
             _flush(new_weights)
             if not ready.is_file() or ready.read_bytes() != config.encode():
                 ready = directory / f"{CONFIG}.{_digest(new_weights)}.tmp"

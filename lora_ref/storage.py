@@ -124,8 +124,9 @@ def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]
             )
         raise FileNotFoundError(f"there is no {WEIGHTS} in {directory}")
     try:
-        with safetensors.safe_open(path, framework="pt"):  # its header says where the file ends, or nothing is read
-            tensors = safetensors.torch.load(path.read_bytes())  # in half the time that one by one takes
+        # the header says where the file ends, or nothing is read; at once takes half the time that one by one does
+        with path.open("rb") as file, safetensors.safe_open(path, framework="pt"):
+            tensors = safetensors.torch.load(file.read())
         infinite = [key for key, tensor in tensors.items() if not is_finite(tensor)]  # a 4-bit type: RuntimeError
     except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from error

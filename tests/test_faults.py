@@ -7,14 +7,19 @@ import os
 import random
 import resource
 import signal
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ref import LoraConfig, config_file, folder, storage
+from lora_ref import LoraConfig, PeftModel, config_file, folder, get_peft_model, storage
 
 KILLS = 200
 
@@ -150,6 +155,36 @@ def test_a_disk_that_fills_up_is_an_error_and_the_old_pair_stays(tmp_path: Path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [folder.CONFIG, folder.WEIGHTS]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_read_only_folder_is_read_and_is_an_error_to_write_to() -> None:
+    """By a user who may not write there; root may everywhere, so root becomes another one in the fork."""
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is root's alone
+        place = Path(name, "adapter")
+        storage.write_folder(place, *pair(1))
+        kept = Path(name, "kept")
+        storage.write_folder(kept, *pair(1))
+        (kept / folder.WEIGHTS).chmod(0)
+        os.chmod(name, 0o755)
+        os.chmod(place, 0o555)
+
+        def tries() -> None:
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            assert belongs_together(place) == 1
+            for where in (place, place / "new"):
+                with pytest.raises(PermissionError, match=name):
+                    storage.write_folder(where, *pair(2))
+            with pytest.raises(PermissionError, match=name):
+                storage.read_adapter(kept)
+            os._exit(7)
+
+        _, status = os.waitpid(in_a_fork(tries), 0)
+        assert os.waitstatus_to_exitcode(status) == 7
+        assert belongs_together(place) == 1 and len(list(place.iterdir())) == 2
+        os.chmod(place, 0o755)
+
+
 def test_a_file_system_without_locks_is_written_to_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,3 +212,75 @@ def test_readers_share_the_lock_and_a_writer_has_it_alone(tmp_path: Path, monkey
     storage.write_folder(tmp_path, *pair(1))
     storage.read_adapter(tmp_path)
     assert asked == [folder.fcntl.LOCK_EX, folder.fcntl.LOCK_SH]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_both_files_have_the_mode_of_new_files(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        storage.write_folder(tmp_path, *pair(1))
+        storage.write_folder(tmp_path, *pair(2))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+class Scarce(TorchDispatchMode):
+    """There is no memory for the n-th operation of torch."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("injected")
+        return function(*args, **(kwargs or {}))
+
+
+def whole_numbers(dtype: torch.dtype, init: bool | str) -> PeftModel:
+    """Three layers in which sums are exact, so that what is subtracted again leaves no trace."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for _ in range(3)))
+    model = get_peft_model(net, LoraConfig(r=2, lora_alpha=2, target_modules=["0", "1", "2"], init_lora_weights=init))
+    if init is True:
+        for parameter in model.parameters():
+            parameter.data = torch.randint(-3, 4, parameter.shape).to(parameter.dtype)
+    return model
+
+
+MERGES: dict[str, Callable[[PeftModel], Any]] = {
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "unload": lambda model: model.unload(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("init", [True, "pissa"])
+@pytest.mark.parametrize("merging", MERGES)
+def test_a_merge_without_memory_leaves_the_model_as_it_was(merging: str, init: bool | str, dtype: torch.dtype) -> None:
+    """Whichever operation it is that there is no memory for."""
+    x = torch.ones(2, 4, dtype=dtype)
+    for n in range(1, 1000):
+        model = whole_numbers(dtype, init)
+        modules, want = list(model.modules()), model(x)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        try:
+            with Scarce(n):
+                MERGES[merging](model)
+        except torch.OutOfMemoryError:
+            now = model.state_dict()
+            assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+            assert now.keys() == before.keys() and torch.allclose(model(x), want)
+            if init is True or merging != "merge_and_unload":  # there, what is subtracted again is so to rounding
+                assert all(torch.equal(now[name], before[name]) for name in before)
+        else:
+            assert n > 10 or (merging == "unload" and init is True)
+            return
+    raise AssertionError("it never ends")
