@@ -187,8 +187,15 @@ def on_threads(count: int, folder: Path) -> dict[str, Numbers]:
     """From another process, whose BLAS libraries have so many threads from the start."""
     path = folder / f"{count}.npz"
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(count))
+    # threads that wait do not spin: other tests need the cores
+    waiting = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+        "OPENBLAS_THREAD_TIMEOUT": "4",
+    }
     root = Path(__file__).parent.parent
-    environment = os.environ | threads | {"PYTHONPATH": str(root)}
+    environment = os.environ | threads | waiting | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, cwd=root)
     made: dict[str, Numbers] = {}
     with np.load(path) as flat:
