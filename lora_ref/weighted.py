@@ -50,7 +50,7 @@ def combine(
         try:
             combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
             if not all(f.is_meta or linalg.is_finite(f) for f in combined[where][:2]):
-                raise ValueError(f"weights={list(weights)} and these factors give some that are not finite")
+                raise ValueError(f"with weights={list(weights)} the combined factors are not finite")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return combined

@@ -117,7 +117,7 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     while error >= 0.05:
         D[ii, ii] += damping * mean  # twice as much in all
         damping, error = 2 * damping, error / 2
-    return linalg.times_power(D, e) if e else D
+    return linalg.times_power(D, e)
 
 
 def directions(
