@@ -408,3 +408,12 @@ def test_a_file_that_is_longer_than_its_tensors_is_not_read(tmp_path: Path, monk
     monkeypatch.setattr(safetensors.torch, "load", lambda data: pytest.fail("read"))
     with pytest.raises(ValueError, match=r"not a valid safetensors file: .*(fully covered|IncompleteBuffer)"):
         load(nn.Sequential(nn.Linear(4, 3)), tmp_path)
+
+
+def test_a_module_that_is_held_twice_hides_none_of_those_after_it(tmp_path: Path) -> None:
+    shared = nn.Tanh()
+    net = nn.Sequential(shared, shared, nn.Linear(4, 3))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["2"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    again, x = load(nn.Sequential(shared, shared, net[2].base_layer), tmp_path), torch.ones(1, 4)
+    assert torch.equal(again(x), model(x))
