@@ -46,14 +46,14 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
         model = make().to(options.device).train().requires_grad_(trains)
         if not trains:
             model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-        return partial(forward_backward, model, ids)
+        return partial(forward_backward, model, ids, list(model.parameters()))
 
     def adapted(library: Any) -> partial[None]:
         torch.manual_seed(0)
         model = make().to(options.device)
         config = library.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", task_type="CAUSAL_LM")
         model = library.get_peft_model(model, config).train()
-        return partial(forward_backward, model, ids)
+        return partial(forward_backward, model, ids, list(model.parameters()))
 
     def bare() -> Job:
         """The measured floor: the frozen step, and then the products of every branch in their fastest orientation."""
@@ -74,11 +74,13 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
                 dx.addmm_(dz.T, A)
                 del dB, dA
 
+        frozen = plain(False)
+
         def job(model: nn.Module) -> None:
-            forward_backward(model, ids)
+            frozen()
             products()
 
-        return partial(job, plain(False).args[0])
+        return partial(job, frozen.args[0])
 
     jobs: dict[str, Callable[[], Job]] = {"frozen": partial(plain, False), "full": partial(plain, True), "bare": bare}
     jobs |= {library: partial(adapted, module) for library, module in LIBRARIES.items()}
@@ -105,7 +107,7 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
     )
 
 
-def forward_backward(model: nn.Module, ids: Tensor) -> None:
+def forward_backward(model: nn.Module, ids: Tensor, held: list[nn.Parameter]) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
-    for parameter in model.parameters():
+    for parameter in held:
         parameter.grad = None

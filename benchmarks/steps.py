@@ -40,26 +40,22 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
     g = torch.randn(tokens, shape[1], device=options.device, dtype=dtype)
     whole = nn.Linear(*shape, device=options.device, dtype=dtype)
     jobs: dict[str, Callable[[], Job]] = {
-        "frozen": lambda: partial(forward_backward, linear, x, g),
-        "full": lambda: partial(forward_backward, whole, x, g),
+        "frozen": lambda: step_of(linear, x, g),
+        "full": lambda: step_of(whole, x, g),
     }
     compiled = options.cuda and not options.quick
     settings = [(r, p) for r in (8, 64) for p in (0.0, 0.1)]
     for r, p in settings:
-        jobs[label("bare", r, p)] = lambda r=r, p=p: bare(linear, x.detach(), g, r, p)
+        jobs[label("bare", r, p)] = lambda r=r, p=p: bare(linear, x, g, r, p)
         for name, library in LIBRARIES.items():
-            jobs[label(name, r, p)] = lambda library=library, r=r, p=p: partial(
-                forward_backward, adapted(library, linear, r, p), x, g
-            )
+            jobs[label(name, r, p)] = lambda library=library, r=r, p=p: step_of(adapted(library, linear, r, p), x, g)
             if compiled:
-                jobs[label(name, r, p) + ", compiled"] = lambda library=library, r=r, p=p: partial(
-                    forward_backward, torch.compile(adapted(library, linear, r, p)), x, g
+                jobs[label(name, r, p) + ", compiled"] = lambda library=library, r=r, p=p: step_of(
+                    torch.compile(adapted(library, linear, r, p)), x, g
                 )
         heavy = tokens * shape[0] * shape[1] > 2**34
         if dtype == torch.float32 and not heavy:  # loralib has no other, and does what PEFT does
-            jobs[label("loralib", r, p)] = lambda r=r, p=p: partial(
-                forward_backward, adapted_by_loralib(linear, r, p), x, g
-            )
+            jobs[label("loralib", r, p)] = lambda r=r, p=p: step_of(adapted_by_loralib(linear, r, p), x, g)
     return Case(
         theme="Training step of one Linear",
         about={"in": shape[0], "out": shape[1], "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")},
@@ -137,38 +133,52 @@ def adapted_by_loralib(linear: nn.Linear, r: int, p: float) -> nn.Module:
     return layer  # never in eval mode, which would merge into the weight that all share
 
 
-def bare(linear: nn.Linear, x: Tensor, g: Tensor, r: int, p: float) -> Job:
-    """The measured floor: the products of a step in their fastest orientation, A and B in float32, without autograd."""
-    W, b = linear.weight, linear.bias
-    A, B = torch.randn(r, W.shape[1], device=W.device), torch.randn(W.shape[0], r, device=W.device)
+class Products(torch.autograd.Function):
+    """A step's products and no more, in their fastest orientation; A and B are float32."""
 
-    def products() -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
         y, wide, kept = nn.functional.linear(x, W, b), x.float(), None
         if p:
             words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
             kept = (words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(torch.uint8).view(x.shape)
             wide = wide * kept
         z = A @ wide.T
-        y.float().addmm_(z.T, B.T).to(y.dtype)
-        wide = g.float()
-        dz, dB = B.T @ wide.T, z @ wide
-        dx, wide = g @ W, x.float()
+        ctx.save_for_backward(x, W, A, B, z, kept)
+        return y.float().addmm_(z.T, B.T).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, z, kept = ctx.saved_tensors
+        wide, dx = g.float(), g @ W
+        dz, dB, wide = B.T @ wide.T, (z @ wide).T, x.float()
         if kept is not None:
-            dA = dz @ (wide * kept)
-            dx.add_((dz.T @ A).mul_(kept))
-        else:
-            dA = dz @ wide
-            dx.float().addmm_(dz.T, A).to(dx.dtype)
-        del dA, dB
-
-    return products
+            return dx.add_((dz.T @ A).mul_(kept)), None, None, dz @ (wide * kept), dB, None
+        return dx.float().addmm_(dz.T, A).to(dx.dtype), None, None, dz @ wide, dB, None
 
 
-def forward_backward(layer: nn.Module, x: Tensor, g: Tensor) -> None:
+def bare(linear: nn.Linear, x: Tensor, g: Tensor, r: int, p: float) -> Job:
+    """The measured floor: the products in one autograd function, without a module around it or a question asked."""
+    W, b = linear.weight, linear.bias
+    shapes = ((r, W.shape[1]), (W.shape[0], r))
+    A, B = (torch.randn(shape, device=W.device, requires_grad=True) for shape in shapes)
+
+    def step() -> None:
+        Products.apply(x, W, b, A, B, p).backward(g)
+        x.grad = A.grad = B.grad = None
+
+    return step
+
+
+def step_of(layer: nn.Module, x: Tensor, g: Tensor) -> partial[None]:
+    """A step; as an optimizer does, it knows from the start which tensors' gradients are to be let go."""
+    return partial(forward_backward, layer, x, g, [x, *layer.parameters()])
+
+
+def forward_backward(layer: nn.Module, x: Tensor, g: Tensor, held: list[Tensor]) -> None:
     layer(x).backward(g)
-    x.grad = None
-    for parameter in layer.parameters():
-        parameter.grad = None
+    for tensor in held:
+        tensor.grad = None
 
 
 def one_token(shape: tuple[int, int], options: Any) -> Case:

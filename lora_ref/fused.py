@@ -1,16 +1,18 @@
-"""The branch of a linear layer, faster: what `weights.add_product` says, with the gradients written by hand.
+"""A linear layer and its branches, faster: what `layers.Linear` says, with the gradients written by hand.
 
-With T tokens, x (T, in), A (r, in), B (out, r), scaling s, and x~ = dropout(x):
+With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ = dropout(x):
 
     forward                          backward, from g = dL/dy (T, out)
+    y  = x W^T + b        (T, out)   dx = g W            (T, in)
     z  = A x~^T           (r, T)     dz = s B^T g^T      (r, T)
     y += s z^T B^T        (T, out)   dB = s (z g)^T      (out, r)
                                      dA = dz x~          (r, in)
                                      dx += dz^T A        (T, in), where x was kept
 
 Autograd computes the same. What is faster: the rank comes first, for (r, T) @ (T, out) takes a fraction of
-(out, T) @ (T, r) where r is small; the sums are made in place, `Up`'s in the base's y and `Down`'s, which x passes
-through on its way to the base, in the base's dx; and for backward stay x, z, and one byte an element for dropout.
+(out, T) @ (T, r) where r is small; the sums are made in place, in y and in dx; between two large products little
+of Python runs, whose own memory they have driven out of the cache; and for backward stay x, z, and one byte an
+element for dropout.
 """
 
 from collections.abc import Sequence
@@ -44,102 +46,94 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def unobserved(base: nn.Module) -> bool:
-    """May what this layer returns, forward and backward, be changed in place? Not where a hook might keep it."""
+def is_plain(base: Any) -> bool:
+    """Does it compute x W^T + b, seen by nobody? Not with hooks, a forward of its own, a weight of another class."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    forward = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-    return not (hooked or forward or everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks)
+    changed = hooked or "forward" in base.__dict__ or everywhere._has_any_global_hook()
+    return not changed and type(base.weight) in (nn.Parameter, Tensor)
 
 
-def add_branches(base: nn.Module, x: Tensor, branches: Sequence[Branch], in_place: bool) -> Tensor:
+def add_branches(base: Any, W: Float[Tensor, "out in"], x: Tensor, branches: Sequence[Branch]) -> Tensor:
     """base(x) + the sum of the branches, summed in the widest of the dtypes, rounded once to base(x)'s."""
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)  # torch's own operations would cast; the base does
         branches = [b if b.A.dtype == torch.float64 else Branch(b.A.to(dtype), b.B.to(dtype), *b[2:]) for b in branches]
-    As, Bs, scales = [b.A for b in branches], [b.B for b in branches], [b.s / (1 - b.p) for b in branches]
-    masks = [mask(x, b.p) if b.p else None for b in branches]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *As, *Bs)):
-        x, *zs = Down.apply(x, in_place, masks, *As)
-        return Up.apply(base(x), in_place, scales, *zs, *Bs)
-    zs = [A @ dropped(x, kept, A.dtype).T for A, kept in zip(As, masks, strict=True)]
-    return up(base(x), in_place, scales, zs, Bs)
+    As, Bs, scales, masks = [], [], [], []
+    for A, B, s, p in branches:
+        As.append(A)
+        Bs.append(B)
+        scales.append(s / (1 - p))
+        masks.append(mask(x, p) if p else None)
+    if torch.is_grad_enabled():
+        return Linear.apply(base, scales, masks, x, W, base.bias, *As, *Bs)
+    return total(base, scales, masks, x, As, Bs)[0]
 
 
-def up(y: Tensor, in_place: bool, scales: Sequence[float], zs: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
-    """y + sum of s z^T B^T, in y's own memory if allowed."""
-    total, dtype = y.detach(), y.dtype  # y's memory, but for autograd not y: a result of `Up`, not a change of y
-    for z in zs:
-        dtype = z.dtype if z.dtype == dtype else torch.promote_types(dtype, z.dtype)
-    if not (in_place and dtype == y.dtype and total.is_contiguous()):
-        total = total.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    flat = total.view(-1, y.shape[-1])
-    for s, z, B in zip(scales, zs, Bs, strict=True):
-        flat.addmm_(cast(z, dtype).T, cast(B, dtype).T, alpha=s)  # (T, r) @ (r, out) -> (T, out)
-    return cast(total, y.dtype)
+def total(
+    base: Any, scales: Sequence[float], masks: Sequence[Tensor | None], x: Tensor, As: Sequence[Tensor], Bs: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """y, and z of each branch."""
+    y, zs = base.forward(x), []  # it has no hooks
+    flat = wide = y if y.ndim == 2 else y.view(-1, y.shape[-1])
+    for A, B, s, kept in zip(As, Bs, scales, masks, strict=True):
+        z = A @ dropped(x, kept, A.dtype).T  # (r, in) @ (in, T) -> (r, T)
+        zs.append(z)
+        if z.dtype != wide.dtype:
+            wide, z, B = widened(wide, z, B)
+        wide.addmm_(z.T, B.T, alpha=s)  # (T, r) @ (r, out) -> (T, out)
+    if wide is not flat:
+        flat.copy_(wide)
+    return y, zs
 
 
-class Down(torch.autograd.Function):
-    """x, A_1, ... -> x for the base layer, z_1, ...: x has several users, whose gradients meet in one place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, in_place: bool, masks: list[Tensor | None], *As: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *As, *masks)
-        ctx.in_place = in_place
-        ctx.set_materialize_grads(False)
-        passed = x.detach()
-        if not x.requires_grad:
-            ctx.mark_non_differentiable(passed)
-        zs = [A @ dropped(x, kept, A.dtype).T for A, kept in zip(As, masks, strict=True)]
-        return passed, *zs  # (r, in) @ (in, T) -> (r, T)
+class Linear(torch.autograd.Function):
+    """x, W, b, A_1, ..., B_1, ... -> base(x) + sum of s B A dropout(x)."""
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, *dzs: Tensor) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        n, needs = len(dzs), ctx.needs_input_grad
-        dAs: list[Tensor | None] = [None] * n
-        for i, dz in enumerate(dzs):
-            A, kept = saved[i], saved[n + i]
-            if needs[3 + i]:
-                dAs[i] = dz @ dropped(x, kept, A.dtype)  # (r, T) @ (T, in) -> (r, in)
-            if needs[0]:
-                dx = add_dx(torch.zeros_like(x) if dx is None else dx, dz, A, kept, ctx.in_place)
-        return dx, None, None, *dAs
-
-
-def add_dx(dx: Tensor, dz: Tensor, A: Tensor, kept: Tensor | None, in_place: bool) -> Tensor:
-    """dx + dz^T A, (T, r) @ (r, in) -> (T, in), where x was kept; in dx's own memory if allowed."""
-    flat = dx if dx.ndim == 2 else dx.reshape(-1, dx.shape[-1])
-    if kept is None and dx.dtype == A.dtype:
-        flat = flat.addmm_(dz.T, A) if in_place else torch.addmm(flat, dz.T, A)
-    else:
-        part = dz.T @ A
-        part = part if kept is None else part.mul_(kept) if in_place else part * kept
-        flat = flat.add_(part) if in_place else (flat + part).to(dx.dtype)
-    return flat if dx.ndim == 2 else flat.view(dx.shape)
-
-
-class Up(torch.autograd.Function):
-    """y, z_1, ..., B_1, ... -> y + sum of s z^T B^T."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, in_place: bool, scales: Sequence[float], *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(*factors)
-        ctx.scales, n = scales, len(scales)
-        return up(y, in_place, scales, factors[:n], factors[n:])
+    def forward(
+        ctx: Any, base: Any, scales: Any, masks: Any, x: Tensor, W: Tensor, b: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        n = len(scales)
+        y, zs = total(base, scales, masks, x, factors[:n], factors[n:])
+        ctx.save_for_backward(x, W, *factors, *zs, *masks)
+        ctx.scales = scales
+        return y.detach() if y._is_view() else y  # a view could not be changed in place by others
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        factors, needs, n = ctx.saved_tensors, ctx.needs_input_grad, len(ctx.scales)
-        flat = g.reshape(-1, g.shape[-1])
+        x, W, *saved = ctx.saved_tensors
+        n, (need_x, need_W, need_b, *need) = len(ctx.scales), ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * (2 * n)
+        g = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
+        dx = g @ cast(W, g.dtype) if need_x else None  # (T, out) @ (out, in) -> (T, in)
         for i, s in enumerate(ctx.scales):
-            z, B = factors[i], factors[n + i]
-            wide = cast(flat, B.dtype)
-            if needs[3 + i]:
-                grads[i] = product(B.T, wide.T, s)  # (r, out) @ (out, T) -> (r, T)
-            if needs[3 + n + i]:
+            A, B, z, kept = saved[i::n]
+            wide, x_ = cast(g, B.dtype), dropped(x, kept, A.dtype)
+            if torch.is_grad_enabled():  # second derivatives: z depends on x and A
+                z = A @ x_.T
+            dz = product(B.T, wide.T, s)  # (r, out) @ (out, T) -> (r, T)
+            if need[i]:
+                grads[i] = dz @ x_  # (r, T) @ (T, in) -> (r, in)
+            if need[n + i]:
                 grads[n + i] = product(z, wide, s).T  # (r, T) @ (T, out) -> (r, out)
-        return g, None, None, *grads
+            if dx is not None:
+                dx = add_dx(dx, dz, A, kept)
+        dx = dx if dx is None else cast(dx, x.dtype).view(x.shape)
+        dW = g.T @ dropped(x, None, g.dtype) if need_W else None  # (out, T) @ (T, in) -> (out, in)
+        return None, None, None, dx, dW, g.sum(0) if need_b else None, *grads
+
+
+def add_dx(dx: Tensor, dz: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
+    """dx += dz^T A, (T, r) @ (r, in) -> (T, in), where x was kept; in the wider of the dtypes."""
+    if dx.dtype != A.dtype:
+        dx, dz, A = widened(dx, dz, A)
+    return dx.addmm_(dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
+
+
+def widened(x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+    """All in the dtype that torch gives to x + y."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return [cast(t, dtype) for t in (x, y, z)]
 
 
 def product(a: Tensor, b: Tensor, s: float) -> Tensor:

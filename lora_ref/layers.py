@@ -1,6 +1,5 @@
 """The layer types: Linear (and transformers' Conv1D), Embedding, Conv1d, Conv2d, Conv3d."""
 
-from types import NoneType
 from typing import Any
 
 import torch
@@ -35,16 +34,16 @@ class Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The formula above, or the same by `fused` where that applies."""
-        if args or kwargs or not fused.applies(x) or not (branches := self.branches()):
+        base: Any = self._modules["base_layer"]
+        plain = (type(base) is nn.Linear or self.fan_in_fan_out) and fused.is_plain(base)
+        if not plain or args or kwargs or not fused.applies(x) or not (branches := self.branches()):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        in_place = (type(base) is nn.Linear or self.fan_in_fan_out) and fused.unobserved(base)
-        return fused.add_branches(base, x, branches, in_place)
+        return fused.add_branches(base, self.logical(base.weight), x, branches)
 
     def branches(self) -> list[fused.Branch]:
         """What `forward` adds to the base's output; none where only the formula can tell."""
-        part: Any = self._modules  # one token takes less time than some ten attributes of a module
-        taken, dropouts = self.lora_taken, self.lora_dropout
+        part: Any = self._modules  # dicts, and not attributes of modules: one token takes less time than ten of those
+        taken, dropouts = part.get("lora_taken", ()), part.get("lora_dropout", ())
         spoken = self.disable_adapters or self.sample_adapters is not None
         if spoken or (taken and not taken.keys() <= {*self.active_adapters, *self.merged_adapters}):
             return []
@@ -52,10 +51,13 @@ class Linear(LoraLayer):
         for name in self.active_adapters:
             if name in self.merged_adapters:
                 continue
-            A, B = part["lora_A"][name].weight, part["lora_B"][name].weight
-            dropout = dropouts[name] if name in dropouts else None  # noqa: SIM401 (a ModuleDict has no get)
-            p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-            if A.dtype != B.dtype or p > 0.5 or type(dropout) not in (NoneType, nn.Dropout):
+            A, B, p = part["lora_A"][name].weight, part["lora_B"][name].weight, 0.0
+            if name in dropouts:
+                dropout = dropouts[name]
+                if type(dropout) is not nn.Dropout or (dropout.p > 0.5 and dropout.training):
+                    return []
+                p = dropout.p if dropout.training else 0.0
+            if A.dtype != B.dtype:
                 return []
             found.append(fused.Branch(A, B, self.scaling[name], p))
         return found

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layers import Conv1D, adapt
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_ref import LoraConfig, fused
@@ -44,9 +45,9 @@ def results(layer: Any, x: Tensor, how: Callable[[Any, Tensor], Tensor] = lambda
 
 def both(layer: Any, x: Tensor, how: Callable[[Any, Tensor], Tensor] = lambda f, x: f(x)) -> list[dict[str, Tensor]]:
     """`results` of the fast path and of the formula, with the same random numbers; says that the first was taken."""
-    found, calls, up = [], [], fused.up
+    found, calls, total = [], [], fused.total
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "up", lambda *args: calls.append(1) or up(*args))
+        patch.setattr(fused, "total", lambda *args: calls.append(1) or total(*args))
         torch.manual_seed(1)
         found.append(results(layer, x, how))
         assert calls, "the fast path was not taken"
@@ -123,13 +124,14 @@ def test_gradcheck_and_second_derivatives(adapters: int) -> None:
     layer = layer_of(3, 4, adapters)
     factors = [f.detach().clone().requires_grad_() for n in layer.r for f in layer.factors(n)]
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    base = layer.base_layer.requires_grad_()
 
-    def call(x: Tensor, *factors: Tensor) -> Tensor:
+    def call(x: Tensor, W: Tensor, b: Tensor, *factors: Tensor) -> Tensor:
         branches = [fused.Branch(A, B, 0.7 + i, 0.0) for i, (A, B) in enumerate(zip(*[iter(factors)] * 2, strict=True))]
-        return torch.tanh(fused.add_branches(layer.base_layer, x, branches, in_place=True))
+        return torch.tanh(fused.add_branches(base, W, x, branches))
 
-    assert torch.autograd.gradcheck(call, (x, *factors))
-    assert torch.autograd.gradgradcheck(call, (x, *factors))
+    assert torch.autograd.gradcheck(call, (x, base.weight, base.bias, *factors))
+    assert torch.autograd.gradgradcheck(call, (x, base.weight, base.bias, *factors))
 
 
 def test_a_gradient_penalty() -> None:
@@ -238,27 +240,46 @@ def test_hooks_on_the_base_see_what_the_base_said(grad: bool) -> None:
         assert torch.allclose(seen[1], torch.ones(4, 5).double() @ layer.base_layer.weight)
 
 
-def test_a_base_that_keeps_its_output() -> None:
-    """Another class may save its output for backward, return its input, or give that no gradient."""
+def test_a_base_that_does_something_else() -> None:
+    """Another class, another forward, another weight: the formula, which asks the base itself."""
 
     class Tanh(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return torch.tanh(super().forward(x))
 
-    class Through(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
+    class Other(torch.Tensor):
+        pass
 
-    class Deaf(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.detach())
+    def offloaded(base: nn.Linear) -> None:  # as accelerate does it: the forward of one object
+        plain = base.forward
+        base.forward = lambda x: torch.tanh(plain(x))  # type: ignore[method-assign]
 
-    for cls in (Tanh, Through, Deaf):
+    def pruned(base: nn.Linear) -> None:
+        prune.random_unstructured(base, "weight", 0.5)
+
+    def quantized(base: nn.Linear) -> None:
+        base.weight = nn.Parameter(base.weight.detach().as_subclass(Other), requires_grad=False)
+
+    def nothing(base: nn.Linear) -> None:
+        pass
+
+    for cls, change in ((Tanh, nothing), (nn.Linear, offloaded), (nn.Linear, pruned), (nn.Linear, quantized)):
         _, layer = adapt(cls(6, 6).double(), r=2, lora_alpha=3, init_lora_weights=False)
+        change(layer.base_layer)
         x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-        before = x.detach().clone()
-        assert_alike(*both(layer, x), 1e-12)
-        assert torch.equal(x, before)
+        A, B = layer.factors("default")
+        want = layer.base_layer(x) + 1.5 * (x @ A.T @ B.T)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "add_branches", lambda *args: pytest.fail("the fast path was taken"))
+            assert torch.allclose(layer(x), want)
+
+
+def test_its_output_may_be_changed_in_place() -> None:
+    """As that of a plain layer: by an activation, or a residual sum."""
+    layer = layer_of(6, 6)
+    for shape in ((6,), (4, 6), (2, 4, 6)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert_alike(*both(layer, x, lambda f, x: torch.relu_(f(x).add_(x))), 1e-12)
 
 
 def test_no_gradient_is_computed_that_nobody_asks_for() -> None:
