@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import linalg
+from .atomic import surely
 from .layer import LoraLayer, fitting
 from .weights import at_least_float32
 from .wrappers import frame
@@ -23,6 +24,7 @@ from .wrappers import frame
 BLOCK = 1 << 16  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
 
 Update = tuple[Tensor, Tensor, float]  # A (*batch, r, in), B (*batch, out, r) and s
+State = tuple[LoraLayer, nn.Parameter, list[nn.Parameter], list[str]]  # a layer, and what it is to `become`
 
 
 def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
@@ -30,15 +32,15 @@ def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
 
     Differs from PEFT: one rounding for the sum, where each update was rounded to W's dtype first.
     """
-    W = layer.logical(layer.base_weight.detach().clone())
-    for part, updates in blocks(W, updates_of(layer, names)):
+    W = layer.logical(layer.base_weight.detach().clone())  # a view, or another copy
+    for part, updates in blocks(W, updates_of(layer, names, W.dtype)):
         add(part, updates)
     return layer.stored(W)
 
 
-def updates_of(layer: LoraLayer, names: Sequence[str]) -> list[Update]:
-    """The factors of the named adapters, themselves where they have the dtype that is summed in."""
-    dtype = torch.promote_types(layer.base_weight.dtype, torch.float32)
+def updates_of(layer: LoraLayer, names: Sequence[str], dtype: torch.dtype) -> list[Update]:
+    """The factors of the named adapters for a weight of this dtype, themselves where they can be summed as they are."""
+    dtype = torch.promote_types(dtype, torch.float32)
     factors = ((*layer.factors(name), fitting(layer.scaling[name], dtype)) for name in names)
     return [(A.detach().to(dtype), B.detach().to(dtype), s) for A, B, s in factors]
 
@@ -124,11 +126,12 @@ def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
     weights = {where: merged_weight(layers[where], new) for where, new in todo.items()}
     for where, weight in weights.items():
         _check(where, todo[where], weight)
+    states: list[State] = []
     for where, weight in weights.items():
         layer = layers[where]
-        layer.spare = layer.spare or [layer.base_weight]
-        layer.put_weight(weight)
-        layer.merged_adapters = layer.merged_adapters + todo[where]
+        spare, merged = layer.spare or [layer.base_weight], layer.merged_adapters + todo[where]
+        states.append((layer, layer.as_weight(weight), spare, merged))
+    become(states)
 
 
 def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
@@ -137,14 +140,19 @@ def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
 
 
 def unmerge(layers: Iterable[LoraLayer]) -> None:
-    """Give every layer the weight that it had before merging, bit for bit."""
-    for layer in layers:
-        layer.unmerge()
+    """Give every layer the weight that it had before merging, bit for bit; or none."""
+    become([(layer, *layer.unmerged()) for layer in layers if layer.spare])
 
 
-def changes(layers: Iterable[LoraLayer]) -> list[nn.Module]:
-    """The modules whose attributes merging and unmerging change."""
-    return [module for layer in layers for module in (layer, layer.get_base_layer())]
+def become(states: list[State]) -> None:
+    """Each layer gets a weight, a spare one and a list of merged adapters; all do, or (Ctrl-C) none."""
+    before = [(layer, layer.base_weight, layer.spare, layer.merged_adapters) for layer, *_ in states]
+    try:
+        for layer, *state in states:
+            layer.become(*state)
+    except BaseException:
+        surely(lambda: [layer.become(*state) for layer, *state in before])
+        raise
 
 
 # -- without a way back ------------------------------------------------------------------------
@@ -163,7 +171,8 @@ def prepare(
     elsewhere: dict[str, LoraLayer] = {}
     for where, new in todo.items():
         layer = layers[where]
-        W, updates = layer.base_weight.detach(), updates_of(layer, new)
+        W = layer.base_weight.detach()
+        updates = updates_of(layer, new, W.dtype)
         if not surely_finite(W, updates):
             _check(where, new, merged_weight(layer, new))
         whole = all(name in names or name in layer.merged_adapters for name in layer.lora_taken)

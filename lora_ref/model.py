@@ -35,15 +35,11 @@ class LoraModel(SwitchModel):
         """
         names = self._named(adapter_names)
         check_whole(self, "merging")
-        layers = self.layers()
-        with transaction(self, modules=lambda: merge.changes(layers.values())):
-            merge.merge(layers, names)
+        merge.merge(self.layers(), names)
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit. Adapters that were active still are."""
-        layers = self.layers().values()
-        with transaction(self, modules=lambda: merge.changes(layers)):
-            merge.unmerge(layers)
+        merge.unmerge(self.layers().values())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None

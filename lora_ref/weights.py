@@ -76,7 +76,7 @@ class WeightKeeper(AdapterModule):
 
     def get_base_layer(self) -> nn.Module:
         """The module at the bottom of nested wrappers."""
-        return unwrapped(self.base_layer)
+        return unwrapped(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -85,12 +85,16 @@ class WeightKeeper(AdapterModule):
 
     def put_weight(self, weight: Tensor) -> None:
         """Replace the base parameter. Another module that shared it keeps the old one."""
+        setattr(self.get_base_layer(), self.weight_name, self.as_weight(weight))
+
+    def as_weight(self, weight: Tensor) -> nn.Parameter:
+        """A parameter that can take the place of the base's."""
         now = self.base_weight
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=now.requires_grad)
         if weight.device != now.device or weight.dtype != now.dtype:
             weight.data = weight.data.to(now)  # the model moved while this weight was put aside
-        setattr(self.get_base_layer(), self.weight_name, weight)
+        return weight
 
     @property
     def unmerged_weight(self) -> nn.Parameter:
@@ -111,8 +115,16 @@ class WeightKeeper(AdapterModule):
     def unmerge(self) -> None:
         """Put the weight back that was there before merging, bit for bit."""
         if self.spare:
-            self.put_weight(self.unmerged_weight)
-            self.spare, self.merged_adapters = [], []
+            self.become(*self.unmerged())
+
+    def unmerged(self) -> tuple[nn.Parameter, list[nn.Parameter], list[str]]:
+        """What `become` needs for it."""
+        return self.as_weight(self.unmerged_weight), [], []
+
+    def become(self, weight: nn.Parameter, spare: list[nn.Parameter], merged_adapters: list[str]) -> None:
+        """Merged, or not any more: nothing is computed here that could fail."""
+        setattr(self.get_base_layer(), self.weight_name, weight)
+        self.have(spare=spare, merged_adapters=merged_adapters)
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
         """The original weight as (out, in): transposed storage is undone here and in `stored`."""

@@ -261,7 +261,7 @@ def test_merging_for_good_holds_no_copies_of_the_factors() -> None:
     model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "0", "1", r=4)
     for layer in model.layers().values():
         for (A, B, _), (mine_A, mine_B) in zip(
-            merge.updates_of(layer, ["default"]), [layer.factors("default")], strict=True
+            merge.updates_of(layer, ["default"], torch.float32), [layer.factors("default")], strict=True
         ):
             assert A.data_ptr() == mine_A.data_ptr() and B.data_ptr() == mine_B.data_ptr()
 
@@ -285,6 +285,8 @@ def test_a_sum_just_below_the_largest_number_is_accepted() -> None:
     with torch.no_grad():
         net[0].weight.fill_(65000.0)
     model = adapted(net, "0", r=1)
-    assert not merge.surely_finite(net[0].base_layer.weight, merge.updates_of(model.layers()["0"], ["default"]))
+    assert not merge.surely_finite(
+        net[0].base_layer.weight, merge.updates_of(model.layers()["0"], ["default"], torch.float32)
+    )
     model.merge_and_unload()
     assert torch.isfinite(net[0].weight).all()
