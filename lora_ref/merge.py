@@ -21,7 +21,7 @@ from .layer import LoraLayer, fitting
 from .weights import at_least_float32
 from .wrappers import frame
 
-BLOCK = 1 << 16  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
+BLOCK = 1 << 18  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
 
 Update = tuple[Tensor, Tensor, float]  # A (*batch, r, in), B (*batch, out, r) and s
 State = tuple[LoraLayer, nn.Parameter, list[nn.Parameter], list[str]]  # a layer, and what it is to `become`
@@ -56,7 +56,8 @@ def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator
     if W.itemsize >= 4:  # summed where it is
         yield W, updates
         return
-    n_rows = max(1, (BLOCK if W.device.type == "cpu" else 64 * BLOCK) // max(1, W.shape[1]))
+    most = BLOCK if W.device.type == "cpu" else 16 * BLOCK
+    n_rows = max(1, min(most, W.nbytes // 8) // max(1, W.shape[1]))  # in float32 half of W's bytes
     for first in range(0, W.shape[0], n_rows):
         rows = slice(first, first + n_rows)
         yield W[rows], [(A, B[rows], s) for A, B, s in updates]
