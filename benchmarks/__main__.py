@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no CUDA device here")
     options.turns = 2 if options.tiny else 5 if options.quick else 41
     if options.seconds is None:
-        options.seconds = 1 if options.quick else 10
+        options.seconds = 1 if options.quick else 5
     return options
 
 

@@ -96,8 +96,9 @@ def markdown(results: dict[str, Any], figure: str = "bench.png") -> str:
         "A ratio is of a job's time over that of the first job of its table, run by turns: the median, with quartiles. "
         "*Computed floor*: what the ratio could be at the frozen layer's FLOP/s and the memory's speed. *Saved*: bytes "
         "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held. "
-        "*bare*: the products of a step in their fastest form, without autograd: the measured floor (of a merge, with "
-        "a copy or a look at every weight). *Floor above it*: so many cases do not keep the aim, and no code could.",
+        "*bare*: the products of a step in their fastest form, in one autograd function: the measured floor (of a "
+        "merge, with a copy or a look at every weight). *Floor above it*: so many cases do not keep the aim, and no "
+        "code could.",
         f"![The ratios of all tables, each with its quartiles]({figure})",
         "## What must hold",
         table(

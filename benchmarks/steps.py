@@ -208,7 +208,7 @@ def one_token(shape: tuple[int, int], options: Any) -> Case:
             Bar(
                 "one token without gradients: overhead / PEFT's",
                 lambda row: overhead(row, "lora_ref") / max(overhead(row, "PEFT"), math.ulp(1)),
-                0.5,
+                1.0,
                 lambda row: overhead(row, "bare") / max(overhead(row, "PEFT"), math.ulp(1)),
             )
         ],

@@ -73,7 +73,7 @@ def total(
     base: Any, scales: Sequence[float], masks: Sequence[Tensor | None], x: Tensor, As: Sequence[Tensor], Bs: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """y, and z of each branch."""
-    y, zs = base.forward(x), []  # it has no hooks
+    y, zs = base.forward(x).contiguous(), []  # it has no hooks
     flat = wide = y if y.ndim == 2 else y.view(-1, y.shape[-1])
     for A, B, s, kept in zip(As, Bs, scales, masks, strict=True):
         z = A @ dropped(x, kept, A.dtype).T  # (r, in) @ (in, T) -> (r, T)

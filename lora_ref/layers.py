@@ -35,8 +35,8 @@ class Linear(LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The formula above, or the same by `fused` where that applies."""
         base: Any = self._modules["base_layer"]
-        plain = (type(base) is nn.Linear or self.fan_in_fan_out) and fused.is_plain(base)
-        if not plain or args or kwargs or not fused.applies(x) or not (branches := self.branches()):
+        plain = fused.applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and fused.is_plain(base)
+        if not plain or args or kwargs or not (branches := self.branches()):
             return super().forward(x, *args, **kwargs)
         return fused.add_branches(base, self.logical(base.weight), x, branches)
 

@@ -142,17 +142,21 @@ def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
 
 def unmerge(layers: Iterable[LoraLayer]) -> None:
     """Give every layer the weight that it had before merging, bit for bit; or none."""
-    become([(layer, *layer.unmerged()) for layer in layers if layer.spare])
+    become([(layer, layer.as_weight(layer.unmerged_weight), [], []) for layer in layers if layer.spare])
 
 
 def become(states: list[State]) -> None:
     """Each layer gets a weight, a spare one and a list of merged adapters; all do, or (Ctrl-C) none."""
+
+    def put(states: list[State]) -> None:
+        for layer, weight, spare, merged in states:
+            layer.become(weight, spare, merged)
+
     before = [(layer, layer.base_weight, layer.spare, layer.merged_adapters) for layer, *_ in states]
     try:
-        for layer, *state in states:
-            layer.become(*state)
+        put(states)
     except BaseException:
-        surely(lambda: [layer.become(*state) for layer, *state in before])
+        surely(lambda: put(before))
         raise
 
 

@@ -115,11 +115,7 @@ class WeightKeeper(AdapterModule):
     def unmerge(self) -> None:
         """Put the weight back that was there before merging, bit for bit."""
         if self.spare:
-            self.become(*self.unmerged())
-
-    def unmerged(self) -> tuple[nn.Parameter, list[nn.Parameter], list[str]]:
-        """What `become` needs for it."""
-        return self.as_weight(self.unmerged_weight), [], []
+            self.become(self.as_weight(self.unmerged_weight), spare=[], merged_adapters=[])
 
     def become(self, weight: nn.Parameter, spare: list[nn.Parameter], merged_adapters: list[str]) -> None:
         """Merged, or not any more: nothing is computed here that could fail."""
