@@ -49,7 +49,9 @@ def applies(x: Tensor) -> bool:
 def is_plain(base: Any) -> bool:
     """Does it compute x W^T + b, seen by nobody? Not with hooks, a forward of its own, a weight of another class."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    changed = hooked or "forward" in base.__dict__ or everywhere._has_any_global_hook()
+    forward = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    backward = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
+    changed = hooked or forward or backward or "forward" in base.__dict__
     return not changed and type(base.weight) in (nn.Parameter, Tensor)
 
 
