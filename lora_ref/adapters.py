@@ -168,7 +168,7 @@ class AdaptedModel(nn.Module):
                 raise ValueError(f"adapters {both} each save a module whole (modules_to_save): only one can be active")
         trained = {n: list(biases(self.model, config.bias, n).values()) for n, config in self.peft_config.items()}
         with self._switching(flags=True):
-            merge.unmerge(w for w in wrappers if isinstance(w, LoraLayer))
+            merge.unmerge(wrappers)
             for wrapper in wrappers:
                 wrapper.set_adapter(names, inference_mode)
             self.active_adapters = names

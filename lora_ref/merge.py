@@ -19,7 +19,7 @@ from . import linalg
 from .atomic import surely
 from .layer import LoraLayer, fitting
 from .weights import at_least_float32
-from .wrappers import frame
+from .wrappers import AdapterModule, frame
 
 BLOCK = 1 << 18  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
 
@@ -140,9 +140,10 @@ def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
         raise ValueError(f"{where}: merging {', '.join(names)} gives weights that are not finite; nothing was merged")
 
 
-def unmerge(layers: Iterable[LoraLayer]) -> None:
-    """Give every layer the weight that it had before merging, bit for bit; or none."""
-    become([(layer, layer.as_weight(layer.unmerged_weight), [], []) for layer in layers if layer.spare])
+def unmerge(wrappers: Iterable[AdapterModule]) -> None:
+    """Give every layer among them the weight that it had before merging, bit for bit; or none."""
+    layers = [layer for layer in wrappers if isinstance(layer, LoraLayer) and layer.spare]
+    become([(layer, layer.as_weight(layer.unmerged_weight), [], []) for layer in layers])
 
 
 def become(states: list[State]) -> None:

@@ -39,7 +39,7 @@ class LoraModel(SwitchModel):
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit. Adapters that were active still are."""
-        merge.unmerge(self.layers().values())
+        merge.unmerge(self.wrappers())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
@@ -80,7 +80,7 @@ class LoraModel(SwitchModel):
         """
         check_whole(self, "unloading")
         with self._switching():
-            merge.unmerge(self.layers().values())
+            merge.unmerge(self.wrappers())
             self.disable_adapter_layers()
             for layer in self.layers().values():
                 layer.give_back(list(layer.lora_taken))
