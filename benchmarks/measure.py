@@ -64,19 +64,22 @@ def run(case: Case, seconds: float, turns: int, device: str = "cpu") -> dict[str
     """Measure a case: its row of the results."""
     gc.collect()
     gc.freeze()  # the libraries' own objects: collecting before each job is then quick
+    row: dict[str, Any] = {"theme": case.theme, "about": case.about, "floor": case.floor}
     try:
-        times, jobs = by_turns(case, seconds, turns, device)
+        jobs = {name: prepare() for name, prepare in case.jobs.items()}
+        if case.bytes:  # a job's first call is slower than the others, and not timed
+            row["saved"] = {name: saved_bytes(job, case.alive(job)) for name, job in jobs.items()}
+            jobs = {name: prepare() for name, prepare in case.jobs.items()} if case.fresh else jobs
+            row["peak"] = {name: peak_bytes(job, device) for name, job in jobs.items()}
+        else:
+            for job in jobs.values():
+                job()
+        times = by_turns(case, jobs, seconds, turns, device)
     finally:
         gc.unfreeze()
-    row: dict[str, Any] = {"theme": case.theme, "about": case.about, "floor": case.floor}
     row["turns"] = len(times[case.floor])
     row["ratios"] = {name: spread(t / f for t, f in zip(times[name], times[case.floor], strict=True)) for name in times}
     row["computed"] = case.computed(statistics.median(times[case.floor]))
-    if case.bytes:
-        jobs = {name: prepare() for name, prepare in case.jobs.items()} if case.fresh else jobs
-        row["saved"] = {name: saved_bytes(job, case.alive(job)) for name, job in jobs.items()}
-        jobs = {name: prepare() for name, prepare in case.jobs.items()} if case.fresh else jobs
-        row["peak"] = {name: peak_bytes(job, device) for name, job in jobs.items()}
     row["bars"] = []
     for bar in case.bars:
         value = bar.value(row)
@@ -87,25 +90,23 @@ def run(case: Case, seconds: float, turns: int, device: str = "cpu") -> dict[str
     return row
 
 
-def by_turns(case: Case, seconds: float, turns: int, device: str) -> tuple[dict[str, list[float]], dict[str, Job]]:
+def by_turns(case: Case, jobs: Mapping[str, Job], seconds: float, turns: int, device: str) -> dict[str, list[float]]:
     """Seconds of each job in each turn, in an order drawn anew each turn: at least 5 turns, at most `turns`, and
-    none begun after `seconds`. A job of less than 2 ms is called several times a turn."""
-    jobs = {name: prepare() for name, prepare in case.jobs.items()}
-    calls = {}
-    for name, job in jobs.items():  # the first call of all is slower, and not counted
-        once = time_of(job, 1, device)
-        calls[name] = (
-            1 if case.fresh else max(1, min(200, round(0.002 / (once if once > 0.1 else time_of(job, 3, device)))))
-        )
+    none begun after `seconds`. A job of less than 2 ms is called several times a turn; `jobs` have run once."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
+    calls: dict[str, int] = {}
     order, shuffle, began = list(jobs), random.Random(0), time.perf_counter()
     while (done := len(times[case.floor])) < min(5, turns) or (done < turns and time.perf_counter() - began < seconds):
         shuffle.shuffle(order)
         for name in order:
             job = case.jobs[name]() if case.fresh else jobs[name]
-            times[name].append(time_of(job, calls[name], device, case.waits))
+            times[name].append(time_of(job, calls.get(name, 1), device, case.waits))
             del job
-    return times, jobs
+        if not calls:  # after the first turn
+            calls = {name: 1 if case.fresh else max(1, min(200, round(0.002 / t))) for name, (t,) in times.items()}
+            if max(calls.values()) > 1:  # that turn is not like the others
+                times = {name: [] for name in jobs}
+    return times
 
 
 def time_of(job: Job, calls: int, device: str, waits: bool = False) -> float:

@@ -124,9 +124,7 @@ def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
             merged weight would not be finite.
     """
     todo = to_merge(layers, names)
-    weights = {where: merged_weight(layers[where], new) for where, new in todo.items()}
-    for where, weight in weights.items():
-        _check(where, todo[where], weight)
+    weights = {where: checked_weight(where, layers[where], new) for where, new in todo.items()}
     states: list[State] = []
     for where, weight in weights.items():
         layer = layers[where]
@@ -135,9 +133,12 @@ def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
     become(states)
 
 
-def _check(where: str, names: Sequence[str], weight: Tensor) -> None:
+def checked_weight(where: str, layer: LoraLayer, names: Sequence[str]) -> Tensor:
+    """`merged_weight`; ValueError if it is not finite. Each is looked at while it is in the cache."""
+    weight = merged_weight(layer, names)
     if not linalg.is_finite(weight):
         raise ValueError(f"{where}: merging {', '.join(names)} gives weights that are not finite; nothing was merged")
+    return weight
 
 
 def unmerge(wrappers: Iterable[AdapterModule]) -> None:
@@ -180,7 +181,7 @@ def prepare(
         W = layer.base_weight.detach()
         updates = updates_of(layer, new, W.dtype)
         if not surely_finite(W, updates):
-            _check(where, new, merged_weight(layer, new))
+            checked_weight(where, layer, new)
         whole = all(name in names or name in layer.merged_adapters for name in layer.lora_taken)
         if whole and owners[_memory(W)] == 1 and _is_all_of_its_memory(W, layer.logical(W)):
             sums += blocks(layer.logical(W), updates)
