@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.allocator = "keeps freed memory" if kept else "default"
     options.dtypes = machine.dtypes(options)
     options.bandwidth = machine.bandwidth(options)
-    results: dict[str, Any] = {"machine": machine.describe(options), "quick": options.quick, "rows": []}
+    results: dict[str, Any] = {"machines": [machine.describe(options)], "quick": options.quick, "rows": []}
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 said = ", ".join(f"{value}" for value in case.about.values())
                 progress.update(task, description=f"{theme}: {said}", advance=0)
                 row = measure.run(case, options.seconds, options.turns, options.device)
-                results["rows"].append({"of": theme} | row)
+                results["rows"].append({"of": theme, "machine": 0} | row)
                 progress.advance(task)
             progress.update(task, total=progress.tasks[task].completed, description=theme)
     report.show(results, Console())
@@ -83,13 +83,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """JSON, page and figure. With --only, the other themes' rows stay as they were."""
+    """JSON, page and figure. What was not measured stays as it was, with the machine it is of: with --only the
+    other themes, and always the precisions that this machine does not compute in."""
     name = "bench" + "-cuda" * options.cuda + "-quick" * options.quick
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}.json"
-    if path.exists() and set(options.only) < set(THEMES):
-        rows = [r for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if r["of"] not in options.only]
-        results["rows"] = sorted([*rows, *results["rows"]], key=lambda row: list(THEMES).index(row["of"]))
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    measured = {None, *(str(dtype).removeprefix("torch.") for dtype in options.dtypes)}
+    for row in earlier["rows"]:
+        if row["of"] not in options.only or row["about"].get("dtype") not in measured:
+            its = earlier["machines"][row["machine"]]
+            if its not in results["machines"]:
+                results["machines"].append(its)
+            results["rows"].append(row | {"machine": results["machines"].index(its)})
+    results["rows"].sort(key=lambda row: list(THEMES).index(row["of"]))
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(report.markdown(results, f"{name}.png"), encoding="utf-8")
     report.draw(results, path.with_suffix(".png"))

@@ -24,6 +24,7 @@ def describe(options: Any) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if options.cuda else "CPU",
         "cpu": model.group(1) if model else platform.processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": options.threads,
         "allocator": options.allocator,

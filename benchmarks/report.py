@@ -86,13 +86,11 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 def markdown(results: dict[str, Any], figure: str = "bench.png") -> str:
     """The page that is committed."""
-    m = results["machine"]
-    threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
-    where = f"{m['device']}: {m['cpu']}, {m['cores']} cores, {threads}; {m['blas']}; allocator: {m['allocator']}"
-    versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "peft", "loralib", "transformers"))
+    several = len(results["machines"]) > 1
     page = [
         "# What things cost",
-        f"{where}. {versions}. Written by `make bench`.",
+        "Written by `make bench`.",
+        *(f"Machine {i + 1}: {machine(m)}" if several else machine(m) for i, m in enumerate(results["machines"])),
         "A ratio is of a job's time over that of the first job of its table, run by turns: the median, with quartiles. "
         "*Computed floor*: what the ratio could be at the frozen layer's FLOP/s and the memory's speed. *Saved*: bytes "
         "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held. "
@@ -109,9 +107,17 @@ def markdown(results: dict[str, Any], figure: str = "bench.png") -> str:
     for theme, rows in themes(results).items():
         page.append(f"## {theme}")
         for row in rows:
-            page.append(f"**{said(row['about'])}** ({row['turns']} turns)")
+            on = f", machine {row['machine'] + 1}" if several else ""
+            page.append(f"**{said(row['about'])}** ({row['turns']} turns{on})")
             page.append(table(HEAD, lines(row)))
     return "\n\n".join(page) + "\n"
+
+
+def machine(m: dict[str, Any]) -> str:
+    threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
+    what = f"{m['device']}: {m['cpu']}, {m['vectors']}, {m['cores']} cores, {threads}; {m['blas']}"
+    versions = ", ".join(f"{name} {m[name]}" for name in ("python", "torch", "peft", "loralib", "transformers"))
+    return f"{what}; allocator: {m['allocator']}. {versions}."
 
 
 def show(results: dict[str, Any], console: Console) -> None:

@@ -98,9 +98,32 @@ def test_jobs_run_by_turns() -> None:
 def test_the_committed_results_are_of_the_versions_in_the_constraints() -> None:
     constraints = dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     results = json.loads((RESULTS / "bench.json").read_text())
-    for name in ("peft", "loralib", "transformers"):
-        assert results["machine"][name] == constraints[name]
-    assert results["machine"]["torch"].split("+")[0] == constraints["torch"]
+    for machine in results["machines"]:
+        assert all(machine[name] == constraints[name] for name in ("peft", "loralib", "transformers"))
+        assert machine["torch"].split("+")[0] == constraints["torch"]
+    assert {row["machine"] for row in results["rows"]} == set(range(len(results["machines"])))
     assert not results["quick"] and all(row["turns"] >= 5 for row in results["rows"])
     assert {row["theme"] for row in results["rows"]} >= {"Training step of one Linear", "A batch that mixes adapters"}
     assert (RESULTS / "bench.md").read_text() == report.markdown(results)
+
+
+def test_what_is_not_measured_stays_with_the_machine_it_is_of(tmp_path: Path) -> None:
+    def row(of: str, dtype: str | None, ratio: float) -> dict[str, Any]:
+        one, other = ({"median": r, "low": r, "high": r} for r in (1.0, ratio))
+        about = {"in": 768} | ({"dtype": dtype} if dtype else {})
+        row = {"of": of, "machine": 0, "theme": of, "about": about, "floor": "PEFT", "turns": 5}
+        return row | {"ratios": {"PEFT": one, "lora_ref": other}, "computed": {}, "bars": []}
+
+    options = __main__.parse(["--only", "steps", "--out", str(tmp_path)])
+    options.allocator = "default"
+    there, here = ({**__main__.machine.describe(options), "cpu": name} for name in ("there", "here"))
+    options.dtypes = [torch.float32, torch.bfloat16]
+    rows = [row("steps", "float32", 0.5), row("steps", "bfloat16", 0.6), row("models", None, 0.7)]
+    __main__.write({"machines": [there], "quick": False, "rows": rows}, options)
+    options.dtypes = [torch.float32]
+    __main__.write({"machines": [here], "quick": False, "rows": [row("steps", "float32", 0.8)]}, options)
+    results = json.loads((tmp_path / "bench.json").read_text())
+    found = [(r["ratios"]["lora_ref"]["median"], results["machines"][r["machine"]]["cpu"]) for r in results["rows"]]
+    assert found == [(0.8, "here"), (0.6, "there"), (0.7, "there")]
+    page = (tmp_path / "bench.md").read_text()
+    assert "Machine 1: CPU: here" in page and "Machine 2: CPU: there" in page and "(5 turns, machine 2)" in page
