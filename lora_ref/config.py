@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from . import patterns
+from . import regexes
 from .options import (
     SUB_CONFIGS,
     CordaConfig,
@@ -129,11 +129,11 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 require(value != "", name, value, "a non-empty string, a list or None")
-                patterns.check([value], name)
+                regexes.check([value], name)
             elif value is not None:
                 setattr(self, name, name_list(name, value))
         if isinstance(self.layers_pattern, list):
-            patterns.check(self.layers_pattern, "layers_pattern")
+            regexes.check(self.layers_pattern, "layers_pattern")
         for name in ("target_parameters", "modules_to_save"):
             if getattr(self, name) is not None:
                 setattr(self, name, name_list(name, getattr(self, name)))
@@ -151,7 +151,7 @@ class LoraConfig:
             for key, number in value.items():
                 require(isinstance(key, str), name, key, "a dict whose keys are strings")
                 check(number, f"{name}[{key[:80]!r}]")
-            patterns.check(value, name)
+            regexes.check(value, name)
             setattr(self, name, dict(value))
         if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
             raise ValueError(

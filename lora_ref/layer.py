@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import decomposition
 from .decomposition import Factors
+from .formula import at_least_float32
 from .scaling import check_scaling, scaling
 from .sharded import gathered
-from .weights import WeightKeeper, at_least_float32
+from .weights import WeightKeeper
 from .wrappers import on_demand, put
 
 Init = Callable[[Tensor, int, float], Factors]

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import fused
+from .formula import add_product
 from .layer import LoraLayer
 from .rows import add_each
-from .weights import add_product
 
 
 class Linear(LoraLayer):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from . import linalg
 from .atomic import surely
+from .formula import at_least_float32
 from .layer import LoraLayer, fitting
-from .weights import at_least_float32
 from .wrappers import AdapterModule, frame
 
 BLOCK = 1 << 18  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)

@@ -8,9 +8,9 @@ from . import linalg, patterns
 from .combination import COMBINATIONS
 from .config import LoraConfig
 from .decomposition import Factors
+from .formula import at_least_float32
 from .layer import LoraLayer
 from .scaling import check_rank
-from .weights import at_least_float32
 
 
 def combine(

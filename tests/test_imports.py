@@ -14,7 +14,9 @@ CONCEPTS = [
     "lora_ref",
     "lora_ref.scaling",
     "lora_ref.decomposition",
+    "lora_ref.regexes",
     "lora_ref.patterns",
+    "lora_ref.architectures",
     "lora_ref.options",
     "lora_ref.config",
     "lora_ref.targeting",
@@ -27,11 +29,12 @@ CONCEPTS = [
 ]
 # a module imports nothing that stands in a later line; within a line there is no order
 ORDER = [
-    {"scaling", "decomposition", "patterns", "linalg", "options", "progress"},
-    {"quantization", "pca"},
+    {"scaling", "decomposition", "regexes", "architectures", "linalg", "options", "progress"},
+    {"patterns", "quantization", "pca"},
     {"config", "config_file"},  # LoraConfig.from_pretrained reads the file
     {"targeting", "init", "combination"},
     {"wrappers", "atomic", "sharded", "watch", "covariance", "gradients"},
+    {"formula"},
     {"weights", "fused", "rows"},
     {"layer"},
     {"layers"},

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_ref import LoraConfig, explain, get_peft_model, patterns
-from lora_ref.patterns import Clock, Pattern, PatternDict, Rule, ends_at_dot, layer_index, layer_lists
-from lora_ref.targeting import ARCHITECTURES, ModelNames, Targeting, check, resolve
+from lora_ref.architectures import ARCHITECTURES
+from lora_ref.patterns import PatternDict, Rule, ends_at_dot, layer_index, layer_lists
+from lora_ref.regexes import Clock, Pattern
+from lora_ref.targeting import ModelNames, Targeting, check, resolve
 
 NAMES = ModelNames(
     {
@@ -420,7 +422,7 @@ def test_explain_is_about_the_active_adapter_or_else_the_first() -> None:
 @given(st.sampled_from(["", ".*", r"\.", "q", "[a-z]+", "x{2}", "l?"]), st.sampled_from(["q", r"\d+", "proj$", ".*"]))
 def test_a_quick_pattern_matches_what_the_timed_one_does(head: str, tail: str) -> None:
     """One repetition, no group: no clock. Everything else keeps its time limit."""
-    pattern = patterns.Pattern(head + tail)
+    pattern = Pattern(head + tail)
     assert pattern.is_quick is (sum((head + tail).count(c) for c in "*+?{") <= 1)
     for name in ("q", "layers.3.q", "layers.12.xx.proj", "layers.q.proj"):
         quick = pattern.fullmatch(name)
@@ -432,4 +434,4 @@ def test_a_quick_pattern_matches_what_the_timed_one_does(head: str, tail: str) -
 @pytest.mark.parametrize("text", ["(a|aa)+", "(?:a)", ".*.*", "a{2}b{2}", "(?R)"])
 def test_what_could_take_long_has_a_clock(text: str) -> None:
     with contextlib.suppress(ValueError):  # not every one compiles
-        assert not patterns.Pattern(text).is_quick
+        assert not Pattern(text).is_quick

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_ref
-from lora_ref.targeting import ARCHITECTURES
+from lora_ref.architectures import ARCHITECTURES
 from lora_ref.wrappers import ModulesToSave
 
 MANY = settings(max_examples=12 * settings().max_examples)  # an example takes milliseconds, and many are refused

@@ -1,0 +1,102 @@
+"""Regular expressions that cannot hang the process.
+
+They come out of downloaded files, and `(a|aa)+$` takes time exponential in the length of the name.
+`regex` (unlike `re`) can stop a match that runs too long.
+"""
+
+import math
+import re
+import time
+from collections.abc import Collection
+
+import regex
+
+MAX_LENGTH = 100_000  # characters of one pattern
+MAX_REPEAT = 10_000  # product of its {n} counts, which the compiler unrolls;
+MAX_UNROLLED = 1_000_000  # times the pattern's length, that is memory
+MAX_PATTERNS, MAX_CLASSES = 5_000, 300  # keys of one option, and [...] in them: some take 10 ms to compile
+TIME_LIMIT = 1.0  # seconds that a pattern may spend on all the names of a model; a dict or list of them: 3 times
+
+ORDINARY = 1e-5  # seconds of one match that do not count
+
+# `regex` reads more into a brace than `re`: fuzzy matches, counts with spaces in them
+NO_COUNT = re.compile(r"(\\N\{[^}]*\}|\\.|\{[0-9]*,?[0-9]*\})|\{", re.DOTALL)
+
+
+class Clock:
+    """The seconds that one pattern, or several together, may still spend."""
+
+    def __init__(self, left: float):
+        self.left = left
+
+
+class Pattern:
+    """A regular expression whose matches end in time, or with a ValueError.
+
+    >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
+    True
+    >>> Pattern("(a|aa)+", "target_modules", clock=Clock(0.05)).fullmatch("a" * 40 + "!")
+    Traceback (most recent call last):
+    ...
+    ValueError: target_modules: the regular expression '(a|aa)+' is too slow: it backtracks without end on \
+'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!'; write it without nested repetition
+    """
+
+    def __init__(self, text: str, option: str = "pattern", template: str = "{}", clock: Clock | None = None):
+        self.text, self.option, self.clock = text, option, clock or Clock(TIME_LIMIT)
+        try:
+            counts = [max(1, int(n)) for pair in re.findall(r"\{([0-9]*),?([0-9]*)\}", text) for n in pair if n]
+            repeat = math.prod(counts)
+            too_large = len(text) > MAX_LENGTH or repeat > MAX_REPEAT or len(text) * repeat > MAX_UNROLLED
+            if too_large or text.count("[") > MAX_CLASSES:
+                raise OverflowError("it is too large")
+            re.compile(text)
+            text = NO_COUNT.sub(lambda found: found[1] or r"\{", text)
+            self.compiled = regex.compile(template.format(text) if template != "{}" else text)
+        except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
+        # one repetition, and no group that could be repeated: such a match is ordinary, and needs no clock
+        self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 1
+
+    def run(self, method: str, name: str) -> "regex.Match[str] | None":
+        """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""
+        if self.is_quick:
+            return getattr(self.compiled, method)(name)
+        left = self.clock.left
+        if left <= 0:
+            raise ValueError(
+                f"{self.option}: its regular expressions are too slow for this model; write fewer or simpler"
+            )
+        started = time.perf_counter()
+        try:
+            match = getattr(self.compiled, method)(name, timeout=TIME_LIMIT if left > TIME_LIMIT else left)
+        except TimeoutError:
+            raise ValueError(
+                f"{self.option}: the regular expression {self.text[:80]!r} is too slow: it backtracks without end "
+                f"on {name[:80]!r}; write it without nested repetition"
+            ) from None
+        # an ordinary match is free, however many there are: a slow machine must not refuse what a fast one takes
+        spent = time.perf_counter() - started - ORDINARY
+        if spent > 0:
+            self.clock.left = left - spent
+        return match
+
+    def fullmatch(self, name: str) -> bool:
+        """Does the pattern match the whole name?"""
+        return self.run("fullmatch", name) is not None
+
+    def index(self, name: str) -> int | None:
+        """The number in the first group of a match at the start of name."""
+        match = self.run("match", name)
+        return int(match["lora_ref_index"]) if match else None
+
+
+def check(texts: Collection[str], option: str) -> None:
+    """Raise ValueError unless all texts compile as patterns, and soon."""
+    classes = sum(text.count("[") for text in texts)
+    if len(texts) > MAX_PATTERNS or classes > MAX_CLASSES or sum(map(len, texts)) > MAX_LENGTH:
+        raise ValueError(
+            f"{option}: {len(texts)} regular expressions with {classes} classes [...] are too large together"
+        )
+    for text in texts:
+        Pattern(text, option)
