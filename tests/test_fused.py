@@ -240,6 +240,39 @@ def test_hooks_on_the_base_see_what_the_base_said(grad: bool) -> None:
         assert torch.allclose(seen[1], torch.ones(4, 5).double() @ layer.base_layer.weight)
 
 
+EVERYWHERE: dict[str, Any] = {
+    "forward": nn.modules.module.register_module_forward_hook,
+    "forward_pre": nn.modules.module.register_module_forward_pre_hook,
+    "backward": nn.modules.module.register_module_full_backward_hook,
+    "backward_pre": nn.modules.module.register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_a_hook_on_all_modules_sees_the_base(kind: str) -> None:
+    layer = layer_of()
+    seen: list[nn.Module] = []
+    handle = EVERYWHERE[kind](lambda module, *values: seen.append(module))
+    try:
+        layer(torch.randn(4, 6, dtype=torch.float64, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert layer.base_layer in seen
+
+
+@pytest.mark.parametrize("merged", ["default", "a1", "a2"])
+def test_one_adapter_merged_and_others_active(merged: str) -> None:
+    """The fast path adds the others, whichever of the three was merged."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model, layer = adapt(nn.Linear(6, 5).double(), r=2, init_lora_weights=False)
+    for name in ("a1", "a2"):
+        model.add_adapter(name, LoraConfig(r=1, target_modules=["m"], init_lora_weights=False))
+    model.set_adapter(["default", "a1", "a2"])
+    want = layer(x)
+    model.merge_adapter([merged])
+    assert torch.allclose(layer(x), want, rtol=0, atol=1e-12)
+
+
 class Tanh(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(super().forward(x))  # kept for backward
@@ -344,6 +377,17 @@ def test_autocast(dtype: torch.dtype, adapters: int) -> None:
     fast, formula = both(layer, torch.randn(4, 6, requires_grad=True), call)
     assert fast["y"].dtype == dtype
     assert_alike(fast, formula, EPS[torch.bfloat16])
+
+
+def test_the_autocast_of_another_device_changes_nothing() -> None:
+    layer = layer_of().float()
+    x = torch.randn(4, 6)
+    want = layer(x)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert torch.equal(layer(x), want)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def selective(f: Any, x: Tensor) -> Tensor:

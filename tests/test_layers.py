@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
 from lora_ref import init as inits
-from lora_ref.layers import LoraLayer
+from lora_ref.layers import LoraLayer, is_conv1d_of_transformers
+from lora_ref.wrappers import frame
 
 U64 = 2.0**-53  # unit roundoff of float64
 
@@ -766,3 +767,16 @@ def test_repr_says_rank_scaling_and_state() -> None:
     model.merge_adapter()
     model.disable_adapter_layers()
     assert repr(layer).endswith("default: r=2 alpha=3 s=1.5 (active, merged); all disabled)")
+
+
+@pytest.mark.parametrize("name", ["Another", "Conv1d", "Zoned"])
+def test_only_conv1d_by_name_is_taken_for_transformers_conv1d(name: str) -> None:
+    """A module with `nf` and a weight matrix may compute anything."""
+    assert is_conv1d_of_transformers(Conv1D(2, 2)) and not is_conv1d_of_transformers(type(name, (Conv1D,), {})(2, 2))
+
+
+def test_what_an_initialisation_took_is_part_of_the_frame() -> None:
+    """... which transactions cover; an adapter's own numbers are not."""
+    _, layer = adapt(nn.Linear(4, 4), r=1, init_lora_weights="pissa")
+    covered = frame(layer)
+    assert layer.lora_taken in covered and layer.base_layer in covered and layer.lora_A not in covered

@@ -47,7 +47,8 @@ def test_at_least_95_of_100_are_killed_or_change_nothing():
 def test_every_module_is_tried():
     tried = {mutant["module"] for mutant in RESULTS["mutants"]}
     run = runner()
-    assert {name for name in run.modules() if name not in tried} <= {"lora_ref/linalg/__init__.py"}  # only names
+    # of names and of a table no mutant is made
+    assert set(run.modules()) - tried <= {"lora_ref/linalg/__init__.py", "lora_ref/architectures.py"}
 
 
 @pytest.mark.parametrize(

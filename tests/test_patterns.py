@@ -348,6 +348,20 @@ def test_the_keys_of_one_option_share_their_time(monkeypatch: pytest.MonkeyPatch
     clock.left = 0.0
     with pytest.raises(ValueError, match="rank_pattern: its regular expressions are too slow"):
         rule.key("a")
+    lists = layer_lists(["(a|aa)+", "(b|bb)+"])
+    assert lists[0].clock.left == pytest.approx(0.15) and lists[1].clock is lists[0].clock
+
+
+def test_what_a_match_takes_is_taken_off_the_clock() -> None:
+    pattern = Pattern("(a|aa)+", clock=Clock(100.0))
+    pattern.fullmatch("aa")
+    assert pattern.clock.left == pytest.approx(100, abs=0.01)
+    pattern.fullmatch("a" * 22 + "!")  # tens of thousands of ways
+    assert pattern.clock.left < 100 - 1e-5
+
+
+def test_a_long_pattern_with_a_small_count_is_usable() -> None:
+    assert Pattern(r"model\.layers\.[0-9]{1,8}\.self_attn\.q_proj").fullmatch("model.layers.12345678.self_attn.q_proj")
 
 
 @pytest.mark.parametrize(
