@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -146,6 +147,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     heights = [sum(len(lanes(row)) for row in rows) + 1 for rows in parts.values()]
     figure = Figure(figsize=(9, 0.24 * sum(heights) + 1.1 * len(parts)), layout="constrained", facecolor="white")
     panels = figure.subplots(len(parts), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    known: dict[str, Any] = {}
     for panel, (theme, rows) in zip(panels, parts.items(), strict=True):
         names: list[str] = []
         for row in rows:
@@ -162,8 +164,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.invert_yaxis()
         panel.grid(axis="x", which="both", color="0.9", linewidth=0.5)
         panel.spines[["top", "right"]].set_visible(False)
-        once = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-        panel.legend(once.values(), once, fontsize=7, frameon=False, loc="upper right")
+        low, high = panel.get_xlim()
+        panel.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]) if high < 5 * low else LogLocator())
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        known |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(known.values(), known, ncols=len(known), fontsize=8, frameon=False, loc="outside upper center")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
