@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lora_ref.formula import add_in_place
+
 from .measure import Bar, Case, Job
 from .steps import LIBRARIES
 
@@ -236,8 +238,8 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
             owners = [(m, m.weight) for m in net.modules() if isinstance(m, nn.Linear)]
             return lambda: [setattr(module, "weight", weight) for module, weight in owners]
         if operation == "merge_adapter":
-            return lambda: [W.clone().addmm_(B, A, alpha=2.0) for W in weights]
-        return lambda: [torch.linalg.vector_norm(W) for W in weights] + [W.addmm_(B, A, alpha=2.0) for W in weights]
+            return lambda: [add_in_place(W.clone(), B, A, 2.0) for W in weights]
+        return lambda: [torch.linalg.vector_norm(W) for W in weights] + [add_in_place(W, B, A, 2.0) for W in weights]
 
     jobs: dict[str, Callable[[], Job]] = {name: partial(job, library) for name, library in LIBRARIES.items()}
     jobs["bare"] = sums

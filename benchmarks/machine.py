@@ -61,11 +61,16 @@ def bandwidth(options: Any) -> float:
     return best
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep the memory that is freed, as CUDA's allocator does; False where there is no glibc.
+def can_keep_freed_memory() -> bool:
+    """Is the allocator glibc's?"""
+    return hasattr(ctypes.CDLL(None), "mallopt")
 
-    Otherwise each large tensor costs page faults, or none, by where it happens to lie: most of the noise.
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that is freed, as CUDA's allocator does; for the rest of this process.
+
+    Otherwise each large tensor costs page faults, or none, by where it happens to lie: most of the noise of a step.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_max = -1, -4  # names of the two settings in malloc.h
-    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    mallopt = ctypes.CDLL(None).mallopt
+    assert mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)

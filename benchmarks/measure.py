@@ -68,9 +68,8 @@ def run(case: Case, seconds: float, turns: int, device: str = "cpu") -> dict[str
     try:
         jobs = {name: prepare() for name, prepare in case.jobs.items()}
         if case.bytes:  # a job's first call is slower than the others, and not timed
-            row["saved"] = {name: saved_bytes(job, case.alive(job)) for name, job in jobs.items()}
-            jobs = {name: prepare() for name, prepare in case.jobs.items()} if case.fresh else jobs
-            row["peak"] = {name: peak_bytes(job, device) for name, job in jobs.items()}
+            counted = {name: bytes_of(job, case.alive(job), device) for name, job in jobs.items()}
+            row["saved"], row["peak"] = ({name: pair[i] for name, pair in counted.items()} for i in (0, 1))
         else:
             for job in jobs.values():
                 job()
@@ -142,18 +141,17 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def saved_bytes(job: Job, alive: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between the job's forward and backward pass, beyond the tensors `alive`."""
+def bytes_of(job: Job, alive: Iterable[Tensor], device: str) -> tuple[int, int]:
+    """One call's `saved` (beyond the tensors `alive`) and `peak`."""
     known, found = {storage(t) for t in alive}, {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # a reference keeps the storage from being freed and counted again under the same address
-        found[storage(tensor)] = tensor
+        found[storage(tensor)] = tensor.untyped_storage().nbytes()  # until the backward pass autograd keeps it alive
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        job()
-    return sum(t.untyped_storage().nbytes() for where, t in found.items() if where not in known)
+        peak = peak_bytes(job, device)
+    return sum(n for where, n in found.items() if where not in known), peak
 
 
 def storage(tensor: Tensor) -> int:

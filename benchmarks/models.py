@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import logging as transformers_logging
 
 import lora_ref
+from lora_ref.formula import add_in_place
 
 from .measure import Bar, Case, Job
 from .steps import LIBRARIES, overhead
@@ -70,8 +71,8 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
                 x, y, g, dx = data[A.shape[1], B.shape[0]]
                 z, dz = A @ x.T, B.T @ g.T
                 dB, dA = z @ g, dz @ x
-                y.addmm_(z.T, B.T)
-                dx.addmm_(dz.T, A)
+                add_in_place(y, z.T, B.T)
+                add_in_place(dx, dz.T, A)
                 del dB, dA
 
         frozen = plain(False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_ref
+from lora_ref.formula import add_in_place
 
 from .measure import Bar, Case, Job
 
@@ -145,7 +146,7 @@ class Products(torch.autograd.Function):
             wide = wide * kept
         z = A @ wide.T
         ctx.save_for_backward(x, W, A, B, z, kept)
-        return y.float().addmm_(z.T, B.T).to(y.dtype)
+        return add_in_place(y.float(), z.T, B.T).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +154,7 @@ class Products(torch.autograd.Function):
         wide, dx = g.float(), (g @ W).float()
         dz, dB, wide = B.T @ wide.T, (z @ wide).T, x.float()
         if kept is None:
-            return dx.addmm_(dz.T, A).to(x.dtype), None, None, dz @ wide, dB, None
+            return add_in_place(dx, dz.T, A).to(x.dtype), None, None, dz @ wide, dB, None
         return dx.add_((dz.T @ A).mul_(kept)).to(x.dtype), None, None, dz @ (wide * kept), dB, None
 
 

@@ -1,4 +1,4 @@
-"""The formula y + s * (x A^T) B^T, and the precision in which it is summed."""
+"""The formula y + s * (x A^T) B^T, the precision in which it is summed, and the sum in place."""
 
 import torch
 import torch.nn.functional as F
@@ -24,3 +24,24 @@ def add_product(
     y, z, B = y.to(dtype), z.to(dtype), B.to(dtype)
     flat = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), B.T, alpha=s)
     return flat.view(y.shape)  # (tokens, r) @ (r, out) -> (*tokens, out)
+
+
+def add_in_place(
+    total: Float[Tensor, "rows m"], B: Float[Tensor, "rows r"], A: Float[Tensor, "r m"], s: float = 1.0
+) -> Tensor:
+    """total += s * B @ A, in total's own memory; an s of 0 hides what is not finite in A and B.
+
+    Rows that lie a multiple of 4096 bytes apart share a few places in a processor's cache. Where r is small, BLAS sums
+    many such rows at a time in single precision; a batch of products of 16 rows each takes 0.4 of the time.
+
+    >>> add_in_place(torch.ones(2, 2), B=torch.tensor([[1.0], [2.0]]), A=torch.tensor([[3.0, 4.0]]), s=0.5)
+    tensor([[2.5000, 3.0000],
+            [4.0000, 5.0000]])
+    """
+    (r, m), n = A.shape, total.shape[0] // 16
+    if n and r <= 12 and total.dtype == torch.float32 and total.stride(0) % 1024 == 0 and total.device.type == "cpu":
+        rows, of_B = total[: 16 * n].unflatten(0, (n, 16)), B[: 16 * n].unflatten(0, (n, 16))
+        rows.baddbmm_(of_B, A.expand(n, r, m), alpha=s)  # (n, 16, r) @ (n, r, m) -> (n, 16, m)
+        total[16 * n :].addmm_(B[16 * n :], A, alpha=s)
+        return total
+    return total.addmm_(B, A, alpha=s)  # (n, r) @ (r, m) -> (n, m)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
+from .formula import add_in_place
+
 
 class Branch(NamedTuple):
     """One adapter's part: s * B A dropout(x), each element of x dropped with probability p."""
@@ -82,7 +84,7 @@ def total(
         zs.append(z)
         if z.dtype != wide.dtype:
             wide, z, B = widened(wide, z, B)
-        wide.addmm_(z.T, B.T, alpha=s)  # (T, r) @ (r, out) -> (T, out)
+        add_in_place(wide, z.T, B.T, s)  # (T, r) @ (r, out) -> (T, out)
     if wide is not flat:
         flat.copy_(wide)
     return y, zs
@@ -129,7 +131,7 @@ def add_dx(dx: Tensor, dz: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
     """dx += dz^T A, (T, r) @ (r, in) -> (T, in), where x was kept; in the wider of the dtypes."""
     if dx.dtype != A.dtype:
         dx, dz, A = widened(dx, dz, A)
-    return dx.addmm_(dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
+    return add_in_place(dx, dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
 
 
 def widened(x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:

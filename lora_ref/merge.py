@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from .atomic import surely
-from .formula import at_least_float32
+from .formula import add_in_place, at_least_float32
 from .layer import LoraLayer, fitting
 from .wrappers import AdapterModule, frame
 
@@ -66,8 +66,8 @@ def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator
 def add(W: Float[Tensor, "rows in"], updates: list[Update], sign: int = 1) -> None:
     """W += sum of s * B @ A, in W's memory; rounded once."""
     total = at_least_float32(W)  # W itself, if that is its dtype
-    for A, B, s in updates:  # as addmm's alpha, an s that is 0 would hide a NaN
-        total.addmm_(sign * s * B, A)  # (rows, r) @ (r, in) -> (rows, in)
+    for A, B, s in updates:
+        add_in_place(total, sign * s * B, A)  # (rows, r) @ (r, in) -> (rows, in); an s of 0 hides no NaN this way
     if total is not W:
         W.copy_(total)
 

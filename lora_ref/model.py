@@ -59,7 +59,7 @@ class LoraModel(SwitchModel):
         """
         names = self._named(adapter_names)
         check_whole(self, "merging")
-        with uninterrupted(), self._switching(flags=True):
+        with uninterrupted(), self._switching(flags=adapter_names is not None):
             if self._is_off():
                 self.enable_adapter_layers()
             if adapter_names is not None:
