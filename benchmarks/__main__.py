@@ -36,7 +36,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=[*THEMES, "init"], default=list(THEMES), help="init: benchmarks/init.py"
     )
-    parser.add_argument("--seconds", type=float, help="begin no turn of a case after so many, beyond the fifth")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no turn of a case after so many, beyond the fewest allowed"
+    )
     parser.add_argument("--out", type=Path, help="write JSON, a page and a figure into this folder")
     options = parser.parse_args(arguments)
     options.quick |= options.tiny

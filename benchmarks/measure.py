@@ -43,6 +43,7 @@ class Case:
         jobs: {name: prepare}; ratios are of a job's time over that of `floor`, one of the names.
         fresh: prepare anew before each turn, for jobs that change what they work on.
         waits: for jobs that wait for a disk: measure the time on the clock, not the process's own.
+        least: so many turns at least, however long they take.
         bytes: also measure `saved` and `peak` of each job; `alive(job)` gives the tensors not counted.
         computed: {name: ratio} that are possible at best, from FLOPs, bytes and the seconds that `floor` takes.
         bars: what must hold.
@@ -54,6 +55,7 @@ class Case:
     floor: str
     fresh: bool = False
     waits: bool = False
+    least: int = 5
     bytes: bool = False
     alive: Callable[[Job], Iterable[Tensor]] = lambda job: ()
     computed: Callable[[float], dict[str, float]] = lambda seconds: {}
@@ -90,12 +92,14 @@ def run(case: Case, seconds: float, turns: int, device: str = "cpu") -> dict[str
 
 
 def by_turns(case: Case, jobs: Mapping[str, Job], seconds: float, turns: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each job in each turn, in an order drawn anew each turn: at least 5 turns, at most `turns`, and
+    """Seconds of each job in each turn, in an order drawn anew each turn: at least `case.least`, at most `turns`, and
     none begun after `seconds`. A job of less than 2 ms is called several times a turn; `jobs` have run once."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     calls: dict[str, int] = {}
     order, shuffle, began = list(jobs), random.Random(0), time.perf_counter()
-    while (done := len(times[case.floor])) < min(5, turns) or (done < turns and time.perf_counter() - began < seconds):
+    while (done := len(times[case.floor])) < min(case.least, turns) or (
+        done < turns and time.perf_counter() - began < seconds
+    ):
         shuffle.shuffle(order)
         for name in order:
             job = case.jobs[name]() if case.fresh else jobs[name]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
@@ -38,14 +39,18 @@ def cases(options: Any) -> Iterator[Case]:
 
 
 def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, options: Any) -> Case:
-    """Frozen: the gradient runs back to the embeddings' output and reaches no parameter."""
+    """Frozen: the gradient runs back to the embeddings' output and reaches no parameter.
+
+    (Where adapters are it ends at the first of them, which is a product less, so that a branch can look free.)
+    """
     torch.manual_seed(0)
     ids = torch.randint(512, (batch, tokens), device=options.device)
 
-    def plain(trains: bool) -> partial[None]:
+    def plain(trains: bool | None) -> partial[None]:
+        """All parameters train; or none, and the gradient runs back to the embeddings' output (None: nowhere)."""
         torch.manual_seed(0)
-        model = make().to(options.device).train().requires_grad_(trains)
-        if not trains:
+        model = make().to(options.device).train().requires_grad_(bool(trains))
+        if trains is False:
             model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         return partial(forward_backward, model, ids, list(model.parameters()))
 
@@ -57,31 +62,47 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
         return partial(forward_backward, model, ids, list(model.parameters()))
 
     def bare() -> Job:
-        """The measured floor: the frozen step, and then the products of every branch in their fastest orientation."""
-        pairs = [layer.factors(layer.active_adapters[0]) for layer in adapted(lora_ref).args[0].layers().values()]
-        sizes = {(A.shape[1], B.shape[0]) for A, B in pairs}
+        """The measured floor: a frozen model, and then the products of every branch in their fastest orientation.
+
+        As with adapters, the gradient runs back to the outputs of the first layers, which the adapters' need, and not
+        to their inputs, which nothing needs: that saves a product of the frozen layers.
+        """
+        factors = {
+            name: layer.factors(layer.active_adapters[0]) for name, layer in adapted(lora_ref).args[0].layers().items()
+        }
+        frozen = plain(None)
+        sizes = {(A.shape[1], B.shape[0]) for A, B in factors.values()}
         data = {
             (n_in, n_out): [torch.randn(batch * tokens, n, device=options.device) for n in (n_in, n_out, n_out, n_in)]
             for n_in, n_out in sizes
         }
+        goes_on: dict[str, bool] = {}  # back beyond this layer
 
-        @torch.no_grad()
-        def products() -> None:
-            for A, B in pairs:
-                x, y, g, dx = data[A.shape[1], B.shape[0]]
-                z, dz = A @ x.T, B.T @ g.T
-                dB, dA = z @ g, dz @ x
-                add_in_place(y, z.T, B.T)
-                add_in_place(dx, dz.T, A)
-                del dB, dA
+        def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            goes_on[name] = inputs[0].requires_grad
+            return output if output.requires_grad else output.requires_grad_()
 
-        frozen = plain(False)
+        for name in factors:
+            frozen.args[0].get_submodule(name).register_forward_hook(partial(hook, name))
 
         def job(model: nn.Module) -> None:
             frozen()
-            products()
+            with torch.no_grad():
+                for name, (A, B) in factors.items():
+                    x, y, g, dx = data[A.shape[1], B.shape[0]]
+                    z, dz = A @ x.T, B.T @ g.T
+                    dB, dA = z @ g, dz @ x
+                    add_in_place(y, z.T, B.T)
+                    if goes_on[name]:
+                        add_in_place(dx, dz.T, A)
+                    del dA, dB
 
         return partial(job, frozen.args[0])
+
+    def at_the_same_speed(seconds: float) -> dict[str, float]:
+        """The step's FLOPs over the frozen one's: the ratio, if the branches run at the frozen model's FLOP/s."""
+        best = flops(adapted(lora_ref)) / flops(plain(False))
+        return dict.fromkeys(["bare", *LIBRARIES], best)
 
     jobs: dict[str, Callable[[], Job]] = {"frozen": partial(plain, False), "full": partial(plain, True), "bare": bare}
     jobs |= {library: partial(adapted, module) for library, module in LIBRARIES.items()}
@@ -90,8 +111,10 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
         about={"model": name, "layers": 1 if options.tiny else 2 if options.quick else 4, "tokens": batch * tokens},
         jobs=jobs,
         floor="frozen",
+        least=11,  # a branch takes a few hundredths of the step
         bytes=True,
         alive=lambda job: job.args[0].parameters(),
+        computed=at_the_same_speed,
         bars=[
             Bar(
                 "whole-model step: overhead / PEFT's",
@@ -106,6 +129,12 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
             ),
         ],
     )
+
+
+def flops(job: Job) -> int:
+    with FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
 
 
 def forward_backward(model: nn.Module, ids: Tensor, held: list[nn.Parameter]) -> None:

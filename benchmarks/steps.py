@@ -139,23 +139,24 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
-        y, wide, kept = nn.functional.linear(x, W, b), x.float(), None
+        wide, kept = x.float(), None
         if p:
             words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
             kept = (words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(torch.uint8).view(x.shape)
             wide = wide * kept
         z = A @ wide.T
         ctx.save_for_backward(x, W, A, B, z, kept)
+        y = nn.functional.linear(x, W, b)
         return add_in_place(y.float(), z.T, B.T).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, z, kept = ctx.saved_tensors
-        wide, dx = g.float(), (g @ W).float()
+        wide = g.float()
         dz, dB, wide = B.T @ wide.T, (z @ wide).T, x.float()
-        if kept is None:
-            return add_in_place(dx, dz.T, A).to(x.dtype), None, None, dz @ wide, dB, None
-        return dx.add_((dz.T @ A).mul_(kept)).to(x.dtype), None, None, dz @ (wide * kept), dB, None
+        dA, dx = dz @ (wide if kept is None else wide * kept), (g @ W).float()
+        dx = add_in_place(dx, dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
+        return dx.to(x.dtype), None, None, dA, dB, None
 
 
 def bare(linear: nn.Linear, x: Tensor, g: Tensor, r: int, p: float) -> Job:

@@ -3,16 +3,16 @@
 With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ = dropout(x):
 
     forward                          backward, from g = dL/dy (T, out)
-    y  = x W^T + b        (T, out)   dx = g W            (T, in)
     z  = A x~^T           (r, T)     dz = s B^T g^T      (r, T)
-    y += s z^T B^T        (T, out)   dB = s (z g)^T      (out, r)
-                                     dA = dz x~          (r, in)
+    y  = x W^T + b        (T, out)   dB = s (z g)^T      (out, r)
+    y += s z^T B^T        (T, out)   dA = dz x~          (r, in)
+                                     dx = g W            (T, in)
                                      dx += dz^T A        (T, in), where x was kept
 
 Autograd computes the same. What is faster: the rank comes first, for (r, T) @ (T, out) takes a fraction of
-(out, T) @ (T, r) where r is small; the sums are made in place, in y and in dx; between two large products little
-of Python runs, whose own memory they have driven out of the cache; and for backward stay x, z, and one byte an
-element for dropout.
+(out, T) @ (T, r) where r is small, and leaves x and g in the cache for the large products; the sums are made in
+place, in y and in dx; between two large products little of Python runs, whose own memory they have driven out of the
+cache; and for backward stay x, z, and one byte an element for dropout.
 """
 
 from collections.abc import Sequence
@@ -77,11 +77,10 @@ def total(
     base: Any, scales: Sequence[float], masks: Sequence[Tensor | None], x: Tensor, As: Sequence[Tensor], Bs: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """y, and z of each branch."""
-    y, zs = base.forward(x).contiguous(), []  # it has no hooks
+    zs = [A @ dropped(x, kept, A.dtype).T for A, kept in zip(As, masks, strict=True)]  # (r, in) @ (in, T) -> (r, T)
+    y = base.forward(x).contiguous()  # it has no hooks
     flat = wide = y if y.ndim == 2 else y.view(-1, y.shape[-1])
-    for A, B, s, kept in zip(As, Bs, scales, masks, strict=True):
-        z = A @ dropped(x, kept, A.dtype).T  # (r, in) @ (in, T) -> (r, T)
-        zs.append(z)
+    for z, B, s in zip(zs, Bs, scales, strict=True):
         if z.dtype != wide.dtype:
             wide, z, B = widened(wide, z, B)
         add_in_place(wide, z.T, B.T, s)  # (T, r) @ (r, out) -> (T, out)
@@ -108,21 +107,23 @@ class Linear(torch.autograd.Function):
         x, W, *saved = ctx.saved_tensors
         n, (need_x, need_W, need_b, *need) = len(ctx.scales), ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * (2 * n)
-        g = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
-        dx = g @ cast(W, g.dtype) if need_x else None  # (T, out) @ (out, in) -> (T, in)
+        g, dzs = g if g.ndim == 2 else g.reshape(-1, g.shape[-1]), []
         for i, s in enumerate(ctx.scales):
             A, B, z, kept = saved[i::n]
             wide, x_ = cast(g, B.dtype), dropped(x, kept, A.dtype)
             if torch.is_grad_enabled():  # second derivatives: z depends on x and A
                 z = A @ x_.T
-            dz = product(B.T, wide.T, s)  # (r, out) @ (out, T) -> (r, T)
+            dzs.append(product(B.T, wide.T, s))  # (r, out) @ (out, T) -> (r, T)
             if need[i]:
-                grads[i] = dz @ x_  # (r, T) @ (T, in) -> (r, in)
+                grads[i] = dzs[i] @ x_  # (r, T) @ (T, in) -> (r, in)
             if need[n + i]:
                 grads[n + i] = product(z, wide, s).T  # (r, T) @ (T, out) -> (r, out)
-            if dx is not None:
-                dx = add_dx(dx, dz, A, kept)
-        dx = dx if dx is None else cast(dx, x.dtype).view(x.shape)
+            del wide, x_
+        dx = g @ cast(W, g.dtype) if need_x else None  # (T, out) @ (out, in) -> (T, in)
+        if dx is not None:
+            for i, dz in enumerate(dzs):
+                dx = add_dx(dx, dz, saved[i], saved[3 * n + i])
+            dx = cast(dx, x.dtype).view(x.shape)
         dW = g.T @ dropped(x, None, g.dtype) if need_W else None  # (out, T) @ (T, in) -> (out, in)
         return None, None, None, dx, dW, g.sum(0) if need_b else None, *grads
 
