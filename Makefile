@@ -23,7 +23,7 @@ help:
 	@echo "make check         try lora_ref on the requirements; make check ARGS='peft --html matrix.html'"
 	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md;"
 	@echo "                   make peers ARGS=--releases: for older releases of PEFT"
-	@echo "make bench         what a step, a merge, ... cost against PEFT's (about 15 minutes; make bench ARGS=--quick: one;"
+	@echo "make bench         what a step, a merge, ... cost against PEFT's (about 10 minutes; make bench ARGS=--quick: one;"
 	@echo "                   ARGS='--only init': the initialisations; ARGS='--device cuda'); writes benchmarks/results"
 	@echo "make tutorials     execute the tutorials, renew their quotes, figures and notebooks; ARGS=3: page 3 alone"
 	@echo "make book          the tutorials beside their code, as HTML in tutorials/book/site/; ARGS='--out DIR': elsewhere"
