@@ -97,9 +97,9 @@ def markdown(results: dict[str, Any], figure: str = "bench.png") -> str:
         "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held. "
         "*bare*: the products of a step in their fastest form, in one autograd function: the measured floor (of a "
         "whole model, after the frozen layers' step; of a merge, with a copy or a look at every weight). "
-        "*Floor above it*: so many cases do not keep the aim, nor does their floor. *Allocator*: a step finds the memory "
-        "that the last one has freed, if that is kept; what a process does once (adapt, load, merge) gets its memory "
-        "from the system.",
+        "*Floor above it*: so many cases do not keep the aim, nor does their floor. *Allocator*: a step finds the "
+        "memory that the last one has freed, if that is kept; what a process does once (adapt, load, merge) gets its "
+        "memory from the system.",
         f"![The ratios of all tables, each with its quartiles]({figure})",
         "## What must hold",
         table(
