@@ -1,8 +1,9 @@
 """What an adapter costs outside of training: put in, saved, loaded, switched, merged; and the import of the library.
 
 All over PEFT's time. "bare" is what no library can do without: of an injection the modules that the
-adapter file's keys name, of loading these and the file's tensors, of a merge the sums, and with a way back
-the copy of the weights, of an unmerge that they are put back. No check, no way back from an error.
+adapter file's keys name, of loading these and the file's tensors, of saving the file, of switching a name or a
+flag in each layer and which parameters train, of a merge the sums, and with a way back the copy of the weights,
+of an unmerge that they are put back. No check, no way back from an error.
 """
 
 import math
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import lora_ref
 from lora_ref.formula import add_in_place
 
 from .measure import Bar, Case, Job
@@ -86,6 +88,11 @@ def adapted(library: Any, net: nn.Module, adapters: int = 1) -> Any:
     return model
 
 
+def jobs(of: Callable[[Any], Job], bare: Callable[[], Job]) -> dict[str, Callable[[], Job]]:
+    """The same of each library, and what none can do without."""
+    return {name: partial(of, library) for name, library in LIBRARIES.items()} | {"bare": bare}
+
+
 def versus_peft(row: dict[str, Any]) -> float:
     return row["ratios"]["lora_ref"]["median"]
 
@@ -100,13 +107,11 @@ def injection(layers: int, width: int, options: Any, patterns: int = 0) -> Case:
     def put_in(library: Any) -> Job:
         return partial(library.get_peft_model, network(layers, width, options), config(library, patterns))
 
-    jobs: dict[str, Callable[[], Job]] = {name: partial(put_in, library) for name, library in LIBRARIES.items()}
-    jobs["bare"] = lambda: partial(only_modules, network(layers, width, options))
     text = "get_peft_model, with rank patterns" if patterns else "get_peft_model"
     return Case(
         theme=INJECTION,
         about={"what": "inject", "layers": f"{layers} x 7", "rank patterns": patterns},
-        jobs=jobs,
+        jobs=jobs(put_in, lambda: partial(only_modules, network(layers, width, options))),
         floor="PEFT",
         fresh=True,
         bars=[Bar(f"{text}: time / PEFT's", versus_peft, 0.2, bare)],
@@ -149,12 +154,10 @@ def loading(layers: int, width: int, options: Any) -> Case:
             name, part = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
             getattr(places[name], part)["default"].weight = nn.Parameter(tensor)
 
-    jobs: dict[str, Callable[[], Job]] = {name: partial(load, library) for name, library in LIBRARIES.items()}
-    jobs["bare"] = lambda: partial(read_and_put, network(layers, width, options))
     return Case(
         theme=INJECTION,
         about={"what": "load", "layers": f"{layers} x 7"},
-        jobs=jobs,
+        jobs=jobs(load, lambda: partial(read_and_put, network(layers, width, options))),
         floor="PEFT",
         fresh=True,
         bars=[Bar("from_pretrained: time / PEFT's", versus_peft, 0.2, bare)],
@@ -165,16 +168,23 @@ def saving(layers: int, width: int, options: Any) -> Case:
     """`save_pretrained`; lora_ref's waits until the disk has it."""
     folder = tempfile.TemporaryDirectory()
 
-    def save(name: str, library: Any) -> Job:
-        return partial(adapted(library, network(layers, width, options)).save_pretrained, Path(folder.name) / name)
+    def save(library: Any) -> Job:
+        model = adapted(library, network(layers, width, options))
+        return partial(model.save_pretrained, Path(folder.name) / library.__name__)
+
+    def write() -> Job:
+        model = adapted(lora_ref, network(layers, width, options))
+        model.save_pretrained(there := Path(folder.name) / "bare")
+        tensors = safetensors.torch.load_file(there / "adapter_model.safetensors")
+        return lambda: safetensors.torch.save_file(tensors, there / "adapter_model.safetensors")
 
     return Case(
         theme=INJECTION,
         about={"what": "save", "layers": f"{layers} x 7"},
-        jobs={name: partial(save, name, library) for name, library in LIBRARIES.items()},
+        jobs=jobs(save, write),
         floor="PEFT",
         waits=True,
-        bars=[Bar("save_pretrained: time / PEFT's", versus_peft, 1.0)],
+        bars=[Bar("save_pretrained: time / PEFT's", versus_peft, 1.0, bare)],
     )
 
 
@@ -184,12 +194,21 @@ def switching(layers: int, width: int, options: Any) -> Case:
     def switch(library: Any) -> Job:
         return partial(through, adapted(library, network(layers, width, options), adapters=10))
 
+    def names_and_flags() -> Job:
+        all_layers = adapted(lora_ref, network(layers, width, options), adapters=10).layers().values()
+        own = [
+            (layer, [(i == j, p) for j in range(10) for p in layer.adapter_parameters(f"a{j}")])
+            for i in range(10)
+            for layer in all_layers
+        ]
+        return partial(flags, own)
+
     return Case(
         theme=INJECTION,
         about={"what": "switch among 10 adapters", "layers": f"{layers} x 7"},
-        jobs={name: partial(switch, library) for name, library in LIBRARIES.items()},
+        jobs=jobs(switch, names_and_flags),
         floor="PEFT",
-        bars=[Bar("set_adapter among 10: time / PEFT's", versus_peft, 1.0)],
+        bars=[Bar("set_adapter among 10: time / PEFT's", versus_peft, 1.0, bare)],
     )
 
 
@@ -198,18 +217,29 @@ def through(model: Any) -> None:
         model.set_adapter(f"a{i}")
 
 
+def flags(layers: list[tuple[nn.Module, list[tuple[bool, nn.Parameter]]]]) -> None:
+    for layer, parameters in layers:
+        layer.active = True
+        for trains, parameter in parameters:
+            parameter.requires_grad = trains
+
+
 def disabling(layers: int, width: int, options: Any) -> Case:
     """`disable_adapter`: off, and on again."""
 
     def off_and_on(library: Any) -> Job:
         return partial(disabled, adapted(library, network(layers, width, options)))
 
+    def twice() -> Job:
+        own = [m for m in network(layers, width, options).modules() if isinstance(m, nn.Linear)]
+        return partial(flags, [(module, []) for module in own] * 2)
+
     return Case(
         theme=INJECTION,
         about={"what": "disable_adapter", "layers": f"{layers} x 7"},
-        jobs={name: partial(off_and_on, library) for name, library in LIBRARIES.items()},
+        jobs=jobs(off_and_on, twice),
         floor="PEFT",
-        bars=[Bar("disable_adapter: time / PEFT's", versus_peft, 1.0)],
+        bars=[Bar("disable_adapter: time / PEFT's", versus_peft, 1.0, bare)],
     )
 
 
@@ -241,8 +271,6 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
             return lambda: [add_in_place(W.clone(), B, A, 2.0) for W in weights]
         return lambda: [torch.linalg.vector_norm(W) for W in weights] + [add_in_place(W, B, A, 2.0) for W in weights]
 
-    jobs: dict[str, Callable[[], Job]] = {name: partial(job, library) for name, library in LIBRARIES.items()}
-    jobs["bare"] = sums
     bars = [Bar(f"{operation}: time / PEFT's", versus_peft, 0.125, bare)]
     if operation == "merge_and_unload":
         update = width * width * dtype.itemsize
@@ -250,7 +278,7 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
     return Case(
         theme=MERGING,
         about={"what": operation, "layers": f"{layers} x 7 of {width}", "dtype": str(dtype).removeprefix("torch.")},
-        jobs=jobs,
+        jobs=jobs(job, sums),
         floor="PEFT",
         fresh=True,
         bytes=True,

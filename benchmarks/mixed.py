@@ -41,11 +41,33 @@ def case(used: int, width: int, tokens: int, options: Any) -> Case:
                 nn.init.normal_(parameter, std=0.02)
         return partial(call, model.eval(), x, adapter_names=names)
 
-    jobs: dict[str, Callable[[], Job]] = {"frozen": lambda: partial(call, net, x)}
+    @torch.no_grad()
+    def products(layers: list[tuple[nn.Linear, list[Tensor], list[Tensor]]]) -> Tensor:
+        y = x
+        for linear, As, Bs in layers:
+            z = y @ torch.stack(As).mT  # (8, tokens, in) @ (8, in, r) -> (8, tokens, r)
+            y = linear(y).baddbmm_(z, torch.stack(Bs).mT)  # (8, tokens, r) @ (8, r, out) -> (8, tokens, out)
+        return y
+
+    def bare() -> Job:
+        """The measured floor: each sample's factors, known beforehand, in a stack, and two products."""
+
+        def chosen(*shape: int) -> list[Tensor]:
+            made = [torch.randn(shape, device=options.device) for _ in range(used)]
+            return [made[i % used] for i in range(8)]
+
+        return partial(products, [(linear, chosen(R, width), chosen(width, R)) for linear in net])
+
+    jobs: dict[str, Callable[[], Job]] = {"frozen": lambda: partial(call, net, x), "bare": bare}
     for loaded in (8, 32):
         jobs |= {f"{name} {loaded} loaded": partial(mixed, library, loaded) for name, library in LIBRARIES.items()}
     bars = [
-        Bar("mixed batch, 8 samples: time / base's", lambda row: row["ratios"]["lora_ref 8 loaded"]["median"], 1.3),
+        Bar(
+            "mixed batch, 8 samples: time / base's",
+            lambda row: row["ratios"]["lora_ref 8 loaded"]["median"],
+            1.3,
+            lambda row: row["ratios"]["bare"]["median"],
+        ),
         Bar("mixed batch: time with 32 adapters loaded / with 8", growth, 1.1),
     ]
     return Case(
@@ -53,6 +75,7 @@ def case(used: int, width: int, tokens: int, options: Any) -> Case:
         about={"samples": 8, "tokens": tokens, "used": used, "layers": f"{LAYERS} x {width}->{width}", "r": R},
         jobs=jobs,
         floor="frozen",
+        computed=lambda seconds: dict.fromkeys(["bare", "loaded"], 1 + R * 2 * width / width**2),  # by FLOPs
         bars=bars if tokens > 1 else bars[1:],  # one token: where the base takes no longer than Python
     )
 
