@@ -88,7 +88,7 @@ def test_the_sum_is_in_the_weights_own_memory_and_rounded_once(kind: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [128, 1024])
+@pytest.mark.parametrize("width", [128, 130, 1024])
 def test_it_takes_less_memory_than_one_update(dtype: torch.dtype, width: int) -> None:
     net = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)]).to(dtype)
     model = adapted(net, "0", "1", "2")
@@ -112,6 +112,20 @@ def test_what_is_not_finite_is_refused_before_the_first_weight_is_written() -> N
         model.merge_and_unload()
     assert bits(net) == before
     assert all(isinstance(module, LoraLayer) and not module.merged for module in net)
+
+
+def test_what_trains_is_as_before_when_merging_a_named_adapter_is_refused() -> None:
+    """To merge another adapter than the active one it is made the active one, and trains."""
+    model = adapted(layers(2), "0", "1")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0", "1"]))
+    with torch.no_grad():
+        model.layers()["1"].factors("b")[0].fill_(torch.nan)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert len(set(before.values())) == 2
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_and_unload(adapter_names="b")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.active_adapters == ["default"]
 
 
 def test_a_tied_weight_keeps_its_values_elsewhere() -> None:

@@ -872,3 +872,18 @@ def test_attributes_reach_through_to_the_base() -> None:
     assert model.fc1 is net.fc1 and model.get_base_model() is net and model.fc1.in_features == 8
     with pytest.raises(AttributeError):
         _ = model.nothing_of_the_kind
+
+
+def test_what_is_assumed_where_nothing_is_said(tmp_path: Any) -> None:
+    """Factors of a half-precision model are float32; an adapter that is loaded is for inference."""
+    model = PeftModel(nn.Sequential(nn.Linear(2, 2)).bfloat16(), LoraConfig(r=1, target_modules=["0"]))
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "b")
+    model.load_adapter(tmp_path, "c", is_trainable=True)
+    assert [model.peft_config[name].inference_mode for name in ("default", "b", "c")] == [False, True, False]
+
+
+def test_a_model_that_is_being_made_has_no_attributes() -> None:
+    """As when it is unpickled: to ask the base model, which is not there yet, would not end."""
+    assert not hasattr(PeftModel.__new__(PeftModel), "base_model")
