@@ -9,7 +9,7 @@ import linecache
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +20,15 @@ from torch import nn
 
 import lora_ref
 from lora_ref import LoraConfig, PeftModel, get_peft_model
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises() -> Iterator[None]:
+    """Also where the tests are started in the background, for which a shell has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 PACKAGE = str(Path(lora_ref.__file__).parent)
 POINTS = 10**9 if os.environ.get("INTERRUPTS") == "all" else 100  # of each operation, spread over all of its lines
