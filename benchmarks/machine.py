@@ -73,4 +73,5 @@ def keep_freed_memory() -> None:
     """
     trim_threshold, mmap_max = -1, -4  # names of the two settings in malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    assert mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
+        raise OSError("glibc refuses to keep freed memory: measure with --trim")

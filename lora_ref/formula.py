@@ -32,7 +32,7 @@ def add_in_place(
     """total += s * B @ A, in total's own memory; an s of 0 hides what is not finite in A and B.
 
     Rows that lie a multiple of 4096 bytes apart share a few places in a processor's cache. Where r is small, BLAS sums
-    many such rows at a time in single precision; a batch of products of 16 rows each takes 0.4 of the time.
+    many such rows at a time in single precision; a batch of products of 16 rows each is quicker.
 
     >>> add_in_place(torch.ones(2, 2), B=torch.tensor([[1.0], [2.0]]), A=torch.tensor([[3.0, 4.0]]), s=0.5)
     tensor([[2.5000, 3.0000],
@@ -44,4 +44,4 @@ def add_in_place(
         rows.baddbmm_(of_B, A.expand(n, r, m), alpha=s)  # (n, 16, r) @ (n, r, m) -> (n, 16, m)
         total[16 * n :].addmm_(B[16 * n :], A, alpha=s)
         return total
-    return total.addmm_(B, A, alpha=s)  # (n, r) @ (r, m) -> (n, m)
+    return total.addmm_(B, A, alpha=s)  # (rows, r) @ (r, m) -> (rows, m)
