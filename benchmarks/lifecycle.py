@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_ref
 from lora_ref.formula import add_in_place
@@ -251,7 +251,7 @@ def disabled(model: Any) -> None:
 def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options: Any) -> Case:
     """One of the three. PEFT neither checks what it merges, nor gives the exact weights back.
 
-    Bare: the sums, after a look at every weight (merge_and_unload) or into copies (merge_adapter).
+    Bare: the sums, in float32, after a look at every weight (merge_and_unload) or into copies (merge_adapter).
     """
 
     def job(library: Any) -> Job:
@@ -262,14 +262,14 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
 
     def sums() -> Job:
         net = network(layers, width, options, dtype)
-        A, B = (torch.randn(shape, device=options.device).to(dtype) for shape in ((R, width), (width, R)))
+        A, B = (torch.randn(shape, device=options.device) for shape in ((R, width), (width, R)))
         weights = [m.weight.data for m in net.modules() if isinstance(m, nn.Linear)]
         if operation == "unmerge_adapter":
             owners = [(m, m.weight) for m in net.modules() if isinstance(m, nn.Linear)]
             return lambda: [setattr(module, "weight", weight) for module, weight in owners]
         if operation == "merge_adapter":
-            return lambda: [add_in_place(W.clone(), B, A, 2.0) for W in weights]
-        return lambda: [torch.linalg.vector_norm(W) for W in weights] + [add_in_place(W, B, A, 2.0) for W in weights]
+            return lambda: [add(W.clone(), A, B) for W in weights]
+        return lambda: [torch.linalg.vector_norm(W) for W in weights] + [add(W, A, B) for W in weights]
 
     bars = [Bar(f"{operation}: time / PEFT's", versus_peft, 0.125, bare)]
     if operation == "merge_and_unload":
@@ -284,6 +284,13 @@ def merging(operation: str, layers: int, width: int, dtype: torch.dtype, options
         bytes=True,
         bars=bars,
     )
+
+
+def add(W: Tensor, A: Tensor, B: Tensor) -> None:
+    """W += 2 B A, of a half precision so many rows at a time that their float32 copies stay in the cache."""
+    rows = len(W) if W.dtype == A.dtype else max(1, 2**18 // W.shape[1])
+    for W_rows, B_rows in zip(W.split(rows), B.split(rows), strict=True):
+        add_in_place(W_rows, B_rows, A, 2.0)
 
 
 def importing() -> Case:

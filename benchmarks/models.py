@@ -11,10 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import logging as transformers_logging
 
 import lora_ref
-from lora_ref.formula import add_in_place
 
 from .measure import Bar, Case, Job
-from .steps import LIBRARIES, overhead
+from .steps import LIBRARIES, Products, overhead
 
 R = 16
 
@@ -62,42 +61,14 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
         return partial(forward_backward, model, ids, list(model.parameters()))
 
     def bare() -> Job:
-        """The measured floor: a frozen model, and then the products of every branch in their fastest orientation.
-
-        As with adapters, the gradient runs back to the outputs of the first layers, which the adapters' need, and not
-        to their inputs, which nothing needs: that saves a product of the frozen layers.
-        """
-        factors = {
-            name: layer.factors(layer.active_adapters[0]) for name, layer in adapted(lora_ref).args[0].layers().items()
-        }
-        frozen = plain(None)
-        sizes = {(A.shape[1], B.shape[0]) for A, B in factors.values()}
-        data = {
-            (n_in, n_out): [torch.randn(batch * tokens, n, device=options.device) for n in (n_in, n_out, n_out, n_in)]
-            for n_in, n_out in sizes
-        }
-        goes_on: dict[str, bool] = {}  # back beyond this layer
-
-        def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            goes_on[name] = inputs[0].requires_grad
-            return output if output.requires_grad else output.requires_grad_()
-
-        for name in factors:
-            frozen.args[0].get_submodule(name).register_forward_hook(partial(hook, name))
-
-        def job(model: nn.Module) -> None:
-            frozen()
-            with torch.no_grad():
-                for name, (A, B) in factors.items():
-                    x, y, g, dx = data[A.shape[1], B.shape[0]]
-                    z, dz = A @ x.T, B.T @ g.T
-                    dB, dA = z @ g, dz @ x
-                    add_in_place(y, z.T, B.T)
-                    if goes_on[name]:
-                        add_in_place(dx, dz.T, A)
-                    del dA, dB
-
-        return partial(job, frozen.args[0])
+        """The measured floor: the plain model, each of its linear layers with its branch in one autograd function."""
+        layers, model = adapted(lora_ref).args[0].layers(), plain(None).args[0]
+        factors = {name: layer.factors(layer.active_adapters[0]) for name, layer in layers.items()}
+        for name, (A, B) in factors.items():
+            module = model.get_submodule(name)
+            W = layers[name].logical(module.weight)
+            module.forward = partial(with_branch, W, module.bias, A.requires_grad_(), B.requires_grad_())
+        return partial(forward_backward, model, ids, [p for pair in factors.values() for p in pair])
 
     def at_the_same_speed(seconds: float) -> dict[str, float]:
         """The step's FLOPs over the frozen one's: the ratio, if the branches run at the frozen model's FLOP/s."""
@@ -113,7 +84,7 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
         floor="frozen",
         least=11,  # a branch takes a few hundredths of the step
         bytes=True,
-        alive=lambda job: job.args[0].parameters(),
+        alive=lambda job: [*job.args[0].parameters(), *job.args[2]],
         computed=at_the_same_speed,
         bars=[
             Bar(
@@ -129,6 +100,11 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
             ),
         ],
     )
+
+
+def with_branch(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return Products.apply(flat, W, b, A, B, 0.0).view(*x.shape[:-1], -1)
 
 
 def flops(job: Job) -> int:

@@ -96,7 +96,7 @@ def markdown(results: dict[str, Any], figure: str = "bench.png") -> str:
         "*Computed floor*: what the ratio could be at the frozen layer's FLOP/s and the memory's speed. *Saved*: bytes "
         "kept for the backward pass beyond parameters and the layer's input. *Peak*: the most that new tensors held. "
         "*bare*: the products of a step in their fastest form, in one autograd function: the measured floor (of a "
-        "whole model, after the frozen layers' step; of a merge, with a copy or a look at every weight). "
+        "merge the sums, with a copy or a look at every weight). "
         "*Floor above it*: so many cases do not keep the aim, nor does their floor. *Allocator*: a step finds the "
         "memory that the last one has freed, if that is kept; what a process does once (adapt, load, merge) gets its "
         "memory from the system.",

@@ -154,7 +154,10 @@ class Products(torch.autograd.Function):
         x, W, A, B, z, kept = ctx.saved_tensors
         wide = g.float()
         dz, dB, wide = B.T @ wide.T, (z @ wide).T, x.float()
-        dA, dx = dz @ (wide if kept is None else wide * kept), (g @ W).float()
+        dA = dz @ (wide if kept is None else wide * kept)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, dA, dB, None
+        dx = (g @ W).float()
         dx = add_in_place(dx, dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
         return dx.to(x.dtype), None, None, dA, dB, None
 

@@ -35,9 +35,10 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if any(isinstance(m, AdapterModule) for m in tree(model)):
+        modules = tree(model)
+        if any(isinstance(m, AdapterModule) for m in modules):
             raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
-        for parameter in (p for m in tree(model) for p in m._parameters.values() if p is not None):
+        for parameter in (p for m in modules for p in m._parameters.values() if p is not None):
             parameter.requires_grad_(False)
         self.model = model
         self.training = model.training
@@ -132,12 +133,11 @@ class AdaptedModel(nn.Module):
             checks.check(self.model, config, plan, will_init=init is None)
             config.target_modules = plan.target_modules
             off = self._is_off()
-            inject.put_in(self.model, config, plan, adapter_name, init, autocast_adapter_dtype)
+            layers = inject.put_in(self.model, config, plan, adapter_name, init, autocast_adapter_dtype)
             if off:  # then what is newly wrapped is, too
                 self._switch(False)
             self.peft_config[adapter_name] = config
-            adapted = [w for w in self.wrappers() if isinstance(w, Linear) and adapter_name in w.adapters()]
-            transposed = any(layer.fan_in_fan_out for layer in adapted)
+            transposed = any(layer.fan_in_fan_out for layer in layers if isinstance(layer, Linear))
             config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
 
     def _check_second(self, config: LoraConfig) -> None:

@@ -31,13 +31,18 @@ def add_in_place(
 ) -> Tensor:
     """total += s * B @ A, in total's own memory; an s of 0 hides what is not finite in A and B.
 
-    Rows that lie a multiple of 4096 bytes apart share a few places in a processor's cache. Where r is small, BLAS sums
-    many such rows at a time in single precision; a batch of products of 16 rows each is quicker.
+    Summed in the wider of the dtypes of total and A, rounded once. Rows that lie a multiple of 4096 bytes apart share
+    a few places in a processor's cache. Where r is small, BLAS sums many such rows at a time in single precision; a
+    batch of products of 16 rows each is quicker.
 
     >>> add_in_place(torch.ones(2, 2), B=torch.tensor([[1.0], [2.0]]), A=torch.tensor([[3.0, 4.0]]), s=0.5)
     tensor([[2.5000, 3.0000],
             [4.0000, 5.0000]])
     """
+    if total.dtype != A.dtype:
+        dtype = torch.promote_types(total.dtype, A.dtype)
+        wide = add_in_place(total.to(dtype), B.to(dtype), A.to(dtype), s)
+        return total if wide is total else total.copy_(wide)
     (r, m), n = A.shape, total.shape[0] // 16
     if n and r <= 12 and total.dtype == torch.float32 and total.stride(0) % 1024 == 0 and total.device.type == "cpu":
         rows, of_B = total[: 16 * n].unflatten(0, (n, 16)), B[: 16 * n].unflatten(0, (n, 16))

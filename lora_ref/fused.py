@@ -1,4 +1,4 @@
-"""A linear layer and its branches, faster: what `layers.Linear` says, with the gradients written by hand.
+"""A linear layer and its branch, faster: what `layers.Linear` says, with the gradients written by hand.
 
 With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ = dropout(x):
 
@@ -12,13 +12,14 @@ With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ 
 Autograd computes the same. What is faster: the rank comes first, for (r, T) @ (T, out) takes a fraction of
 (out, T) @ (T, r) where r is small, and leaves x and g in the cache for the large products; the sums are made in
 place, in y and in dx; between two large products little of Python runs, whose own memory they have driven out of the
-cache; and for backward stay x, z, and one byte an element for dropout.
+cache; and for backward stay x, z, and one byte an element for dropout. Several adapters are one of their ranks' sum.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -28,7 +29,7 @@ from .formula import add_in_place
 
 
 class Branch(NamedTuple):
-    """One adapter's part: s * B A dropout(x), each element of x dropped with probability p."""
+    """An adapter's part: s * B A dropout(x), each element of x dropped with probability p."""
 
     A: Float[Tensor, "r in"]
     B: Float[Tensor, "out r"]
@@ -36,11 +37,17 @@ class Branch(NamedTuple):
     p: float = 0.0
 
 
+def joined(branches: Sequence[Branch]) -> Branch:
+    """The sum of branches without dropout: s1 B1 A1 + s2 B2 A2 = [s1 B1 | s2 B2] [A1; A2]."""
+    s = max(abs(b.s) for b in branches) or 1.0  # the largest: the others' B stay in their dtype's range
+    return Branch(torch.cat([b.A for b in branches]), torch.cat([b.B * (b.s / s) for b in branches], dim=1), s)
+
+
 def applies(x: Tensor) -> bool:
     """Is this a plain eager call? Compilers, transforms and modes get the formula in torch's own operations."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing keeps outputs, here they are added to
         or forward_ad._current_level >= 0
@@ -48,97 +55,71 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def is_plain(base: Any) -> bool:
-    """Does it compute x W^T + b, seen by nobody? Not with hooks, a forward of its own, a weight of another class."""
+def plain_weight(base: Any) -> Tensor | None:
+    """W, if the module computes x W^T + b, seen by nobody: no hooks, no forward of its own, no W of another class."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     forward = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     backward = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
     changed = hooked or forward or backward or "forward" in base.__dict__
-    return not changed and type(base.weight) in (nn.Parameter, Tensor)
+    return W if not changed and type(W := base.weight) in (nn.Parameter, Tensor) else None
 
 
-def add_branches(base: Any, W: Float[Tensor, "out in"], x: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """base(x) + the sum of the branches, summed in the widest of the dtypes, rounded once to base(x)'s."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+def add_branch(base: Any, W: Float[Tensor, "out in"], x: Tensor, branch: Branch) -> Tensor:
+    """base(x) + the branch, summed in the wider of the dtypes, rounded once to base(x)'s."""
+    A, B, s, p = branch
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and A.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)  # torch's own operations would cast; the base does
-        branches = [b if b.A.dtype == torch.float64 else Branch(b.A.to(dtype), b.B.to(dtype), *b[2:]) for b in branches]
-    As, Bs, scales, masks = [], [], [], []
-    for A, B, s, p in branches:
-        As.append(A)
-        Bs.append(B)
-        scales.append(s / (1 - p))
-        masks.append(mask(x, p) if p else None)
+        A, B = A.to(dtype), B.to(dtype)
+    kept = mask(x, p) if p else None
     if torch.is_grad_enabled():
-        return Linear.apply(base, scales, masks, x, W, base.bias, *As, *Bs)
-    return total(base, scales, masks, x, As, Bs)[0]
+        return Linear.apply(base, s / (1 - p), kept, x, W, base.bias, A, B)
+    return total(base, s / (1 - p), kept, x, W, base.bias, A, B)[0]
 
 
 def total(
-    base: Any, scales: Sequence[float], masks: Sequence[Tensor | None], x: Tensor, As: Sequence[Tensor], Bs: Any
-) -> tuple[Tensor, list[Tensor]]:
-    """y, and z of each branch."""
-    zs = [A @ dropped(x, kept, A.dtype).T for A, kept in zip(As, masks, strict=True)]  # (r, in) @ (in, T) -> (r, T)
-    y = base.forward(x).contiguous()  # it has no hooks
-    flat = wide = y if y.ndim == 2 else y.view(-1, y.shape[-1])
-    for z, B, s in zip(zs, Bs, scales, strict=True):
-        if z.dtype != wide.dtype:
-            wide, z, B = widened(wide, z, B)
-        add_in_place(wide, z.T, B.T, s)  # (T, r) @ (r, out) -> (T, out)
-    if wide is not flat:
-        flat.copy_(wide)
-    return y, zs
+    base: Any, s: float, kept: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and z."""
+    z = A @ dropped(x, kept, A.dtype).T  # (r, in) @ (in, T) -> (r, T)
+    y = F.linear(x, W, b) if type(base) is nn.Linear else base.forward(x)  # bit for bit what the base says
+    y = y.contiguous()
+    add_in_place(y if y.ndim == 2 else y.view(-1, y.shape[-1]), z.T, B.T, s)  # (T, r) @ (r, out) -> (T, out)
+    return y, z
 
 
 class Linear(torch.autograd.Function):
-    """x, W, b, A_1, ..., B_1, ... -> base(x) + sum of s B A dropout(x)."""
+    """x, W, b, A, B -> base(x) + s B A dropout(x)."""
 
     @staticmethod
     def forward(
-        ctx: Any, base: Any, scales: Any, masks: Any, x: Tensor, W: Tensor, b: Tensor | None, *factors: Tensor
+        ctx: Any, base: Any, s: float, kept: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
     ) -> Tensor:
-        n = len(scales)
-        y, zs = total(base, scales, masks, x, factors[:n], factors[n:])
-        ctx.save_for_backward(x, W, *factors, *zs, *masks)
-        ctx.scales = scales
+        y, z = total(base, s, kept, x, W, b, A, B)
+        ctx.save_for_backward(x, W, A, B, z, kept)
+        ctx.s = s
         return y.detach() if y._is_view() else y  # a view could not be changed in place by others
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, W, *saved = ctx.saved_tensors
-        n, (need_x, need_W, need_b, *need) = len(ctx.scales), ctx.needs_input_grad[3:]
-        grads: list[Tensor | None] = [None] * (2 * n)
-        g, dzs = g if g.ndim == 2 else g.reshape(-1, g.shape[-1]), []
-        for i, s in enumerate(ctx.scales):
-            A, B, z, kept = saved[i::n]
-            wide, x_ = cast(g, B.dtype), dropped(x, kept, A.dtype)
-            if torch.is_grad_enabled():  # second derivatives: z depends on x and A
-                z = A @ x_.T
-            dzs.append(product(B.T, wide.T, s))  # (r, out) @ (out, T) -> (r, T)
-            if need[i]:
-                grads[i] = dzs[i] @ x_  # (r, T) @ (T, in) -> (r, in)
-            if need[n + i]:
-                grads[n + i] = product(z, wide, s).T  # (r, T) @ (T, out) -> (r, out)
-            del wide, x_
-        dx = g @ cast(W, g.dtype) if need_x else None  # (T, out) @ (out, in) -> (T, in)
-        if dx is not None:
-            for i, dz in enumerate(dzs):
-                dx = add_dx(dx, dz, saved[i], saved[3 * n + i])
+        x, W, A, B, z, kept = ctx.saved_tensors
+        need_x, need_W, need_b, need_A, need_B = ctx.needs_input_grad[3:]
+        dx = dW = None
+        g = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
+        wide, x_ = cast(g, B.dtype), dropped(x, kept, A.dtype)
+        if torch.is_grad_enabled():  # second derivatives: z depends on x and A
+            z = A @ x_.T
+        dz = product(B.T, wide.T, ctx.s)  # (r, out) @ (out, T) -> (r, T)
+        dB = product(z, wide, ctx.s).T if need_B else None  # (r, T) @ (T, out) -> (r, out)
+        dA = dz @ x_ if need_A else None  # (r, T) @ (T, in) -> (r, in)
+        del wide, x_  # copies, perhaps
+        if need_x:
+            dx = g @ cast(W, g.dtype)  # (T, out) @ (out, in) -> (T, in)
+            # (T, r) @ (r, in) -> (T, in)
+            dx = add_in_place(dx, dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
             dx = cast(dx, x.dtype).view(x.shape)
-        dW = g.T @ dropped(x, None, g.dtype) if need_W else None  # (out, T) @ (T, in) -> (out, in)
-        return None, None, None, dx, dW, g.sum(0) if need_b else None, *grads
-
-
-def add_dx(dx: Tensor, dz: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
-    """dx += dz^T A, (T, r) @ (r, in) -> (T, in), where x was kept; in the wider of the dtypes."""
-    if dx.dtype != A.dtype:
-        dx, dz, A = widened(dx, dz, A)
-    return add_in_place(dx, dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
-
-
-def widened(x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
-    """All in the dtype that torch gives to x + y."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return [cast(t, dtype) for t in (x, y, z)]
+        if need_W:
+            dW = g.T @ dropped(x, None, g.dtype)  # (out, T) @ (T, in) -> (out, in)
+        return None, None, None, dx, dW, g.sum(0) if need_b else None, dA, dB
 
 
 def product(a: Tensor, b: Tensor, s: float) -> Tensor:

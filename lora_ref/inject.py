@@ -89,14 +89,14 @@ def put_in(
     adapter_name: str,
     init: Callable[[str], Init] | None = None,
     autocast_adapter_dtype: bool = True,
-) -> None:
+) -> list[LoraLayer]:
     """Give every targeted module its adapter, inactive and frozen; wrap it first where it is not wrapped yet.
 
     `init` gives the initialisation for a name, in place of the config's. Run `check` before, and
-    this in a transaction.
+    this in a transaction. Returns the adapted layers.
     """
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
-    held = holders(model)
+    held, adapted = holders(model), []
 
     def put(wrapper: AdapterModule, module: nn.Module) -> None:
         for parent, attribute in held[id(unwrapped(module))]:
@@ -137,6 +137,8 @@ def put_in(
                 )
             except ValueError as error:
                 raise ValueError(f"{match.name}: {error}") from error
+            adapted.append(layer)
+    return adapted
 
 
 def prepared(module: nn.Module) -> dict[str, Init]:

@@ -35,32 +35,35 @@ class Linear(LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The formula above, or the same by `fused` where that applies."""
         base: Any = self._modules["base_layer"]
-        plain = fused.applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and fused.is_plain(base)
-        if not plain or args or kwargs or not (branches := self.branches()):
-            return super().forward(x, *args, **kwargs)
-        return fused.add_branches(base, self.logical(base.weight), x, branches)
+        if fused.applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
+            W, branch = fused.plain_weight(base), self.branch()
+            if W is not None and branch is not None:
+                return fused.add_branch(base, self.logical(W), x, branch)
+        return super().forward(x, *args, **kwargs)
 
-    def branches(self) -> list[fused.Branch]:
-        """What `forward` adds to the base's output; none where only the formula can tell."""
+    def branch(self) -> fused.Branch | None:
+        """What `forward` adds to the base's output; None where only the formula can tell."""
         part: Any = self._modules  # dicts, and not attributes of modules: one token takes less time than ten of those
-        taken, dropouts = part.get("lora_taken", ()), part.get("lora_dropout", ())
-        spoken = self.disable_adapters or self.sample_adapters is not None
-        if spoken or (taken and not taken.keys() <= {*self.active_adapters, *self.merged_adapters}):
-            return []
-        found = []
+        taken, dropouts, merged, found = part.get("lora_taken"), part.get("lora_dropout"), self.merged_adapters, []
+        if self.disable_adapters or self.sample_adapters is not None:
+            return None
+        if taken and not taken.keys() <= {*self.active_adapters, *merged}:
+            return None
         for name in self.active_adapters:
-            if name in self.merged_adapters:
+            if name in merged:
                 continue
-            A, B, p = part["lora_A"][name].weight, part["lora_B"][name].weight, 0.0
-            if name in dropouts:
+            A, B, p = part["lora_A"]._modules[name].weight, part["lora_B"]._modules[name].weight, 0.0
+            if dropouts and name in dropouts:
                 dropout = dropouts[name]
                 if type(dropout) is not nn.Dropout or (dropout.p > 0.5 and dropout.training):
-                    return []
+                    return None
                 p = dropout.p if dropout.training else 0.0
             if A.dtype != B.dtype:
-                return []
+                return None
             found.append(fused.Branch(A, B, self.scaling[name], p))
-        return found
+        if len(found) > 1:
+            return fused.joined(found) if not any(branch.p for branch in found) else None  # each has its own mask
+        return found[0] if found else None
 
     def _add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         """Every row's own factors in one stack: this costs what the rows cost, however many adapters there are."""

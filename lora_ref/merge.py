@@ -57,7 +57,7 @@ def blocks(W: Float[Tensor, "*batch out in"], updates: list[Update]) -> Iterator
         yield W, updates
         return
     most = BLOCK if W.device.type == "cpu" else 16 * BLOCK
-    n_rows = max(1, min(most, W.nbytes // 8) // max(1, W.shape[1]))  # in float32 half of W's bytes
+    n_rows = max(1, min(most, W.nbytes // 5) // max(1, W.shape[1]))  # in float32 less than W's bytes
     for first in range(0, W.shape[0], n_rows):
         rows = slice(first, first + n_rows)
         yield W[rows], [(A, B[rows], s) for A, B, s in updates]

@@ -125,8 +125,8 @@ def _all_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
     }
 
 
-def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Put tensors by their file keys into an adapter: all of them, or none.
+def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], finite: bool = False) -> None:
+    """Put tensors by their file keys into an adapter: all of them, or none. (`finite`: they are known to be.)
 
     Raises:
         ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
@@ -151,14 +151,16 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> N
             problems.append(f"{key}: is {tensor.dtype}, the model needs {now.dtype}")
         else:
             device = torch.device("cpu") if slot.device.type == "meta" else slot.device
-            ready.append((key, slot, tensor.to(device, now.dtype, copy=True)))
-    problems += [f"{key}: is out of range for {tensor.dtype}" for key, _, tensor in ready if not is_finite(tensor)]
+            own = tensor.to(device, now.dtype, copy=True)
+            if not ((finite and own.dtype == tensor.dtype) or is_finite(own)):
+                problems.append(f"{key}: is out of range for {own.dtype}")
+            ready.append((slot, own))
     if problems:
         raise ValueError(f"the adapter does not fit the model: {some(problems)}")
     if any(key not in expected for key in places):
         model.unmerge_adapter()  # base weights are about to be replaced
     with transaction(model):
-        for _, slot, tensor in ready:
+        for slot, tensor in ready:
             parameter = slot.owner._parameters.get(slot.attribute)
             if parameter is None:
                 slot.owner._buffers[slot.attribute] = tensor

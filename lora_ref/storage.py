@@ -164,7 +164,7 @@ def load_adapter(
     with transaction(model):
         try:
             model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=None if again else _blank)
-            assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors))
+            assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors), finite=True)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
 

@@ -61,7 +61,7 @@ class WeightKeeper(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self._modules["base_layer"] = base_layer
         self.have(merged_adapters=[], spare=[], training=base_layer.training)
 
     @property

@@ -128,7 +128,7 @@ def test_gradcheck_and_second_derivatives(adapters: int) -> None:
 
     def call(x: Tensor, W: Tensor, b: Tensor, *factors: Tensor) -> Tensor:
         branches = [fused.Branch(A, B, 0.7 + i, 0.0) for i, (A, B) in enumerate(zip(*[iter(factors)] * 2, strict=True))]
-        return torch.tanh(fused.add_branches(base, W, x, branches))
+        return torch.tanh(fused.add_branch(base, W, x, fused.joined(branches) if adapters > 1 else branches[0]))
 
     assert torch.autograd.gradcheck(call, (x, base.weight, base.bias, *factors))
     assert torch.autograd.gradgradcheck(call, (x, base.weight, base.bias, *factors))
@@ -163,15 +163,12 @@ def by_mask(layer: Any, x: Tensor) -> Tensor:
 @settings(deadline=None, max_examples=30)
 @given(
     p=st.sampled_from([2**-16, 0.1, 0.25, 0.5]),
-    adapters=st.integers(1, 3),
     shape=st.sampled_from([(3,), (2, 5), (1,)]),
     needs_x=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
-def test_dropout_in_value_and_gradient(
-    p: float, adapters: int, shape: tuple, needs_x: bool, dtype: torch.dtype
-) -> None:
-    layer = layer_of(adapters=adapters, lora_dropout=p)
+def test_dropout_in_value_and_gradient(p: float, shape: tuple, needs_x: bool, dtype: torch.dtype) -> None:
+    layer = layer_of(lora_dropout=p)
     layer.base_layer.to(dtype)
     if dtype != torch.float64:
         layer.float().base_layer.to(dtype)
@@ -206,9 +203,20 @@ def test_the_mask_is_that_of_dropout() -> None:
 @pytest.mark.parametrize("p", [0.75, 1.0])
 def test_much_dropout_is_left_to_torch(p: float) -> None:
     layer = layer_of(lora_dropout=p)
-    assert layer.branches() == []
+    assert layer.branch() is None
     layer.eval()
-    assert len(layer.branches()) == 1
+    assert layer.branch().p == 0
+
+
+def test_several_adapters_are_one_but_not_where_each_has_a_mask() -> None:
+    layer = layer_of(adapters=2, lora_dropout=0.25)
+    layer.scaling["a1"] = -0.5
+    assert layer.branch() is None
+    A, B, s, p = layer.eval().branch()
+    assert (A.shape[0], s, p) == (2 + 3, 1.5, 0)
+    assert torch.allclose(B, torch.cat([layer.factors("default")[1], -layer.factors("a1")[1] / 3], dim=1))
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert_alike(*both(layer, x), 1e-12)
 
 
 # -- what must not be noticed ----------------------------------------------------------------------
@@ -321,7 +329,7 @@ def test_a_base_that_does_something_else(what: Any) -> None:
         return layer.base_layer(x) + 1.5 * (x @ A.T @ B.T)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "add_branches", lambda *args: pytest.fail("the fast path was taken"))
+        patch.setattr(fused, "add_branch", lambda *args: pytest.fail("the fast path was taken"))
         assert_alike(results(layer, x), results(layer, x, formula), 1e-12)
     assert torch.equal(x, before)
 
