@@ -55,16 +55,21 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def plain_weight(base: Any) -> Tensor | None:
-    """W, if the module computes x W^T + b, seen by nobody: no hooks, no forward of its own, no W of another class."""
+def plain(base: Any) -> tuple[Tensor, Tensor | None] | None:
+    """W and b, if the module computes x W^T + b, seen by nobody: no hooks, no other forward, no W of another class.
+
+    (Out of a dict: an attribute of a module is looked for in three places, which takes as long as a small product.)
+    """
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     forward = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     backward = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
-    changed = hooked or forward or backward or "forward" in base.__dict__
-    return W if not changed and type(W := base.weight) in (nn.Parameter, Tensor) else None
+    own = base._parameters
+    if hooked or forward or backward or "forward" in base.__dict__ or "bias" not in own:
+        return None
+    return (W, own["bias"]) if type(W := own.get("weight")) in (nn.Parameter, Tensor) else None
 
 
-def add_branch(base: Any, W: Float[Tensor, "out in"], x: Tensor, branch: Branch) -> Tensor:
+def add_branch(base: Any, W: Float[Tensor, "out in"], b: Tensor | None, x: Tensor, branch: Branch) -> Tensor:
     """base(x) + the branch, summed in the wider of the dtypes, rounded once to base(x)'s."""
     A, B, s, p = branch
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and A.dtype != torch.float64:
@@ -72,15 +77,15 @@ def add_branch(base: Any, W: Float[Tensor, "out in"], x: Tensor, branch: Branch)
         A, B = A.to(dtype), B.to(dtype)
     kept = mask(x, p) if p else None
     if torch.is_grad_enabled():
-        return Linear.apply(base, s / (1 - p), kept, x, W, base.bias, A, B)
-    return total(base, s / (1 - p), kept, x, W, base.bias, A, B)[0]
+        return Linear.apply(base, s / (1 - p), kept, x, W, b, A, B)
+    return total(base, s / (1 - p), kept, x, W, b, A, B)[0]
 
 
 def total(
     base: Any, s: float, kept: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y and z."""
-    z = A @ dropped(x, kept, A.dtype).T  # (r, in) @ (in, T) -> (r, T)
+    z = A.mm(dropped(x, kept, A.dtype).T)  # (r, in) @ (in, T) -> (r, T)
     y = F.linear(x, W, b) if type(base) is nn.Linear else base.forward(x)  # bit for bit what the base says
     y = y.contiguous()
     add_in_place(y if y.ndim == 2 else y.view(-1, y.shape[-1]), z.T, B.T, s)  # (T, r) @ (r, out) -> (T, out)

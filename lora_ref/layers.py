@@ -36,14 +36,14 @@ class Linear(LoraLayer):
         """The formula above, or the same by `fused` where that applies."""
         base: Any = self._modules["base_layer"]
         if fused.applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
-            W, branch = fused.plain_weight(base), self.branch()
-            if W is not None and branch is not None:
-                return fused.add_branch(base, self.logical(W), x, branch)
+            plain, branch = fused.plain(base), self.branch()
+            if plain is not None and branch is not None:
+                return fused.add_branch(base, self.logical(plain[0]), plain[1], x, branch)
         return super().forward(x, *args, **kwargs)
 
     def branch(self) -> fused.Branch | None:
         """What `forward` adds to the base's output; None where only the formula can tell."""
-        part: Any = self._modules  # dicts, and not attributes of modules: one token takes less time than ten of those
+        part: Any = self._modules  # dicts and not attributes, as in `fused.plain`
         taken, dropouts, merged, found = part.get("lora_taken"), part.get("lora_dropout"), self.merged_adapters, []
         if self.disable_adapters or self.sample_adapters is not None:
             return None
@@ -52,13 +52,14 @@ class Linear(LoraLayer):
         for name in self.active_adapters:
             if name in merged:
                 continue
-            A, B, p = part["lora_A"]._modules[name].weight, part["lora_B"]._modules[name].weight, 0.0
+            A = part["lora_A"]._modules[name]._parameters.get("weight")
+            B, p = part["lora_B"]._modules[name]._parameters.get("weight"), 0.0
             if dropouts and name in dropouts:
                 dropout = dropouts[name]
                 if type(dropout) is not nn.Dropout or (dropout.p > 0.5 and dropout.training):
                     return None
                 p = dropout.p if dropout.training else 0.0
-            if A.dtype != B.dtype:
+            if A is None or B is None or A.dtype != B.dtype:  # None: computed from others, by a parametrisation
                 return None
             found.append(fused.Branch(A, B, self.scaling[name], p))
         if len(found) > 1:

@@ -128,7 +128,7 @@ def test_gradcheck_and_second_derivatives(adapters: int) -> None:
 
     def call(x: Tensor, W: Tensor, b: Tensor, *factors: Tensor) -> Tensor:
         branches = [fused.Branch(A, B, 0.7 + i, 0.0) for i, (A, B) in enumerate(zip(*[iter(factors)] * 2, strict=True))]
-        return torch.tanh(fused.add_branch(base, W, x, fused.joined(branches) if adapters > 1 else branches[0]))
+        return torch.tanh(fused.add_branch(base, W, b, x, fused.joined(branches) if adapters > 1 else branches[0]))
 
     assert torch.autograd.gradcheck(call, (x, base.weight, base.bias, *factors))
     assert torch.autograd.gradgradcheck(call, (x, base.weight, base.bias, *factors))
@@ -310,11 +310,15 @@ def pruned(base: nn.Linear) -> None:
     prune.random_unstructured(base, "weight", 0.5)
 
 
+def pruned_bias(base: nn.Linear) -> None:
+    prune.random_unstructured(base, "bias", 0.5)
+
+
 def quantized(base: nn.Linear) -> None:
     base.weight = nn.Parameter(base.weight.detach().as_subclass(Quantized), requires_grad=False)
 
 
-@pytest.mark.parametrize("what", [Tanh, Through, Deaf, offloaded, pruned, quantized])
+@pytest.mark.parametrize("what", [Tanh, Through, Deaf, offloaded, pruned, pruned_bias, quantized])
 def test_a_base_that_does_something_else(what: Any) -> None:
     """Another class, another forward, a hook, another weight: the formula, which asks the base itself."""
     changed = not isinstance(what, type)
@@ -332,6 +336,19 @@ def test_a_base_that_does_something_else(what: Any) -> None:
         patch.setattr(fused, "add_branch", lambda *args: pytest.fail("the fast path was taken"))
         assert_alike(results(layer, x), results(layer, x, formula), 1e-12)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_factors_that_are_computed_from_others(side: str) -> None:
+    """Pruned or parametrised: what they are now counts, and the parameters behind them get the gradient."""
+    layer = layer_of()
+    prune.random_unstructured(getattr(layer, side)["default"], "weight", 0.5)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    A, B = layer.factors("default")
+    assert (A == 0).any() or (B == 0).any()
+    assert torch.allclose(layer(x), layer.base_layer(x) + 1.5 * (x @ A.T @ B.T), rtol=0, atol=1e-12)
+    layer(x).sum().backward()
+    assert getattr(layer, side)["default"].weight_orig.grad is not None
 
 
 def test_its_output_may_be_changed_in_place() -> None:
