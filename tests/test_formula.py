@@ -50,6 +50,18 @@ def test_the_sum_and_nothing_else(
     assert torch.equal(memory, before)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_wider_factors_are_not_rounded_and_the_sum_is_once(narrow: torch.dtype) -> None:
+    """1 + 2^-9 - 1 in bfloat16 (2^-12 in float16): lost where the product, or a factor, is rounded before the sum."""
+    tiny = 2.0 ** {torch.bfloat16: -9, torch.float16: -12}[narrow]
+    total = torch.tensor([[-1.0, 2.0]], dtype=narrow)
+    assert add_in_place(total, torch.tensor([[1 + tiny]]), torch.tensor([[1.0, 0.0]])) is total
+    assert total.dtype == narrow and total.tolist() == [[tiny, 2.0]]
+    wide = torch.tensor([[-1.0, 2.0]], dtype=torch.float64)
+    assert add_in_place(wide, torch.tensor([[1 + tiny]]), torch.tensor([[1.0, 0.0]])) is wide
+    assert wide.tolist() == [[tiny, 2.0]]
+
+
 @pytest.mark.parametrize(
     ("n", "r", "m", "dtype", "batches"),
     [

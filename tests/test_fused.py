@@ -217,6 +217,8 @@ def test_several_adapters_are_one_but_not_where_each_has_a_mask() -> None:
     assert torch.allclose(B, torch.cat([layer.factors("default")[1], -layer.factors("a1")[1] / 3], dim=1))
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert_alike(*both(layer, x), 1e-12)
+    layer.scaling.update(default=0.0, a1=0.0)
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 # -- what must not be noticed ----------------------------------------------------------------------
@@ -310,15 +312,17 @@ def pruned(base: nn.Linear) -> None:
     prune.random_unstructured(base, "weight", 0.5)
 
 
-def pruned_bias(base: nn.Linear) -> None:
-    prune.random_unstructured(base, "bias", 0.5)
+def bias_in_a_buffer(base: nn.Linear) -> None:
+    bias = base.bias.detach()
+    del base.bias
+    base.register_buffer("bias", bias)
 
 
 def quantized(base: nn.Linear) -> None:
     base.weight = nn.Parameter(base.weight.detach().as_subclass(Quantized), requires_grad=False)
 
 
-@pytest.mark.parametrize("what", [Tanh, Through, Deaf, offloaded, pruned, pruned_bias, quantized])
+@pytest.mark.parametrize("what", [Tanh, Through, Deaf, offloaded, pruned, bias_in_a_buffer, quantized])
 def test_a_base_that_does_something_else(what: Any) -> None:
     """Another class, another forward, a hook, another weight: the formula, which asks the base itself."""
     changed = not isinstance(what, type)
