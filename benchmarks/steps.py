@@ -54,7 +54,7 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
                 jobs[label(name, r, p) + ", compiled"] = lambda library=library, r=r, p=p: step_of(
                     torch.compile(adapted(library, linear, r, p)), x, g
                 )
-        heavy = tokens * shape[0] * shape[1] >= 2**33
+        heavy = tokens * shape[0] * shape[1] > 2**34
         if dtype == torch.float32 and not heavy:  # loralib has no other, and does what PEFT does
             jobs[label("loralib", r, p)] = lambda r=r, p=p: step_of(adapted_by_loralib(linear, r, p), x, g)
     return Case(

@@ -38,7 +38,7 @@ class Branch(NamedTuple):
 
 
 def joined(branches: Sequence[Branch]) -> Branch:
-    """The sum of branches without dropout: s1 B1 A1 + s2 B2 A2 = [s1 B1 | s2 B2] [A1; A2]."""
+    """The sum of branches without dropout: s1 B1 A1 + s2 B2 A2 = s [s1/s B1 | s2/s B2] [A1; A2], of rank r1 + r2."""
     s = max(abs(b.s) for b in branches) or 1.0  # the largest: the others' B stay in their dtype's range
     return Branch(torch.cat([b.A for b in branches]), torch.cat([b.B * (b.s / s) for b in branches], dim=1), s)
 
@@ -84,7 +84,7 @@ def add_branch(base: Any, W: Float[Tensor, "out in"], b: Tensor | None, x: Tenso
 def total(
     base: Any, s: float, kept: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y and z."""
+    """y (*tokens, out), the base's output with the branch added in its memory, and z (r, T)."""
     z = A.mm(dropped(x, kept, A.dtype).T)  # (r, in) @ (in, T) -> (r, T)
     y = F.linear(x, W, b) if type(base) is nn.Linear else base.forward(x)  # bit for bit what the base says
     y = y.contiguous()

@@ -37,14 +37,18 @@ class Calls(TorchFunctionMode):
 def test_the_sum_and_nothing_else(
     n: int, r: int, m: int, s: float, dtype: torch.dtype, turned: tuple[bool, bool], wider: int
 ) -> None:
-    """Any number of rows, any layout of the factors, a part of a larger memory: the rest of it stays as it was."""
+    """Any number of rows, any layout of the factors, a part of a larger memory: the rest of it stays as it was.
+
+    Factors in [-1, 1], so that all sums are small numbers and one bound holds for them; the other is each sum's own.
+    """
     memory = torch.randn(n + 2, m + wider, dtype=dtype)
     before, total = memory.clone(), memory[1:-1, :m]
-    B = torch.randn(r, n, dtype=dtype).T if turned[0] else torch.randn(n, r, dtype=dtype)
-    A = torch.randn(m, r, dtype=dtype).T if turned[1] else torch.randn(r, m, dtype=dtype)
+    B, A = (2 * torch.rand(shape, dtype=dtype) - 1 for shape in ((r, n), (m, r)))
+    B, A = B.T if turned[0] else B.T.contiguous(), A.T if turned[1] else A.T.contiguous()
     want = before.double()
     want[1:-1, :m] += s * (B.double() @ A.double())
     assert add_in_place(total, B, A, s) is total
+    torch.testing.assert_close(memory.double(), want, rtol=0, atol=64 * torch.finfo(dtype).eps)
     error = (memory.double() - want)[1:-1, :m].abs()  # at most r + 2 roundings of what is summed, here and in `want`
     sizes = before[1:-1, :m].double().abs() + abs(s) * (B.double().abs() @ A.double().abs())
     assert (error <= (r + 2) * torch.finfo(dtype).eps * sizes).all()

@@ -221,6 +221,25 @@ def test_several_adapters_are_one_but_not_where_each_has_a_mask() -> None:
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("adapters", [2, 3])
+def test_several_adapters_with_dropout(adapters: int) -> None:
+    """By the formula, in value and gradient: every adapter's input has torch's next mask."""
+    layer = layer_of(adapters=adapters, lora_dropout=0.25)
+
+    def formula(layer: Any, x: Tensor) -> Tensor:
+        y = layer.base_layer(x)
+        for name in layer.active_adapters:
+            A, B = layer.factors(name)
+            y = y + layer.scaling[name] * (nn.functional.dropout(x, 0.25) @ A.T @ B.T)
+        return y
+
+    x, found = torch.randn(7, 6, dtype=torch.float64, requires_grad=True), []
+    for call in (None, formula):
+        torch.manual_seed(3)
+        found.append(results(layer, x) if call is None else results(layer, x, call))
+    assert_alike(found[0], found[1], 1e-12)
+
+
 # -- what must not be noticed ----------------------------------------------------------------------
 
 
