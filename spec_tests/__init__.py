@@ -13,6 +13,7 @@ from .contract import CLAIMS, CONVENTIONS, Implementation, Layer, LayerSpec, Lay
 from .engine import Result, examine, find, reproduce, run
 from .installation import install
 from .registry import load
+from .rounding import agree, close, distance
 
 __all__ = [
     "CLAIMS",
@@ -25,7 +26,10 @@ __all__ = [
     "ModelSpec",
     "ModuleSpec",
     "Result",
+    "agree",
     "array",
+    "close",
+    "distance",
     "examine",
     "find",
     "install",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+from .rounding import UNIT
 
 
 class Broken(AssertionError):
