@@ -30,9 +30,9 @@ WAYS = ("trainer", "trainer+resume", "accelerate", "accelerate+resume")
 
 
 def recipe(name: str, **given: Any) -> dict[str, Any]:
-    """The names that the README's block of code with this name in it defines: what is tested is what is printed."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, flags=re.S) if name in code]
+    """The names that page 15's first block of code with this name in it defines: what is tested is what is printed."""
+    text = (Path(__file__).resolve().parents[2] / "tutorials" / "15_trainer.md").read_text(encoding="utf-8")
+    block = next(code for code in re.findall(r"```python\n(.*?)```", text, flags=re.S) if name in code)
     names = dict(given)
     exec(block, names)
     return names
