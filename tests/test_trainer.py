@@ -1,6 +1,7 @@
 """transformers' Trainer and Accelerate on an adapted model: what a plain loop trains, in one process and in two.
 
-The subclass and the hooks are those that the README prints: see tests/distributed/huggingface.py.
+The subclass and the hooks are those that the README prints: see tests/distributed/huggingface.py. Networks and
+training are float64, so that another order of sums shows in the last digits alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import peft
 from transformers import Trainer
 
 from lora_ref import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from spec_tests import agree, close, distance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
@@ -52,10 +54,9 @@ def plain() -> dict[str, tuple[list[float], dict[str, Tensor]]]:
     return found
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 2e-6) -> None:
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=atol, msg=key)
+def same_log(found: list[float], wanted: list[float]) -> None:
+    """Trainer's log: it adds the losses of a step in float32, two at most here, and takes the mean of two processes."""
+    close(found, wanted, terms=4, size=wanted, dtype="float32")
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -75,8 +76,8 @@ def test_the_base_model_needs_no_special_argument(kind: str, plain: dict, tmp_pa
     trainer = Trainer(model.get_base_model(), args, train_dataset=data, eval_dataset=data)
     trainer.train()
     losses, adapter = plain[kind]
-    assert hf.losses_of(trainer) == pytest.approx(losses, rel=1e-5)
-    same(get_peft_model_state_dict(model), adapter)
+    same_log(hf.losses_of(trainer), losses)
+    agree(get_peft_model_state_dict(model), adapter)
     assert losses[-1] < 0.9 * losses[0] and frozen
     for name, tensor in frozen.items():
         assert torch.equal(model.get_parameter(name), tensor), name
@@ -97,8 +98,8 @@ def test_the_losses_are_those_of_trainer_with_peft(kind: str, options: dict[str,
         trainer = Trainer(net, hf.arguments(tmp_path, **options), train_dataset=hf.rows())
         trainer.train()
         found.append(hf.losses_of(trainer))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    same(get_peft_model_state_dict(model), peft.get_peft_model_state_dict(peer))
+    same_log(*found)
+    agree(get_peft_model_state_dict(model), peft.get_peft_model_state_dict(peer))
 
 
 def test_what_the_adapted_model_itself_needs(plain: dict, tmp_path: Path) -> None:
@@ -108,15 +109,15 @@ def test_what_the_adapted_model_itself_needs(plain: dict, tmp_path: Path) -> Non
     model, smoothed = hf.adapted(), []
     trainer = Trainer(model, hf.arguments(tmp_path, **special), train_dataset=hf.rows())
     trainer.train()
-    assert hf.losses_of(trainer) == pytest.approx(plain["llama"][0], rel=1e-5)
-    same(get_peft_model_state_dict(model), plain["llama"][1])
+    same_log(hf.losses_of(trainer), plain["llama"][0])
+    agree(get_peft_model_state_dict(model), plain["llama"][1])
     assert "eval_loss" in trainer.evaluate(hf.rows(8))
     for given in (lambda model: model, PeftModel.get_base_model):
         args = hf.arguments(tmp_path, label_smoothing_factor=0.2, **special)
         trainer = Trainer(given(hf.adapted()), args, train_dataset=hf.rows())
         trainer.train()
         smoothed.append(hf.losses_of(trainer)[0])
-    assert abs(smoothed[0] - smoothed[1]) > 1e-3
+    assert distance(*smoothed) > 1e-3
     args = hf.arguments(tmp_path, save_strategy="steps", save_steps=3, **special)
     with pytest.raises(RuntimeError, match="share memory"):
         Trainer(hf.adapted("gpt2"), args, train_dataset=hf.rows()).train()
@@ -156,7 +157,7 @@ def test_checkpoints_hold_the_adapter_alone_and_peft_reads_them(kind: str, tmp_p
         files = {path.name for path in (tmp_path / f"checkpoint-{step}").iterdir()}
         assert files == RESUMES | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     peer = peft.PeftModel.from_pretrained(hf.net_of(kind), tmp_path / "checkpoint-6")
-    torch.testing.assert_close(logits(model), logits(peer), rtol=1e-5, atol=1e-6)
+    agree(logits(model), logits(peer))
 
 
 def test_the_best_model_is_there_at_the_end(tmp_path: Path) -> None:
@@ -166,8 +167,9 @@ def test_the_best_model_is_there_at_the_end(tmp_path: Path) -> None:
     seen = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = max(seen, key=lambda step: seen[step])
     assert sorted(seen) == [2, 4, 6] and best != 6
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(seen[best], rel=1e-6)
-    same(get_peft_model_state_dict(trainer.adapted), adapter_in(tmp_path / f"checkpoint-{best}"), atol=0)
+    agree(trainer.evaluate()["eval_loss"], seen[best])
+    ends, kept = get_peft_model_state_dict(trainer.adapted), adapter_in(tmp_path / f"checkpoint-{best}")
+    assert ends.keys() == kept.keys() and all(torch.equal(ends[key], tensor) for key, tensor in kept.items())
 
 
 def adapter_in(folder: Path) -> dict[str, Tensor]:
@@ -180,7 +182,7 @@ def test_save_model_writes_an_adapter_for_the_original_base_model(start: str, tm
     trainer.save_model()
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == RESUMES
     again = PeftModel.from_pretrained(hf.net_of("llama"), tmp_path)
-    torch.testing.assert_close(logits(again), logits(trainer.adapted), rtol=1e-4, atol=1e-5)
+    agree(logits(again), logits(trainer.adapted))
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
@@ -200,8 +202,8 @@ def test_gradient_checkpointing_changes_no_loss(reentrant: bool, plain: dict, tm
     kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainer = AdapterTrainer(model, hf.arguments(tmp_path, **kwargs), train_dataset=hf.rows())
     trainer.train()
-    assert hf.losses_of(trainer) == pytest.approx(plain["llama"][0], rel=1e-5)
-    same(get_peft_model_state_dict(model), plain["llama"][1])
+    same_log(hf.losses_of(trainer), plain["llama"][0])
+    agree(get_peft_model_state_dict(model), plain["llama"][1])
 
 
 # -- each way, in one process and in two -----------------------------------------------------------
@@ -212,8 +214,8 @@ def files(folder: Path) -> set[str]:
 
 
 def check_way(way: str, folder: Path, losses: list[float], plain: dict) -> None:
-    assert losses == pytest.approx(plain["llama"][0], rel=1e-5)
-    same(adapter_in(folder / "adapter"), plain["llama"][1])
+    (same_log if "trainer" in way else agree)(losses, plain["llama"][0])
+    agree(adapter_in(folder / "adapter"), plain["llama"][1])
     assert files(folder / "adapter") == RESUMES
     written = files(folder / "work")
     assert bool(written) is ("resume" in way) and not any(name.startswith(("model", "pytorch")) for name in written)

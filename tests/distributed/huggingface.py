@@ -2,6 +2,8 @@
 
 Small networks of transformers with random weights, adapted, and trained by `transformers.Trainer`, by a loop with
 `accelerate`, or by a plain one. A way with "+resume" stops in the middle, and goes on with a fresh model.
+
+All of it is computed in float64. Only the cosines of Llama's positions and Trainer's log of losses are float32.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
 
@@ -41,11 +45,32 @@ def recipe(name: str, **given: Any) -> dict[str, Any]:
 def net_of(kind: str) -> nn.Module:
     torch.manual_seed(0)
     ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+    net: Any
     if kind == "gpt2":
         plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2, **plain, **ends))
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, **ends))
+        net = GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2, **plain, **ends))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        net = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, **ends))
+    return in_float64(net)
+
+
+def in_float64(net: Any) -> nn.Module:
+    """The network in float64, with a norm and a loss in float64: those of transformers compute in float32."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                setattr(module, name, nn.RMSNorm(len(child.weight), child.variance_epsilon))
+    net.loss_function = next_token_loss
+    return net.double()
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
+) -> Tensor:
+    """transformers' ForCausalLMLoss without its first line, `logits.float()`."""
+    targets = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return fixed_cross_entropy(logits.view(-1, vocab_size), targets.reshape(-1), num_items_in_batch)
 
 
 def adapted(kind: str = "llama", **options: Any) -> PeftModel:

@@ -1,7 +1,7 @@
 """One rank of tests/test_distributed.py: `torchrun --nproc-per-node 2 worker.py WAY FOLDER START`.
 
 Trains a small adapted network for a few steps in one of the ways that PyTorch distributes training, and leaves in
-FOLDER the losses, the adapter that save_pretrained writes, and what each rank holds in memory.
+FOLDER the losses, the adapter that save_pretrained writes, and what each rank holds in memory. All of it is float64.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ STARTS = {
 
 def adapted(start: str = "default") -> PeftModel:
     torch.manual_seed(0)
-    net = Net()
+    net = Net().double()
     torch.manual_seed(1)
     return get_peft_model(net, LoraConfig(r=4, lora_alpha=8, **STARTS[start]))
 
