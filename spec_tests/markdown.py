@@ -1,5 +1,7 @@
 """CONFORMANCE.md: the reports as Markdown. The same reports always give the same text.
 
+`python -c "from spec_tests import peers; peers.write()"` writes it anew from the committed reports.
+
 python -m spec_tests.markdown CONFORMANCE.md REPORT.json ...
 """
 
@@ -16,6 +18,9 @@ from .engine import OUTCOMES
 from .report import Report, area_of, areas, counts_of, example, merge, printable, read, titles
 
 DEVIATIONS = ("FAIL", "ERROR", "KNOWN")
+HERE = Path(__file__).parent
+#: Its reports on older releases are in reports/releases, and each cause of its known deviations has a script.
+FOLLOWED = "peft"
 
 
 def plain(text: str) -> str:
@@ -67,6 +72,7 @@ def page(reports: Sequence[Report]) -> str:
         ),
         "FAIL: what is claimed does not hold. KNOWN: neither, and it is listed with a reason. UNSUPPORTED: not "
         "claimed. ERROR: the implementation, or its adapter class, crashed.",
+        *_releases(reports),
         "## Areas",
         "Passed of claimed; a dash where nothing is claimed.",
         table(("area", "requirements", *map(plain, names)), _areas(reports)),
@@ -85,6 +91,36 @@ def _summary(name: str, report: Report) -> list[str]:
     others = [str(counts[outcome]) for outcome in OUTCOMES if outcome != "PASS"]
     claims, passes = f"{claimed} of {total}", f"{counts['PASS']} of {claimed}"
     return [plain(name), plain(report["implementation"]["version"]), claims, passes, *others, footer["profile"]]
+
+
+def _releases(reports: Sequence[Report]) -> list[str]:
+    """The known deviations of PEFT by their causes, and its older releases; nothing where no report is on PEFT."""
+    now = next((report for report in reports if report["implementation"]["name"] == FOLLOWED), None)
+    if now is None:
+        return []
+    scripts, known = len([*(HERE / "known" / FOLLOWED).glob("*.py")]), now["footer"]["counts"]["KNOWN"]
+    outcomes = {result["id"]: result["outcome"] for result in now["results"]}
+    rows = []
+    for report in (made for path in (HERE / "reports" / "releases").glob("*.json") for made in read(path)):
+        found = [(result["outcome"], outcomes.get(result["id"])) for result in report["results"]]
+        release = _release(report)
+        claimed = sum(outcome != "UNSUPPORTED" for outcome, _ in found)
+        rows.append((release, [release, str(claimed), str(found.count(("FAIL", "PASS")))]))
+    rows.sort(key=lambda row: [int(part) for part in re.findall(r"\d+", row[0])])
+    return [
+        f"The {known} known deviations of {_release(now)} have {scripts} causes. For each of them a script in "
+        f"[`spec_tests/known/{FOLLOWED}`](spec_tests/known/{FOLLOWED}) shows it with PEFT alone.",
+        "## Older releases",
+        f"The same requirements on older releases of PEFT (`make peers ARGS=--releases`). The last column counts those "
+        f"that the older release fails and {_release(now)} passes. PEFT 0.16 is left out: it cannot be imported beside "
+        "the transformers of `constraints.txt`.",
+        table(("release", "claimed", "fails, and is kept today"), (row for _, row in rows)),
+    ]
+
+
+def _release(report: Report) -> str:
+    """The version without what it ran on: "peft 0.21.2"."""
+    return plain(report["implementation"]["version"].split(", ")[0])
 
 
 def _areas(reports: Sequence[Report]) -> Iterable[list[str]]:
