@@ -1,9 +1,12 @@
-"""What every test runs under: no network, one thread, Hypothesis profiles, and array shapes checked at run time."""
+"""What every test runs under: no network, one thread unless OMP_NUM_THREADS says more, Hypothesis profiles, and array
+shapes checked at run time."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's: two processes of tests wait for each other's threads
+# one by default: two processes of tests wait for each other's threads
+THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", THREADS)  # NumPy's
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from jaxtyping import install_import_hook
 CHECKED = ("decomposition", "linalg", "pca", "combination", "init")
 install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 
 slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # the default run is the same every time; the deep one looks where nobody has looked

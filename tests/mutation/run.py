@@ -31,6 +31,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from stamp import bare  # noqa: E402
+
 RESULTS = HERE / "results.json"
 CACHE = ROOT / ".mutation"  # what the tests run: ignored by git
 SUITE = ["--lora-impl", "lora_ref", "--lora-profile", "quick"]
@@ -55,30 +59,6 @@ def modules() -> list[str]:
     """The modules of lora_ref, as paths in the repository; not the demo and the figures."""
     found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "lora_ref").rglob("*.py"))]
     return [name for name in found if "/demo/" not in name and not name.endswith(("_figure.py", "progress.py"))]
-
-
-class Bare(ast.NodeTransformer):
-    """Takes out what says nothing to the machine: docstrings and annotations."""
-
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        super().generic_visit(node)
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                node.body = node.body[1:] or [ast.Pass()]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(None)
-        return node
-
-
-def bare(source: str) -> str:
-    return ast.dump(Bare().visit(ast.parse(source)))
 
 
 def stamp(module: str) -> str:

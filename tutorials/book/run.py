@@ -28,7 +28,8 @@ from book import compare, pages
 
 TOLERANCE = 0.02
 START = f"import sys; sys.path.append({str(pages.HERE)!r}); import book.record; book.record.start()"
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "PYTHONHASHSEED": "0"}
+ENVIRONMENT["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 ENVIRONMENT |= {"COLUMNS": "100", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1"}
 
 

@@ -1,0 +1,196 @@
+"""The tests and the pages as other processors would run them: `python tests/kernels/run.py`.
+
+    python tests/kernels/run.py                             all settings: the tests, then the pages; results.json
+    python tests/kernels/run.py --only haswell --numeric    one setting, on the tests that compare numbers; no report
+
+A setting chooses the kernels of torch (ATen), of MKL and of NumPy's OpenBLAS, and a number of threads. Another kernel
+sums in another order, so every sum is rounded differently. Not every variable has an effect on every processor: MKL
+obeys MKL_ENABLE_INSTRUCTIONS on Intel's alone. So the report says which products came out with other bits here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+
+from stamp import stamp  # noqa: E402
+
+LOGS = ROOT / ".kernels"
+RESULTS = HERE / "results.json"
+SOURCES = ("lora_ref", "spec_tests")
+
+#: Old Intel, an Intel or AMD with AVX2, MKL's slowest and most portable code, and this processor with two threads.
+SETTINGS = {
+    "sse4": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "OMP_NUM_THREADS": "1",
+    },
+    "haswell": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "OMP_NUM_THREADS": "1",
+    },
+    "compatible": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Prescott",
+        "OMP_NUM_THREADS": "2",
+    },
+    "threads": {"OMP_NUM_THREADS": "2"},
+}
+
+#: Tests that compare no computed floats: of files, texts, pages, processes, and of the suite's own machinery.
+NOT_NUMERIC = (
+    *(
+        "benchmarks",
+        "book",
+        "bounds",
+        "cli",
+        "compatibility",
+        "config",
+        "demo",
+        "fuzz",
+        "hostile_folders",
+        "interrupts",
+    ),
+    *("kernels", "mutation", "patterns", "readme", "rosetta", "spec_known", "spec_report", "spec_strictness"),
+    *("spec_vectors", "targeting", "tutorials", "vietnamese", "wheel", "deep"),
+)
+
+#: Products, sums and decompositions of the same numbers, by library: their bits tell the kernels apart.
+FINGERPRINT = """
+import hashlib, json, numpy, os, torch
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+x = torch.randn(1200, 700, generator=torch.Generator().manual_seed(0))
+found = {
+    "torch's sums": [x.sum(), x.sum(1), x.softmax(1)],
+    "torch's products": [x @ x.T, x.flatten() @ x.flatten(), (x.double() @ x.double().T), torch.linalg.svdvals(x[:99, :77])],
+    "NumPy's products": [x.numpy() @ x.numpy().T, numpy.linalg.svd(x.numpy()[:99, :77], compute_uv=False)],
+}
+bits = {name: hashlib.sha256(b"".join(bytes(memoryview(numpy.asarray(a)).cast("B")) for a in arrays)).hexdigest()[:16]
+        for name, arrays in found.items()}
+print(json.dumps(bits))
+"""
+
+
+def environment(name: str) -> dict[str, str]:
+    """This process's environment with the variables of a setting, and nothing left of another one."""
+    known = {variable for setting in SETTINGS.values() for variable in setting}
+    threads = SETTINGS.get(name, {}).get("OMP_NUM_THREADS", "1")
+    rest = {key: value for key, value in os.environ.items() if key not in known}
+    return {**rest, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, **SETTINGS.get(name, {})}
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """{kind of result: its bits} under a setting."""
+    line = [sys.executable, "-c", FINGERPRINT]
+    done = subprocess.run(line, env=environment(name), capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def numeric() -> list[str]:
+    """The files of the tests that compare computed numbers."""
+    left_out = {f"test_{name}.py" for name in NOT_NUMERIC}
+    return [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in left_out]
+
+
+def counted(report: Path) -> dict[str, Any]:
+    """What a JUnit report says: how many passed, were skipped and failed, and the names of the last."""
+    cases = list(ET.parse(report).iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skips = [case.find("skipped") for case in cases if case.find("skipped") is not None]
+    return {
+        "passed": len(cases) - len(bad) - len(skips),
+        "skipped": len(skips),
+        "failed": len(bad),
+        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in bad],
+        "reasons": sorted({str(skip.get("message")) for skip in skips if skip is not None}),
+    }
+
+
+def tests(name: str, files: list[str], further: list[str]) -> dict[str, Any]:
+    """Run pytest under a setting; its output goes to the terminal as it comes."""
+    report = LOGS / f"{name}.xml"
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "--dist",
+        "worksteal",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run([*line, f"--junitxml={report}", *files, *further], cwd=ROOT, env=environment(name))
+    if not report.exists():
+        raise OSError(f"pytest ended with {done.returncode} and wrote no report: see above")
+    return counted(report)
+
+
+def pages(name: str) -> bool:
+    """Execute the pages under a setting and compare what they print and plot with what is committed."""
+    line = [sys.executable, "tutorials/book/run.py"]
+    return subprocess.run(line, cwd=ROOT, env=environment(name)).returncode == 0
+
+
+def table(results: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    rows = ["| setting | variables | other bits in | passed | skipped | failed | pages |"]
+    rows.append("| --- | --- | --- | ---: | ---: | ---: | --- |")
+    for name, made in results["settings"].items():
+        variables = ", ".join(f"`{key}={value}`" for key, value in SETTINGS[name].items())
+        counts = [str(made[key]) for key in ("passed", "skipped", "failed")]
+        said = {True: "all pass", False: "some fail", None: "not run"}[made["pages"]]
+        rows.append(f"| {' | '.join([name, variables, ', '.join(made['bits']) or 'nothing', *counts, said])} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="only these settings")
+    options.add_argument("--numeric", action="store_true", help="only the tests that compare numbers, and no pages")
+    options.add_argument("--check", action="store_true", help="leave results.json as it is")
+    given, further = options.parse_known_args()
+
+    LOGS.mkdir(exist_ok=True)
+    plain, made = fingerprint(""), {}
+    for name in given.only:
+        bits = [kind for kind, now in fingerprint(name).items() if now != plain[kind]]
+        variables = " ".join(f"{key}={value}" for key, value in SETTINGS[name].items())
+        print(f"==> {name}: {variables}", flush=True)
+        print(f"    other bits than without it in: {', '.join(bits) or 'nothing'}", flush=True)
+        began = time.monotonic()
+        found = tests(name, numeric() if given.numeric else [], further)
+        found["pages"] = None if given.numeric else pages(name)
+        made[name] = {"bits": bits, **found, "minutes": round((time.monotonic() - began) / 60, 1)}
+    results = {"sources": stamp(SOURCES), "settings": made}
+    if not (given.check or given.numeric or further) and len(made) == len(SETTINGS):
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    failed = [f"{name}: {test}" for name, each in made.items() for test in each["failures"]]
+    print("\n".join(failed))
+    total = {key: sum(each[key] for each in made.values()) for key in ("passed", "failed", "skipped")}
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return int(bool(failed) or any(each["pages"] is False for each in made.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
