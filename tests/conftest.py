@@ -5,8 +5,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one by default: two processes of tests wait for each other's threads
-THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", THREADS)  # NumPy's
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # NumPy's
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 CHECKED = ("decomposition", "linalg", "pca", "combination", "init")
 install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
 
-torch.set_num_threads(int(THREADS))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # the default run is the same every time; the deep one looks where nobody has looked
