@@ -1,5 +1,6 @@
 """LoRA-GA: which singular directions of the gradient go where, and how the gradient is found."""
 
+import contextlib
 import math
 import warnings
 
@@ -18,6 +19,7 @@ from lora_ref import LoraConfig
 from lora_ref.init.lora_ga import lora_ga
 from lora_ref.options import LoraGAConfig
 from lora_ref.prepare import preprocess_loraga
+from spec_tests import agree, close
 
 SHAPES = [(2, 5), (5, 2), (4, 4), (3, 7), (8, 6), (12, 16)]
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -88,8 +90,11 @@ def test_by_hand():
     # out^(1/4) / sqrt(gamma) = 2^(1/4) / 2
     A, B, R, exact = lora_ga(np.eye(2), 1, 2.0, gradient=np.diag([5.0, -1.0]), stable_gamma=4)
     c = 2**0.25 / 2
-    assert np.allclose(A, [[c, 0]], rtol=1e-15) and np.allclose(B, [[0], [-c]], rtol=1e-15)
-    assert np.allclose(R, [[1, 0], [2 * c * c, 1]], rtol=1e-15) and exact
+    # singular vectors of 2 + 2 roundings over a gap of 1 - 1/5, and c; two of them, s, and two sums in R
+    close(A, np.array([[c, 0]]), terms=8, size=c)
+    close(B, np.array([[0], [-c]]), terms=8, size=c)
+    close(R, np.array([[1, 0], [2 * c * c, 1]]), terms=19, size=1 + 2 * c * c)
+    assert exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -195,8 +200,7 @@ def test_the_run_and_the_pure_function_are_one_formula(options, zero_grad):
         W = model.get_submodule(name).weight.detach()
         got = model.get_submodule(name).prepared_init["lora_ga"](W, 2, 3.0)
         want = lora_ga(W, 2, 3.0, gradient=mean_gradient(model, name), **options)
-        for a, b in zip(got[:3], want[:3], strict=True):
-            assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+        agree(got[:3], want[:3])
 
 
 @pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
@@ -217,7 +221,8 @@ def test_directions_are_peft_s_and_the_sizes_are_the_paper_s(direction):
         c, their_A, their_B = W.shape[0] ** 0.25 / 4, layer.lora_A["default"].weight, layer.lora_B["default"].weight
         for a, b in ((A / c, their_A), (B.T / c, their_B.T / their_B.T.norm(dim=1, keepdim=True))):
             assert ((a * b).sum(1).abs() - 1).abs().max() <= turn < 0.01
-        assert torch.allclose(A.norm(dim=1), torch.tensor(c)) and torch.allclose(B.norm(dim=0), torch.tensor(c))
+        # orthonormal to the width of the decomposition, and norms of as many numbers
+        close(torch.cat([A.norm(dim=1), B.norm(dim=0)]), torch.full((4,), c), terms=2 * sum(W.shape), size=c)
         which = {"ArBr": [0, 2], "A2rBr": [0, 1], "ArB2r": [2, 3]}[direction]
         assert torch.allclose(their_B.norm(dim=0), c * S[which].float(), rtol=1e-3)  # PEFT: B has the singular values
 
@@ -226,15 +231,32 @@ def test_directions_are_peft_s_and_the_sizes_are_the_paper_s(direction):
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_adapted_model_computes_what_it_did(dtype, scale):
     model, config = Net(dtype), settings(lora_alpha=5, lora_ga_config=LoraGAConfig(scale=scale))
-    x = batches(dtype)[0]
+    x, seen = batches(dtype)[0], {}
+    for name in ("first", "second"):
+        keep = lambda module, args, y, name=name: seen.update({name: (args[0], y, module.weight.detach().clone())})  # noqa: E731
+        model.get_submodule(name).register_forward_hook(keep)
     want = model(x)
+    before = dict(seen)
     preprocess_loraga(model, config, stepping(model), progress=False)
     adapted = lora_ref.get_peft_model(model, config)
     assert not any(vars(m).get("prepared_init") for m in adapted.modules())
     assert all(layer.delta("default").norm() > 0 for layer in adapted.layers().values())
-    assert torch.allclose(adapted(x), want, atol=300 * UNIT[dtype], rtol=0)
-    with adapted.disable_adapter():
-        assert torch.allclose(adapted(x), want, atol=300 * UNIT[dtype], rtol=0)
+    for enabled in (True, False):
+        with contextlib.nullcontext() if enabled else adapted.disable_adapter():
+            for name, layer in adapted.layers().items():
+                inputs, y, W = before[name]
+                # sums over the inputs and the rank, and five roundings: R, s, the two parts, their sum
+                size = W.abs() + layer.base_weight.abs() + layer.scaling["default"] * magnitude(layer)
+                size = inputs.abs().double() @ size.T.double() + layer.get_base_layer().bias.abs().double()
+                close(layer(inputs), y, terms=W.shape[1] + layer.r["default"] + 5, size=size)
+            if dtype is torch.float64:
+                agree(adapted(x), want)
+
+
+def magnitude(layer) -> torch.Tensor:
+    """|B| |A|"""
+    A, B = layer.factors("default")
+    return B.abs() @ A.abs()
 
 
 def test_a_conv1d_is_the_linear_layer_with_the_transposed_array():
@@ -250,8 +272,7 @@ def test_a_conv1d_is_the_linear_layer_with_the_transposed_array():
             preprocess_loraga(model, settings(), stepping(model), progress=False)
         W = model.first.weight.detach()
         factors.append(model.first.prepared_init["lora_ga"](W.T if transposed else W, 2, 0.5))
-    for a, b in zip(factors[0][:3], factors[1][:3], strict=True):
-        assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+    agree(factors[0][:3], factors[1][:3])
 
 
 def test_requires_grad_and_gradients_are_as_before():
@@ -277,9 +298,9 @@ def test_requires_grad_and_gradients_are_as_before():
 
 def test_layers_that_share_a_weight_share_its_gradient():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False)).double()
     model[2].weight = model[0].weight
-    x = torch.randn(7, 4)
+    x = torch.randn(7, 4, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its weight is tied
         preprocess_loraga(
@@ -289,7 +310,7 @@ def test_layers_that_share_a_weight_share_its_gradient():
     want = lora_ga(model[0].weight.detach(), 2, gradient=G)
     for layer in (model[0], model[2]):
         got = layer.prepared_init["lora_ga"](layer.weight.detach(), 2)
-        assert torch.allclose(got.A, want.A, atol=1e-5) and torch.allclose(got.B, want.B, atol=1e-5)
+        agree([got.A, got.B], [want.A, want.B])
 
 
 def test_a_random_direction_follows_the_seed():
