@@ -293,12 +293,13 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     G, r = spec.init_options["dy"].T, spec.r
     U, S, Vt = np.linalg.svd(G, full_matrices=False)
+    rest = S[2 * r] if 2 * r < len(S) else 0.0
     for name, rows, directions in (("A", state.A, Vt), ("B", state.B.T, U.T)):
-        inside = rows @ directions[: 2 * r].T
         size = np.linalg.norm(rows, axis=1)
-        left = np.linalg.norm(rows, axis=1) ** 2 - (inside**2).sum(1)
-        check.that((left < 1e-5 * size**2).all(), f"{name} has a part outside of the first 2 r singular vectors")
         unit = rows / size[:, None]
+        outside = unit - unit @ directions[: 2 * r].T @ directions[: 2 * r]
+        what = f"the part of {name} outside of the first 2 r singular vectors"
+        check.close(outside, np.zeros_like(outside), S[0] / (S[2 * r - 1] - rest), spec.dtype, what, FACTOR)
         check.close(
             unit @ unit.T, np.eye(r), S[0] / 2.0**-3, spec.dtype, f"the angles between the directions of {name}", FACTOR
         )
