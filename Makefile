@@ -1,6 +1,8 @@
 # make          what can be made
 # make demo     the demo, in an environment of its own
-# make test     the tests
+# make test     the tests of every function
+# make test-all the tests, and what proves depth: committed as a report
+# make kernels  the tests and the pages as other processors would run them
 # make check    which requirements an implementation of LoRA keeps
 # make peers    the same for other libraries, each in an environment of its own
 # make bench    what things cost, as ratios against PEFT
@@ -14,12 +16,16 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check peers bench tutorials book mutants fuzz compat lint readme format clean
+.PHONY: help demo test test-all kernels check peers bench tutorials book mutants fuzz compat lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
-	@echo "make test          run the tests; make test ARGS='-k merge -x' passes options on to pytest"
+	@echo "make test          run the tests (under 6 minutes on 2 quiet cores); ARGS='-k merge -x' passes options to pytest"
+	@echo "make test-all      the tests, then what proves depth (half an hour); writes tests/deep/results.json;"
+	@echo "                   ARGS='--only matrix pages': only these groups"
+	@echo "make kernels       the tests and the pages as other processors would run them (half an hour); writes"
+	@echo "                   tests/kernels/results.json; ARGS='--only haswell --numeric': a part of it"
 	@echo "make check         try lora_ref on the requirements; make check ARGS='peft --html matrix.html'"
 	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md;"
 	@echo "                   make peers ARGS=--releases: for older releases of PEFT"
@@ -31,8 +37,8 @@ help:
 	@echo "make fuzz          fuzz the readers of adapter folders (2 minutes; ARGS='--seconds 1800': an hour)"
 	@echo "make compat        the tests with the oldest, the pinned and the newest of what lora_ref needs, on each Python here"
 	@echo "                   (an hour, gigabytes in .compat/; ARGS='--python 3.12 --with lowest': one of them)"
-	@echo "make lint          ruff check, ruff format --check, mypy, and whether the README is up to date"
-	@echo "make readme        renew the tables and outputs of the README"
+	@echo "make lint          ruff check, ruff format --check, mypy, and whether generated tables are up to date"
+	@echo "make readme        renew the tables and outputs of SECURITY.md and of the README of each folder"
 	@echo "make format        let ruff rewrite the sources"
 	@echo "make clean         remove the environment, caches and what the demo wrote"
 	@echo "Each target first makes $(VENV) and installs what it needs; PYTHON=python3.12 chooses another Python."
@@ -44,6 +50,16 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	@echo "==> pytest $(ARGS)"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-all: $(VENV)/.installed-test
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@echo "==> tests/deep/run.py $(ARGS)"
+	@$(BIN)/python tests/deep/run.py $(ARGS)
+
+kernels: $(VENV)/.installed-test
+	@echo "==> tests/kernels/run.py $(ARGS)"
+	@$(BIN)/python tests/kernels/run.py $(ARGS)
 
 check: $(VENV)/.installed-test
 	@echo "==> lora-ref check $(ARGS)"
@@ -85,18 +101,18 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@echo "==> cog: do the README's tables and outputs agree with the code?"
-	@COLUMNS=120 $(BIN)/cog -P --check --diff README.md SECURITY.md spec_tests/README.md
+	@echo "==> cog: do the generated tables and outputs agree with the code?"
+	@COLUMNS=120 $(BIN)/cog -P --check --diff SECURITY.md spec_tests/README.md benchmarks/README.md tests/README.md
 
 readme: $(VENV)/.installed-dev
-	@COLUMNS=120 $(BIN)/cog -P -r README.md SECURITY.md spec_tests/README.md
+	@COLUMNS=120 $(BIN)/cog -P -r SECURITY.md spec_tests/README.md benchmarks/README.md tests/README.md
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) lora_ref_demo .compat build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) lora_ref_demo .compat .kernels build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

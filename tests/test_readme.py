@@ -175,12 +175,6 @@ def test_versions() -> None:
     )
 
 
-def test_security() -> None:
-    fuzz = results("tests/fuzz/results.json").values()
-    assert sum(made["findings"] for made in fuzz) == 0
-    assert f"{sum(made['executions'] for made in fuzz):,} fuzzed inputs" in line_about("Security")
-
-
 # -- the initialisation that reading_order.md adds ----------------------------------------------------
 
 

@@ -239,6 +239,8 @@ def main() -> int:
     for made in (runs[asked] for asked in wanted):
         for test in made.get("failures", []):
             print(f"failed, see .compat/{made['python']}-{made['with']}.log: {test}")
+    total = {key: sum(runs[asked].get(key, 0) for asked in wanted) for key in ("passed", "failed", "skipped")}
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return int(any(runs[asked].get("failed") or "not_run" in runs[asked] for asked in wanted))
 
 

@@ -1,0 +1,142 @@
+"""What proves depth rather than function, and takes longer than `make test` may: `python tests/deep/run.py`.
+
+    python tests/deep/run.py                   all groups, and results.json
+    python tests/deep/run.py --only matrix     one group; the others keep their rows in results.json
+    python tests/deep/run.py --check           leave results.json as it is
+
+Each group is a command that ends in a count. Its row in results.json carries a stamp of the sources that it is about.
+`make test` fails where a stamp is old or a group has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+
+from stamp import stamp  # noqa: E402
+
+RESULTS = HERE / "results.json"
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--tb=short", "-m", "deep or not deep")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A command, what it shows, and the files and folders whose change makes its result old."""
+
+    what: str
+    command: tuple[str, ...]
+    sources: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+SUITE = ("lora_ref", "spec_tests")
+PYTHON = "{}.{}".format(*sys.version_info)
+GROUPS = {
+    "matrix": Group(
+        "the kill matrix: every seeded fault against every requirement that reaches it",
+        ("-m", "spec_tests.bugs.matrix"),
+        ("spec_tests",),
+    ),
+    "strictness": Group(
+        "the suite against its seeded faults, harmless variants and missing checks",
+        (*PYTEST, "tests/test_spec_strictness.py"),
+        ("spec_tests", "tests/test_spec_strictness.py"),
+    ),
+    "suite": Group(
+        "all requirements with their full number of examples, on torch and on NumPy alone",
+        (*PYTEST, "tests/test_spec.py"),
+        (*SUITE, "tests/test_spec.py"),
+        {"LORA_REF_PROFILE": "default"},
+    ),
+    "machine": Group(
+        "the state machine: 2,000 random sequences of operations against its model in NumPy",
+        (*PYTEST, "tests/test_state_machine.py"),
+        ("lora_ref", "tests/test_state_machine.py"),
+        {"LORA_REF_SEQUENCES": "2000"},
+    ),
+    "pages": Group(
+        "every page of the book, executed from scratch",
+        (*PYTEST, "tests/test_tutorials.py", "-k", "executed_from_scratch"),
+        (*SUITE, "tutorials"),
+    ),
+    "compat": Group(
+        "the tests with the oldest and the newest versions of what lora_ref needs, on this Python",
+        ("tests/compat/compatibility.py", "--check", "--jobs", "2", "--with", "lowest", "highest", "--python", PYTHON),
+        (*SUITE, "constraints-lowest.txt", "constraints-highest.txt", "pyproject.toml"),
+    ),
+}
+
+
+def result_of(name: str) -> dict[str, Any]:
+    """Run a group: {"passed", "failed", "minutes", "sources"}; its output goes to the terminal as it comes."""
+    group = GROUPS[name]
+    began, said = time.monotonic(), ""
+    process = subprocess.Popen(
+        [sys.executable, *group.command],
+        cwd=ROOT,
+        env={**os.environ, **group.variables},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        said += line
+    code = process.wait()
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|bugs)\b", said)}
+    failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
+    return {
+        "passed": counts.get("passed", counts.get("bugs", 0)),
+        "failed": failed or int(code != 0),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "sources": stamp(group.sources),
+    }
+
+
+def stale(results: dict[str, Any]) -> list[str]:
+    """The groups that have no result, or one about other sources than today's."""
+    return [name for name, group in GROUPS.items() if results.get(name, {}).get("sources") != stamp(group.sources)]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    rows = ["| group | what it shows | passed | failed | minutes |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, made in results.items():
+        rows.append(f"| {name} | {GROUPS[name].what} | {made['passed']} | {made['failed']} | {made['minutes']:g} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="only these groups")
+    options.add_argument("--check", action="store_true", help="leave results.json as it is")
+    given = options.parse_args()
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    made = {}
+    for name in given.only:
+        print(f"==> {name}: {GROUPS[name].what}", flush=True)
+        made[name] = result_of(name)
+        if not given.check:
+            kept = {**old, **made}
+            rows = {key: kept[key] for key in GROUPS if key in kept}
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table(made))
+    passed, failed = (sum(row[key] for row in made.values()) for key in ("passed", "failed"))
+    print(f"{passed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
