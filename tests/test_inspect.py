@@ -16,6 +16,7 @@ from torch import nn
 from lora_ref import cli
 from lora_ref.inspect import contents
 from lora_ref.spectrum import bar, block_diagonal, singular_values
+from spec_tests import agree
 
 
 class Net(nn.Module):
@@ -63,11 +64,9 @@ def explicit(A: torch.Tensor, B: torch.Tensor, s: float) -> np.ndarray:
     return np.linalg.svd(product, compute_uv=False)
 
 
-def close(got: list[float], want: np.ndarray) -> bool:
-    """Equal to 64 units of float64 of the largest value; what `got` leaves out is zero to that precision."""
-    want = np.sort(want)[::-1]
-    size = 64 * 2.0**-53 * want[0]
-    return bool(np.abs(want[: len(got)] - got).max() <= size and (want[len(got) :] <= size).all())
+def same_spectrum(got: list[float], want: np.ndarray) -> None:
+    """What `got` leaves out is zero beside the largest value."""
+    agree(np.pad(got, (0, len(want) - len(got))), np.sort(want)[::-1])
 
 
 @pytest.mark.parametrize(
@@ -87,9 +86,9 @@ def test_linear_layers(tmp_path, options, scalings):
     for update in found.modules:
         A, B = (stored[f"base_model.model.{update.module}.lora_{factor}.weight"] for factor in "AB")
         assert (update.kind, update.r, update.A, update.B) == ("linear", len(A), list(A.shape), list(B.shape))
-        assert close(update.singular_values, explicit(A, B, update.scaling))
+        same_spectrum(update.singular_values, explicit(A, B, update.scaling))
         want = np.linalg.norm(update.scaling * (B.double() @ A.double()).numpy())
-        assert update.frobenius_norm == pytest.approx(want, rel=1e-12)
+        agree(update.frobenius_norm, want)
     # k_proj is (3, 12): its update cannot have more than three singular values, whatever r
     assert len({u.module: u for u in found.modules}["k_proj"].singular_values) == 3
 
@@ -102,14 +101,14 @@ def test_embeddings_and_convolutions(tmp_path):
     }
     conv, emb, grouped = found.modules
     assert [update.kind for update in found.modules] == ["conv2d", "embedding", "conv1d"]
-    assert close(emb.singular_values, explicit(stored["emb.lora_embedding_A"], stored["emb.lora_embedding_B"], 2.0))
-    assert close(conv.singular_values, explicit(stored["conv.lora_A.weight"], stored["conv.lora_B.weight"], 2.0))
+    same_spectrum(emb.singular_values, explicit(stored["emb.lora_embedding_A"], stored["emb.lora_embedding_B"], 2.0))
+    same_spectrum(conv.singular_values, explicit(stored["conv.lora_A.weight"], stored["conv.lora_B.weight"], 2.0))
 
     # The update that a grouped B makes is found by sending the unit vectors of the rank space through it.
     A, B = stored["grouped.lora_A.weight"], stored["grouped.lora_B.weight"]
     assert B.shape == (8, 2, 1)
     full = nn.functional.conv1d(torch.eye(4)[:, :, None], B, groups=2)[:, :, 0].T  # (out, r)
-    assert close(grouped.singular_values, explicit(A, full, 2.0))
+    same_spectrum(grouped.singular_values, explicit(A, full, 2.0))
 
 
 def test_experts_are_told_by_target_parameters(tmp_path):
@@ -120,7 +119,8 @@ def test_experts_are_told_by_target_parameters(tmp_path):
     assert (update.module, update.kind, update.r, update.scaling) == ("experts", "3 experts", 2, 3.0)
     A, B = A.reshape(3, 2, -1), B.reshape(B.shape[0], 2, 3)
     want = np.concatenate([explicit(A[e], B[:, :, e], 3.0)[:2] for e in range(3)])
-    assert close(update.singular_values, want) and len(update.singular_values) == 6
+    assert len(update.singular_values) == 6
+    same_spectrum(update.singular_values, want)
 
 
 def test_what_is_no_factor_is_listed(tmp_path):
@@ -140,7 +140,8 @@ def test_half_precision_factors_are_read_exactly(tmp_path):
     save_file(halves, path, metadata={"format": "pt"})
     (update,) = contents(tmp_path).modules
     A, B = (halves[f"base_model.model.q_proj.lora_{factor}.weight"] for factor in "AB")
-    assert update.dtype == "bfloat16" and close(update.singular_values, explicit(A, B, 2.0))
+    assert update.dtype == "bfloat16"
+    same_spectrum(update.singular_values, explicit(A, B, 2.0))
 
 
 def test_json_is_one_document(tmp_path, capsys):
@@ -220,7 +221,7 @@ def test_singular_values_for_any_shape(out, r, n):
     A, B = rng.normal(size=(r, n)), rng.normal(size=(out, r))
     got = singular_values(A, B, -0.5)
     assert got.shape == (min(out, r, n),)
-    assert close(got.tolist(), explicit(torch.tensor(A), torch.tensor(B), -0.5))
+    same_spectrum(got.tolist(), explicit(torch.tensor(A), torch.tensor(B), -0.5))
 
 
 def test_bars_and_blocks():

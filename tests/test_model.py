@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
 from lora_ref.wrappers import AdapterModule, ModulesToSave
+from spec_tests import agree
 
 
 class Net(nn.Module):
@@ -67,10 +68,6 @@ def train(model: PeftModel, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-10, atol=1e-10)
-
-
 def trained_biases(model: PeftModel) -> list[str]:
     """The names of the base biases that require a gradient, wrappers' names taken out."""
     names = [n for n, p in model.get_base_model().named_parameters() if p.requires_grad and n.endswith(".bias")]
@@ -115,7 +112,7 @@ def test_trained_biases_stay_in_the_base() -> None:
     with_biases = copy.deepcopy(net)
     y = model(TOKENS)
     model.merge_adapter()
-    assert close(model(TOKENS), y)
+    agree(model(TOKENS), y)
     with (
         pytest.warns(UserWarning, match="adapter 'default' trains biases of the base model in place"),
         model.disable_adapter(),
@@ -246,7 +243,8 @@ def test_modules_to_save() -> None:
     copied = copy.deepcopy(model)
     assert model.unload() is base and net.head is original and torch.equal(net(TOKENS), off)
     merged = copied.merge_and_unload()
-    assert type(merged.head) is nn.Linear and close(merged(TOKENS), y)
+    assert type(merged.head) is nn.Linear
+    agree(merged(TOKENS), y)
 
 
 def test_modules_to_save_of_one_adapter_do_not_answer_for_another() -> None:
@@ -309,7 +307,7 @@ def test_several_active_adapters_add() -> None:
         model.set_adapter(name)
         d[name] = model(x) - base(x)
     model.set_adapter(["default", "b"])
-    assert close(model(x), base(x) + d["default"] + d["b"])
+    agree(model(x), base(x) + d["default"] + d["b"])
     model.set_adapter([])
     assert torch.equal(model(x), base(x))
 
@@ -321,17 +319,18 @@ def test_merging() -> None:
     model.set_adapter(["default", "b"])
     both = model(TOKENS)
     model.merge_adapter(["b"])
-    assert close(model(TOKENS), both)  # one merged, one added
+    agree(model(TOKENS), both)  # one merged, one added
     W = net.fc1.base_layer.weight
     model.merge_adapter(["b"])
     assert net.fc1.base_layer.weight is W
     model.merge_adapter()
     model.merge_adapter()
-    assert close(model(TOKENS), both) and model.layers()["fc1"].merged_adapters == ["b", "default"]
+    agree(model(TOKENS), both)
+    assert model.layers()["fc1"].merged_adapters == ["b", "default"]
     model.unmerge_adapter()
     model.set_adapter("default")
     model.merge_adapter(["b"])  # merged and not active: it is in the weights, so it counts
-    assert close(model(TOKENS), both)
+    agree(model(TOKENS), both)
     model.set_adapter("default")  # U3: unmerges first
     assert not any(layer.merged for layer in model.layers().values())
     model.merge_adapter()
@@ -380,7 +379,8 @@ def test_renaming_a_merged_adapter_while_disabled_keeps_the_base() -> None:
     model.merge_adapter()
     with model.disable_adapter():
         model.rename_adapter("default", "b")
-    assert model.active_adapters == ["b"] and model.layers()["fc1"].merged_adapters == ["b"] and close(model(TOKENS), y)
+    assert model.active_adapters == ["b"] and model.layers()["fc1"].merged_adapters == ["b"]
+    agree(model(TOKENS), y)
     model.unmerge_adapter()
     assert torch.equal(net.fc1.base_layer.weight, W) and torch.equal(model(TOKENS), y)
 
@@ -390,7 +390,8 @@ def test_renaming_a_merged_adapter() -> None:
     y, W = model(TOKENS), net.fc1.base_layer.weight.detach().clone()
     model.merge_adapter()
     model.rename_adapter("default", "b")
-    assert model.layers()["fc1"].merged_adapters == ["b"] and close(model(TOKENS), y)
+    assert model.layers()["fc1"].merged_adapters == ["b"]
+    agree(model(TOKENS), y)
     with pytest.raises(ValueError, match="deleting is not possible while b is merged"):
         model.delete_adapter("b")
     model.unmerge_adapter()
@@ -448,7 +449,7 @@ def test_merge_and_unload_gives_a_plain_model(state: str) -> None:
         model.disable_adapter_layers()
     assert model.merge_and_unload() is net and [n for n, _ in net.named_parameters()] == names
     assert not any(isinstance(m, AdapterModule) for m in net.modules())
-    assert close(net(TOKENS), y)
+    agree(net(TOKENS), y)
 
 
 def test_merge_and_unload_of_named_adapters() -> None:
@@ -457,7 +458,7 @@ def test_merge_and_unload_of_named_adapters() -> None:
     model.set_adapter("b")
     y = model(TOKENS)
     model.set_adapter("default")
-    assert close(model.merge_and_unload(adapter_names=["b"])(TOKENS), y)
+    agree(model.merge_and_unload(adapter_names=["b"])(TOKENS), y)
 
 
 def test_deleting() -> None:
@@ -540,7 +541,7 @@ def test_names_that_contain_each_other_or_are_names_of_modules(names: list[str])
         model.set_adapter(name)
         assert torch.equal(model(TOKENS), y)
         model.merge_adapter()
-        assert close(model(TOKENS), y)
+        agree(model(TOKENS), y)
 
 
 @pytest.mark.parametrize(
@@ -636,7 +637,7 @@ def test_cat_and_svd_are_the_weighted_sum(names: list[str], weights: list[float]
     assert set(got) == {where for parent in parents.values() for where in parent}
     for where, D in got.items():
         want = sum(w * parents[n][where] for n, w in zip(names, weights, strict=True) if where in parents[n])
-        assert close(D, want), where
+        agree(D, want, what=where)
         layer = model.layers()[where]
         assert layer.scaling["new"] == 1
         assert layer.r["new"] == (12 if kind == "svd" else sum(layer.r.get(n, 0) for n in names))
@@ -654,7 +655,7 @@ def test_one_adapter_with_weight_one_is_itself(name: str, kind: str) -> None:
     y = model(TOKENS)
     model.add_weighted_adapter([name], [1.0], "new", kind)
     model.set_adapter("new")
-    assert close(model(TOKENS), y)
+    agree(model(TOKENS), y)
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
@@ -666,7 +667,7 @@ def test_a_combination_survives_saving(kind: str, tmp_path: Any) -> None:
     y = model(TOKENS)
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     torch.manual_seed(0)
-    assert close(PeftModel.from_pretrained(Net().double().eval(), tmp_path / "new")(TOKENS), y)
+    agree(PeftModel.from_pretrained(Net().double().eval(), tmp_path / "new")(TOKENS), y)
 
 
 def test_linear_adds_factors() -> None:
@@ -679,8 +680,8 @@ def test_linear_adds_factors() -> None:
         As, Bs = zip(*(layer.factors(n) for n in ("default", "b")), strict=True)
         ws = [w * layer.scaling[n] for n, w in zip(("default", "b"), weights, strict=True)]
         A, B = layer.factors("new")
-        assert close(A, sum(math.copysign(math.sqrt(abs(s)), s) * x for s, x in zip(ws, As, strict=True)))
-        assert close(B, sum(math.sqrt(abs(s)) * x for s, x in zip(ws, Bs, strict=True)))
+        agree(A, sum(math.copysign(math.sqrt(abs(s)), s) * x for s, x in zip(ws, As, strict=True)))
+        agree(B, sum(math.sqrt(abs(s)) * x for s, x in zip(ws, Bs, strict=True)))
 
 
 def test_svd_is_the_best_of_its_rank() -> None:
@@ -692,7 +693,7 @@ def test_svd_is_the_best_of_its_rank() -> None:
     for rank in (1, 2, 4):
         model.add_weighted_adapter(["default", "b"], [1, 1], f"r{rank}", "svd", svd_rank=rank)
         error = (target - deltas(model, f"r{rank}")["fc1"]).norm()
-        assert torch.isclose(error, S[rank:].norm(), rtol=1e-9, atol=1e-12)
+        agree(error, S[rank:].norm(), size=S[0].item())
 
 
 def test_combinations_of_experts() -> None:
@@ -704,7 +705,7 @@ def test_combinations_of_experts() -> None:
     want = deltas(model, "default")["0.stack"] * 2 - deltas(model, "b")["0.stack"]
     for kind in ("cat", "svd"):
         model.add_weighted_adapter(["default", "b"], [2, -1], kind, kind, svd_rank=3 if kind == "svd" else None)
-        assert close(deltas(model, kind)["0.stack"], want)
+        agree(deltas(model, kind)["0.stack"], want)
 
 
 class Conv1D(nn.Linear):
@@ -728,7 +729,7 @@ def test_a_combination_of_parents_whose_options_exclude_each_other() -> None:
     y = model(x)
     model.add_weighted_adapter(["default", "b"], [1, 1], "new", "cat")
     model.set_adapter("new")
-    assert close(model(x), y)
+    agree(model(x), y)
 
 
 def test_a_combination_adapts_no_further_modules() -> None:
@@ -804,7 +805,7 @@ def test_each_sample_its_own_adapter(names: list[str]) -> None:
     for active in ("headed", ["default", "rs"], []):
         model.set_adapter(active)
         y = model(TOKENS)
-        assert close(model(TOKENS, adapter_names=names), torch.cat(want))
+        agree(model(TOKENS, adapter_names=names), torch.cat(want))
         assert torch.equal(model(TOKENS), y)  # and nothing stays
     with model.disable_adapter():
         off = model(TOKENS)
@@ -825,7 +826,7 @@ def test_mixed_batches_that_are_refused() -> None:
     model.eval().merge_adapter()
     with pytest.raises(ValueError, match="mixing adapters in a batch is not possible while default is merged"):
         model(TOKENS, adapter_names=["default"] * 3)
-    assert close(model(TOKENS), y)
+    agree(model(TOKENS), y)
 
 
 def test_mixed_batches_and_raw_parameters() -> None:
@@ -839,7 +840,7 @@ def test_mixed_batches_and_raw_parameters() -> None:
     model.add_adapter("experts", LoraConfig(r=1, target_modules=[], **options))
     with pytest.raises(ValueError, match="adapter_names is not possible with target_parameters"):
         model(x, adapter_names=["default", "experts"])
-    assert close(model(x, adapter_names=["default", "default"]), y)
+    agree(model(x, adapter_names=["default", "default"]), y)
 
 
 # -- texts -------------------------------------------------------------------------------------------------
