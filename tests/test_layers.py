@@ -665,7 +665,8 @@ def test_orthogonal(dtype: torch.dtype) -> None:
         _, layer = adapt(base, r=r, init_lora_weights="orthogonal")
         A, B = (array(p).astype(np.float64) for p in layer.adapter_parameters("default"))
         # in float32; QR of r by r numbers leaves rows orthogonal to 8 r^2 roundings (Higham, 19.4, with 8 for his c)
-        close(B @ A, np.zeros_like(B @ A), terms=8 * r**2, size=abs(B) @ abs(A), dtype=torch.float32)
+        size = np.outer(np.linalg.norm(B, axis=1), np.linalg.norm(A, axis=0))
+        close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size, dtype=torch.float32)
         for factor in (A, B):
             assert np.linalg.matrix_rank(factor, tol=1e-3) == r // 2
         assert torch.equal(base.weight, W)
@@ -677,7 +678,8 @@ def test_orthogonal_in_numpy(r: int) -> None:
     rng = np.random.default_rng(0)
     pairs = [inits.orthogonal(np.zeros((50, 60)), r, rng=rng)[:2] for _ in range(100)]
     for A, B in pairs:
-        close(B @ A, np.zeros((50, 60)), terms=8 * r**2, size=abs(B) @ abs(A))  # as above
+        size = np.outer(np.linalg.norm(B, axis=1), np.linalg.norm(A, axis=0))
+        close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size)  # as above
     for factors, n in ((np.stack([A for A, _ in pairs]), 60), (np.stack([B for _, B in pairs]), 50)):
         independent = 100 * n * r // 2  # normal numbers behind the entries
         assert abs(factors.var() - 0.005) < 6 * 0.005 * math.sqrt(2 / independent)
