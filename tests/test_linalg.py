@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lora_ref import linalg
 from lora_ref.linalg import leading
+from spec_tests import distance
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 # both sides of where the Krylov method begins: 16 blocks of 8 columns in half of the smaller side
@@ -51,9 +52,8 @@ def assert_leading(W, r, U, S, Vh, eps):
     r = min(r, *W.shape)
     assert (U.shape, S.shape, Vh.shape) == ((len(W), r), (r,), (r, W.shape[1]))
     want = np.linalg.svd(W, compute_uv=False)
-    bound = (
-        eps * 4 * max(64, math.sqrt(sum(W.shape)))
-    )  # backward error of a column; u * ||W|| a product, and a few dozen
+    # `leading_svd` itself allows each of four defects max(64, sqrt(m + n)) spacings: of U, of Vh, of W v and of W^T u
+    bound = eps * 4 * max(64, math.sqrt(sum(W.shape)))
     assert np.abs(U.T @ U - np.eye(r)).max() <= bound
     assert np.abs(Vh @ Vh.T - np.eye(r)).max() <= bound
     bound *= want[0]
@@ -148,6 +148,7 @@ def test_the_signs_of_the_svd_are_fixed(seed, shape, batch, dtype):
     for x in in_both(X, dtype):
         U, S, Vh = (np.asarray(part, dtype=np.float64) for part in linalg.svd(x))
         assert (np.take_along_axis(Vh, np.abs(Vh).argmax(-1)[..., None], -1) > 0).all()
+        # 8 m n roundings, two to a spacing, of at most 16 numbers (Higham, Accuracy and Stability, 19.4, with 8 for c)
         assert np.abs((U * S[..., None, :]) @ Vh - np.asarray(x, dtype=np.float64)).max() <= 64 * EPS[dtype] * S.max()
 
 
@@ -156,7 +157,7 @@ def test_randomized_svd_is_orthonormal_and_no_better_than_possible(seed, shape, 
     W = matrix(seed, shape, spectrum)
     r = min(r, *shape)
     want = np.linalg.svd(W, compute_uv=False)
-    bound = 4 * 64 * EPS[dtype]
+    bound = 4 * 64 * EPS[dtype]  # as in `assert_leading`
     for x in in_both(W, dtype):
         U, S, Vh = (np.asarray(part, dtype=np.float64) for part in linalg.randomized_svd(x, r, niter))
         assert np.abs(U.T @ U - np.eye(r)).max() <= bound
@@ -186,7 +187,7 @@ def test_nothing_depends_on_the_global_generators(library):
         made.append([*linalg.leading_svd(W, 4), *linalg.randomized_svd(W, 4, 2)])
     assert all((x == y).all() for x, y in zip(*made, strict=True))
     other = linalg.randomized_svd(W, 4, 0, np.random.default_rng(1) if library is np.asarray else torch.Generator())
-    assert not np.allclose(other[1], linalg.randomized_svd(W, 4, 0)[1])
+    assert distance(other[0], linalg.randomized_svd(W, 4, 0)[0]) > 0.01
 
 
 def test_two_threads_agree_with_one_to_rounding():
