@@ -194,7 +194,7 @@ def test_in_half_precision_only_the_rounding_of_the_residual_is_lost(value: str,
         # half a unit in the last place of the residual, and float32's rounding of what it was computed from
         size = before[f"{name}.weight"].double().abs() + layer.stored(layer.scaling["default"] * (B.abs() @ A.abs()))
         u = torch.finfo(dtype).eps / 2
-        # (4 products, the scaling, the difference, and two for the factors; a float16 is off by 2^-25 where it underflows)
+        # (4 products, the scaling, the difference, two for the factors; a float16 is off by 2^-25 where it underflows)
         assert (lost.abs() <= u * residual.abs() * 1.01 + 8 * 2**-24 * size + 2**-25).all()
     with model.disable_adapter():  # what is missing is added in float32, and the sum rounded
         y = model(X.to(dtype))
