@@ -13,6 +13,7 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from lora_ref.plan import ENGINES, SHAPES, Shape, memory
+from spec_tests.rounding import ROUNDINGS, UNIT
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "distributed"))
@@ -53,8 +54,11 @@ def test_the_committed_figures_are_of_all_engines_and_ways() -> None:
 
     assert measure.WAYS == test_distributed.WAYS
     assert list(results["exactness"]) == [*measure.WAYS, *huggingface.WAYS]
-    for differences in results["exactness"].values():
-        assert 0 < max(differences.values()) < 1e-5
+    for way, differences in results["exactness"].items():
+        # losses are below 5, an adapter's numbers below 1; Trainer's log takes four roundings in float32
+        log = 8 * UNIT["float32"] if way.startswith("trainer") else ROUNDINGS * UNIT["float64"]
+        assert 0 < differences["loss"] <= 5 * log
+        assert 0 < differences["tensor"] <= ROUNDINGS * UNIT["float64"]
 
 
 @pytest.mark.parametrize("size", SHAPES)

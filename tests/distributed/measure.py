@@ -3,8 +3,8 @@
     python tests/distributed/measure.py
 
 Exactness: the largest difference of a loss, and of a number in the saved adapter, between two processes and one, for
-each way of worker.py and of huggingface.py. Memory: one training step of a small Llama-like model, measured in bytes
-for each rank, next to what `lora_ref.plan` says for that shape.
+each way of worker.py and of huggingface.py, in float64 (Trainer's log of losses is float32). Memory: one training step
+of a small Llama-like model, measured in bytes for each rank, next to what `lora_ref.plan` says for that shape.
 """
 
 from __future__ import annotations
@@ -90,14 +90,19 @@ class Kept:
     """Bytes that autograd saves for the backward pass and that are no parameter, each memory counted once."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.found, self.counts = model, {}, True
+        self.model, self.counts = model, True
+        self.saved: WeakSet[Any] = WeakSet()
 
     def note(self, tensor: Tensor) -> Tensor:
         memory = local(tensor).untyped_storage()
         owned = {local(p).untyped_storage().data_ptr() for p in self.model.parameters()}
         if self.counts and memory.data_ptr() not in owned:
-            self.found[memory.data_ptr()] = memory.nbytes()
+            self.saved.add(memory)
         return tensor
+
+    def now(self) -> int:
+        """What is alive of it: an address may be that of several, one after the other."""
+        return sum(memory.nbytes() for memory in self.saved)
 
     def __call__(self) -> Any:
         return torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
@@ -143,7 +148,13 @@ def measured(engine: str) -> dict[str, float]:
     block.counts = False
     first = net.model.layers[0]
     hooks = [first.register_forward_pre_hook(lambda *_: setattr(block, "counts", True))]
-    hooks += [first.register_forward_hook(lambda *_: setattr(block, "counts", False))]
+    kept_by_block = []
+
+    def after(*_: Any) -> None:
+        block.counts = False
+        kept_by_block.append(block.now())
+
+    hooks += [first.register_forward_hook(after)]
     with block():
         trained(**data).loss.backward()
     for hook in hooks:
@@ -168,6 +179,7 @@ def measured(engine: str) -> dict[str, float]:
     with Peak(*model.parameters(), *states) as peak:
         with kept():
             loss = trained(**data).loss
+        activations = kept.now() + sum(kept_by_block)
         loss.backward()
         optimizer.step()
     trains = [p for p in model.parameters() if p.requires_grad]
@@ -176,7 +188,7 @@ def measured(engine: str) -> dict[str, float]:
         "weights": frozen,
         "adapters": sum(map(size, [*trains, *(p.grad for p in trains), *states])),
         "gathered": gathered[0],
-        "activations": sum(kept.found.values()) + sum(block.found.values()),
+        "activations": activations,
         "peak": peak.most,
     }
 
