@@ -1,15 +1,17 @@
-"""The inputs that fuzzing has kept, and a short run of the fuzzer itself."""
+"""The inputs that fuzzing has kept, and a short run of the fuzzer itself: LORA_REF_FUZZ seconds for each reader."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent / "fuzz"
+SECONDS = int(os.environ.get("LORA_REF_FUZZ", "4"))
 
 
 def runner():
@@ -50,10 +52,10 @@ def test_a_finding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="atheris is made for Linux")
 @pytest.mark.parametrize("target", run.TARGETS)
-def test_half_a_minute_of_fuzzing_finds_nothing(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_while_of_fuzzing_finds_nothing(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run, "MOST", 0)  # the corpus stays as it is committed
-    made = run.run(target, seconds=30)
-    assert made["findings"] == 0 and made["executions"] > 500
+    made = run.run(target, seconds=SECONDS)
+    assert made["findings"] == 0 and made["executions"] > 10 * SECONDS
 
 
 def test_the_committed_run_was_long_and_found_nothing() -> None:

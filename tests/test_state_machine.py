@@ -8,6 +8,7 @@ that fails must leave everything as it was, bit for bit.
 import copy
 import dataclasses
 import json
+import os
 import math
 import pickle
 import tempfile
@@ -808,5 +809,5 @@ def but_with(ref: Model, **changes: Any) -> Model:
 
 TestAdaptedModel = AdaptedModel.TestCase
 TestAdaptedModel.settings = settings(
-    max_examples=max(200, settings().max_examples), stateful_step_count=30, deadline=None
+    max_examples=int(os.environ.get("LORA_REF_SEQUENCES", "40")), stateful_step_count=30, deadline=None
 )

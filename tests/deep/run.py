@@ -71,6 +71,12 @@ GROUPS = {
         (*PYTEST, "tests/test_tutorials.py", "-k", "executed_from_scratch"),
         (*SUITE, "tutorials"),
     ),
+    "fuzz": Group(
+        "a minute of fuzzing for each reader of adapter folders",
+        (*PYTEST, "tests/test_fuzz.py"),
+        ("lora_ref", "tests/fuzz/fuzzing.py", "tests/test_fuzz.py"),
+        {"LORA_REF_FUZZ": "60"},
+    ),
     "compat": Group(
         "the tests with the oldest and the newest versions of what lora_ref needs, on this Python",
         ("tests/compat/compatibility.py", "--check", "--jobs", "2", "--with", "lowest", "highest", "--python", PYTHON),
