@@ -8,8 +8,8 @@ that fails must leave everything as it was, bit for bit.
 import copy
 import dataclasses
 import json
-import os
 import math
+import os
 import pickle
 import tempfile
 import warnings
