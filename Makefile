@@ -52,8 +52,6 @@ test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(VENV)/.installed-test
-	@echo "==> pytest"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
 	@echo "==> tests/deep/run.py $(ARGS)"
 	@$(BIN)/python tests/deep/run.py $(ARGS)
 

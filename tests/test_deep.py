@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +21,7 @@ def runner(folder: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{folder}_run", HERE / folder / "run.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -39,6 +43,14 @@ def test_a_group_is_stale_once_its_sources_change(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(deep, "stamp", lambda paths: "another")
     assert deep.stale(made) == list(deep.GROUPS) and now != deep.stale(made)
     assert deep.stale({}) == list(deep.GROUPS)
+
+
+def test_the_pages_that_take_long_are_executed_by_a_group() -> None:
+    text = (HERE.parent / "tutorials" / "book" / "pages.py").read_text(encoding="utf-8")
+    (long,) = re.findall(r"^LONG = (.*)$", text, re.MULTILINE)
+    deep = runner("deep")
+    assert ast.literal_eval(long) == deep.LONG
+    assert {f"tutorials/{name}.md" for name in deep.LONG} <= set(deep.GROUPS["pages"].sources)
 
 
 def test_the_tests_have_run_with_every_kind_of_kernel() -> None:

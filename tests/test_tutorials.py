@@ -34,12 +34,8 @@ def slug(heading: str) -> str:
     return text.strip().replace(" ", "-")
 
 
-#: These train models, or try a suite, and take most of the time.
-LONG = {"02_scaling", "10_fine_tune", "11_claims", "12_test_your_lora"}
-
-
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.deep] * (page.stem in LONG), id=page.stem) for page in PAGES]
+    "page", [pytest.param(page, marks=[pytest.mark.deep] * (page.stem in pages.LONG), id=page.stem) for page in PAGES]
 )
 def test_a_page_executed_from_scratch_prints_and_plots_what_is_committed(page):
     result = run.execute(page)

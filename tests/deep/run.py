@@ -28,12 +28,12 @@ sys.path.insert(0, str(HERE.parent))
 from stamp import stamp  # noqa: E402
 
 RESULTS = HERE / "results.json"
-PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--tb=short", "-m", "deep or not deep")
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--tb=short")
 
 
 @dataclass(frozen=True)
 class Group:
-    """A command, what it shows, and the files and folders whose change makes its result old."""
+    """A command, what it shows, and the files and folders whose change makes its result old; none for `make test`."""
 
     what: str
     command: tuple[str, ...]
@@ -42,8 +42,10 @@ class Group:
 
 
 SUITE = ("lora_ref", "spec_tests")
+LONG = ("02_scaling", "10_fine_tune", "11_claims", "12_test_your_lora")  # as tutorials/book/pages.py has it
 PYTHON = "{}.{}".format(*sys.version_info)
 GROUPS = {
+    "tests": Group("the tests of every function, as `make test` runs them", PYTEST, ()),
     "matrix": Group(
         "the kill matrix: every seeded fault against every requirement that reaches it",
         ("-m", "spec_tests.bugs.matrix"),
@@ -51,7 +53,7 @@ GROUPS = {
     ),
     "strictness": Group(
         "the suite against its seeded faults, harmless variants and missing checks",
-        (*PYTEST, "tests/test_spec_strictness.py"),
+        (*PYTEST, "-m", "deep", "tests/test_spec_strictness.py"),
         ("spec_tests", "tests/test_spec_strictness.py"),
     ),
     "suite": Group(
@@ -61,15 +63,15 @@ GROUPS = {
         {"LORA_REF_PROFILE": "default"},
     ),
     "machine": Group(
-        "the state machine: 2,000 random sequences of operations against its model in NumPy",
+        "the state machine: 1,000 random sequences of operations against its model in NumPy",
         (*PYTEST, "tests/test_state_machine.py"),
         ("lora_ref", "tests/test_state_machine.py"),
-        {"LORA_REF_SEQUENCES": "2000"},
+        {"LORA_REF_SEQUENCES": "1000"},
     ),
     "pages": Group(
-        "every page of the book, executed from scratch",
-        (*PYTEST, "tests/test_tutorials.py", "-k", "executed_from_scratch"),
-        (*SUITE, "tutorials"),
+        "the pages of the book that train models or try a suite, executed from scratch",
+        (*PYTEST, "-m", "deep", "tests/test_tutorials.py"),
+        (*SUITE, "tutorials/book", *(f"tutorials/{name}.md" for name in LONG)),
     ),
     "fuzz": Group(
         "a minute of fuzzing for each reader of adapter folders",

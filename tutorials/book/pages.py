@@ -21,6 +21,10 @@ if not os.path.exists("figures/book.mplstyle"):
     os.chdir("..")  # from notebooks/ to tutorials/, where the pages are at home"""
 
 
+#: These train models, or try a suite: minutes rather than seconds.
+LONG = ("02_scaling", "10_fine_tune", "11_claims", "12_test_your_lora")
+
+
 def all_pages(folder: pathlib.Path = HERE) -> list[pathlib.Path]:
     """The pages there are, in order."""
     return sorted(folder.glob("[0-9][0-9]_*.md"))
