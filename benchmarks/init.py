@@ -403,7 +403,7 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table that README quotes."""
+    """The table that page 4 quotes."""
     threads = [f"times faster, {n} thread{'s' * (n != 1)}" for n in results["threads"]]
     head = ["case", "W", *threads, "bar", "error", "peer's error", "memory / W", "peer's"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 2 + " ---: |" * (len(head) - 2)]
