@@ -52,12 +52,12 @@ test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(VENV)/.installed-test
-	@echo "==> tests/deep/run.py $(ARGS)"
-	@$(BIN)/python tests/deep/run.py $(ARGS)
+	@echo "==> tests/deep/groups.py $(ARGS)"
+	@$(BIN)/python tests/deep/groups.py $(ARGS)
 
 kernels: $(VENV)/.installed-test
-	@echo "==> tests/kernels/run.py $(ARGS)"
-	@$(BIN)/python tests/kernels/run.py $(ARGS)
+	@echo "==> tests/kernels/processors.py $(ARGS)"
+	@$(BIN)/python tests/kernels/processors.py $(ARGS)
 
 check: $(VENV)/.installed-test
 	@echo "==> lora-ref check $(ARGS)"

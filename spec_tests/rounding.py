@@ -67,7 +67,9 @@ def close(got: Any, want: Any, terms: float, size: Any, dtype: Any = None, what:
     assert a.shape == b.shape, f"{label}has the shape {a.shape}, wanted {b.shape}"
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     largest = np.broadcast_to(np.maximum(bound, SMALLEST[name]), a.shape)
-    error = np.where(same, 0.0, abs(np.where(same, 0.0, a) - np.where(same, 0.0, b)) / (UNIT[name] * largest))
+    # float64 has no half of the distance between its smallest numbers: there one such distance is the unit
+    rounding = np.maximum(UNIT[name] * largest, 2.0**-1074)
+    error = np.where(same, 0.0, abs(np.where(same, 0.0, a) - np.where(same, 0.0, b)) / rounding)
     if not (error <= 2 * terms).all():  # a NaN is never within a bound
         at = np.unravel_index(np.where(np.isnan(error), np.inf, error).argmax(), error.shape)
         raise AssertionError(

@@ -2,11 +2,17 @@
 shapes checked at run time."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one by default: two processes of tests wait for each other's threads
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # NumPy's
+# compiled code fits one kernel: that of another does not compile, or computes something else
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+    os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "lora_ref-inductor")),
+    os.environ.get("ATEN_CPU_CAPABILITY", "native"),
+)
 
 import pytest
 import torch

@@ -122,9 +122,13 @@ def explicit(model: PeftModel, *names: str) -> Tensor:
     return net(X).detach()
 
 
-def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Nearly, where the numbers are narrower than float64."""
-    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1))
+def nearest(got: Tensor, right: Tensor, wrong: Tensor, times: int = 8) -> bool:
+    """Is a result of narrow numbers so many times nearer to what is right than that is to what a fault would give?
+
+    The worst case of all roundings of three layers in half precision is larger than their output. This asks what the
+    test is about: which weights the output was computed from.
+    """
+    return distance(got, right) * times < distance(wrong, right)
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
@@ -196,9 +200,12 @@ def test_in_half_precision_only_the_rounding_of_the_residual_is_lost(value: str,
         u = torch.finfo(dtype).eps / 2
         # (4 products, the scaling, the difference, two for the factors; a float16 is off by 2^-25 where it underflows)
         assert (lost.abs() <= u * residual.abs() * 1.01 + 8 * 2**-24 * size + 2**-25).all()
+    residual = Net()
+    for layer in ("up", "down"):
+        residual.get_submodule(layer).weight.data.copy_(model.layers()[layer].base_weight)
     with model.disable_adapter():  # what is missing is added in float32, and the sum rounded
         y = model(X.to(dtype))
-        assert y.dtype == dtype and same(y, Net(dtype)(X.to(dtype)), 8 * torch.finfo(dtype).eps)
+        assert y.dtype == dtype and nearest(y, Net()(X), residual(X))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -214,19 +221,21 @@ def test_in_half_precision_the_original_weight_is_summed_before_it_is_rounded(dt
 @pytest.mark.parametrize("value", ["pissa", "olora"])
 def test_training_goes_as_in_peft(value: str) -> None:
     """Signs and rotations of the factors are free, and plain gradient descent does not see them."""
-    outputs = []
+    outputs, starts = [], []
     for library, cls in ((None, LoraConfig), (peft, peft.LoraConfig)):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
         cfg = cls(r=3, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=value)
         model = library.get_peft_model(net, cfg) if library else get_peft_model(net, cfg)
+        starts.append(model(X.float()).detach())
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         for _ in range(5):
             optimizer.zero_grad()
             model(X.float()).square().mean().backward()
             optimizer.step()
         outputs.append(model(X.float()).detach())
-    assert same(outputs[0], outputs[1], 1e-5)
+    # PEFT decomposes float32 at most; a part of a thousand of what training changes is far above its roundings
+    assert nearest(outputs[0], outputs[1], starts[1], times=1000)
 
 
 # -- the original is there ---------------------------------------------------------------------
@@ -652,22 +661,22 @@ def two_of(first: str = "pissa", second: str = "loftq") -> PeftModel:
 @pytest.mark.parametrize("merged", [False, True])
 def test_what_was_taken_moves_with_the_model(dtype: torch.dtype, merged: bool) -> None:
     model = two_of()
-    tolerance = 20 * torch.finfo(dtype).eps
+    times = 1000 if dtype == torch.float32 else 8
     if merged:
         model.merge_adapter()
     wanted = [explicit(model, "default"), explicit(model, "default", "second")]
     model.to(dtype)
     assert {t.dtype for t in model.state_dict().values()} == {dtype}
-    assert same(model(X.to(dtype)), wanted[0], tolerance)
+    assert nearest(model(X.to(dtype)), wanted[0], wanted[1], times)
     with model.disable_adapter():
         y = model(X.to(dtype))
-        assert y.dtype == dtype and same(y, Net()(X), tolerance)
+        assert y.dtype == dtype and nearest(y, Net()(X), wanted[0], times)
     if merged:
         model.unmerge_adapter()
     model.set_adapter(["default", "second"])
-    assert same(model(X.to(dtype)), wanted[1], tolerance)
+    assert nearest(model(X.to(dtype)), wanted[1], wanted[0], times)
     plain = model.unload()
-    assert {p.dtype for p in plain.parameters()} == {dtype} and same(plain(X.to(dtype)), Net()(X), tolerance)
+    assert {p.dtype for p in plain.parameters()} == {dtype} and nearest(plain(X.to(dtype)), Net()(X), wanted[0], times)
 
 
 def test_a_weight_put_aside_may_lie_on_another_device() -> None:
@@ -738,8 +747,11 @@ def test_under_autocast_what_was_taken_is_there_to_half_precision(names: list[st
     model = two_of("pissa", "olora").float()
     model.set_adapter(names)
     wanted = model(X.float())
+    model.set_adapter(["second"] if names == ["default"] else ["default"])
+    other = model(X.float())
+    model.set_adapter(names)
     with torch.autocast("cpu", torch.bfloat16):
-        assert same(model(X.float()), wanted, 16 * torch.finfo(torch.bfloat16).eps)
+        assert nearest(model(X.float()), wanted, other)
 
 
 @pytest.mark.parametrize("value", LOW_RANK)

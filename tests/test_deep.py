@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 
 
 def runner(folder: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{folder}_run", HERE / folder / "run.py")
+    (path,) = (HERE / folder).glob("*.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,7 +1,7 @@
-"""The tests and the pages as other processors would run them: `python tests/kernels/run.py`.
+"""The tests and the pages as other processors would run them: `python tests/kernels/processors.py`.
 
-    python tests/kernels/run.py                             all settings: the tests, then the pages; results.json
-    python tests/kernels/run.py --only haswell --numeric    one setting, on the tests that compare numbers; no report
+    python tests/kernels/processors.py                             the tests, then the pages; writes results.json
+    python tests/kernels/processors.py --only haswell --numeric    one setting, on the tests that compare numbers
 
 A setting chooses the kernels of torch (ATen), of MKL and of NumPy's OpenBLAS, and a number of threads. Another kernel
 sums in another order, so every sum is rounded differently. Not every variable has an effect on every processor: MKL

@@ -1,8 +1,8 @@
-"""What proves depth rather than function, and takes longer than `make test` may: `python tests/deep/run.py`.
+"""What proves depth rather than function, and takes longer than `make test` may: `python tests/deep/groups.py`.
 
-    python tests/deep/run.py                   all groups, and results.json
-    python tests/deep/run.py --only matrix     one group; the others keep their rows in results.json
-    python tests/deep/run.py --check           leave results.json as it is
+    python tests/deep/groups.py                   all groups, and results.json
+    python tests/deep/groups.py --only matrix     one group; the others keep their rows in results.json
+    python tests/deep/groups.py --check           leave results.json as it is
 
 Each group is a command that ends in a count. Its row in results.json carries a stamp of the sources that it is about.
 `make test` fails where a stamp is old or a group has failed.
