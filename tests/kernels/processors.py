@@ -154,8 +154,11 @@ def tests(name: str, files: list[str], further: list[str]) -> dict[str, Any]:
 
 
 def pages(name: str) -> bool:
-    """Execute the pages under a setting and compare what they print and plot with what is committed."""
-    line = [sys.executable, "tutorials/book/run.py"]
+    """Execute the pages that the tests do not execute, and compare what they print and plot with what is committed."""
+    sys.path.insert(0, str(ROOT / "tutorials"))
+    from book.pages import LONG
+
+    line = [sys.executable, "tutorials/book/run.py", *LONG]
     return subprocess.run(line, cwd=ROOT, env=environment(name)).returncode == 0
 
 
