@@ -49,11 +49,13 @@ def close(got: Any, want: Any, terms: float, size: Any, dtype: Any = None, what:
         want: what it is compared with, of the same shape. It may have a wider dtype than `got`.
         terms: how many roundings an entry has been through: the length of its longest sum, one for each operation more.
         size: the same formula on absolute values, |A| @ |B| for A @ B: one number, or an array that broadcasts.
-        dtype: the dtype whose u counts: by default the narrower one of `got` and `want`.
+        dtype: the dtype whose u counts: by default that of `got`.
         what: the name that the error message begins with.
 
     Raises:
         AssertionError: names the worst entry, its error in roundings of `size`, and how many are allowed.
+            A NaN is never near anything.
+        ValueError: `size` or `terms` is infinite or NaN, so that everything would be near enough.
 
     >>> x = np.float32([1.0, 1e4, -1e4])
     >>> close(x.sum(), x[::-1].sum(), terms=3, size=abs(x).sum())
@@ -61,11 +63,13 @@ def close(got: Any, want: Any, terms: float, size: Any, dtype: Any = None, what:
     Traceback (most recent call last):
     AssertionError: sum: 1 at [], wanted 1.25: off by 210 roundings of float32 numbers as large as 2e+04, 6 are allowed
     """
-    name = _name(dtype) if dtype is not None else max((_name(got), _name(want)), key=UNIT.__getitem__)
+    name = _name(got if dtype is None else dtype)
     a, b, bound = _float64(got), _float64(want), abs(_float64(size))
     label = f"{what}: " if what else ""
     assert a.shape == b.shape, f"{label}has the shape {a.shape}, wanted {b.shape}"
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    if not (np.isfinite(bound).all() and np.isfinite(terms)):
+        raise ValueError(f"{label}size and terms must be finite, or every result is near enough: terms={terms}")
+    same = a == b  # infinite numbers of one sign, too
     largest = np.broadcast_to(np.maximum(bound, SMALLEST[name]), a.shape)
     # float64 has no half of the distance between its smallest numbers: there one such distance is the unit
     rounding = np.maximum(UNIT[name] * largest, 2.0**-1074)
@@ -91,7 +95,7 @@ def agree(got: Any, want: Any, size: float = 0.0, what: str = "") -> None:
         what: the name that the error message begins with.
 
     Raises:
-        AssertionError: the structures or the numbers differ.
+        AssertionError: the structures or the numbers differ, or there are no numbers at all.
         TypeError: something is float32 or narrower: use `close`, with what is summed.
 
     >>> agree({"a": [0.1 + 0.2], "b": np.zeros(2)}, {"a": [0.3], "b": np.full(2, 1e-17)})
@@ -100,6 +104,7 @@ def agree(got: Any, want: Any, size: float = 0.0, what: str = "") -> None:
     TypeError: agree compares float64 alone, and this is float32: use close(got, want, terms, size)
     """
     pairs = list(_pairs(got, want, what))
+    assert pairs, f"{what or 'agree'}: nothing is compared"
     for _, *pair in pairs:
         for x in pair:
             if _name(x) != "float64":
@@ -115,16 +120,24 @@ def agree(got: Any, want: Any, size: float = 0.0, what: str = "") -> None:
 def distance(a: Any, b: Any) -> float:
     """The largest |a - b| as a share of the largest number of both; 0 for two arrays of zeros. Without a unit.
 
+    NaN, if there is one in `a` or `b`: no comparison with it holds.
+
+    Raises:
+        AssertionError: the structures or the shapes differ.
+
     >>> distance([1.0, 2.0], [1.0, 2.5])
     0.2
     """
     pairs = [(_float64(x), _float64(y)) for _, x, y in _pairs(a, b, "")]
-    largest = max((float(abs(x).max(initial=0)) for pair in pairs for x in pair), default=0.0)
-    return max((float(abs(x - y).max(initial=0)) for x, y in pairs), default=0.0) / (largest or 1.0)
+    for x, y in pairs:
+        assert x.shape == y.shape, f"has the shape {x.shape}, wanted {y.shape}"
+    largest = np.max([abs(x).max(initial=0) for pair in pairs for x in pair], initial=0)
+    return float(np.max([abs(x - y).max(initial=0) for x, y in pairs], initial=0) / (largest or 1.0))
 
 
 def _pairs(got: Any, want: Any, what: str) -> Iterator[tuple[str, Any, Any]]:
     """The leaves of two equal structures, with a name for each."""
+    assert isinstance(got, Mapping) == isinstance(want, Mapping), f"{what or 'the structure'}: one of both is a dict"
     if isinstance(want, Mapping):
         assert got.keys() == want.keys(), f"{what or 'the keys'}: has {sorted(got)}, wanted {sorted(want)}"
         for key in want:
@@ -139,7 +152,9 @@ def _pairs(got: Any, want: Any, what: str) -> Iterator[tuple[str, Any, Any]]:
 
 def _name(x: Any) -> str:
     """`torch.float32`, `np.dtype("float32")`, "float32" and an array of it: "float32". Python's numbers are float64."""
-    if isinstance(x, int | float | list | tuple):
+    if isinstance(x, list | tuple):
+        return max((_name(each) for each in x), key=UNIT.__getitem__, default="float64")
+    if isinstance(x, int | float) and not isinstance(x, np.generic):
         return "float64"
     name = str(getattr(x, "dtype", x)).removeprefix("torch.")
     if name not in UNIT:

@@ -1,6 +1,7 @@
 """What every test runs under: no network, one thread unless OMP_NUM_THREADS says more, Hypothesis profiles, and array
 shapes checked at run time."""
 
+import getpass
 import os
 import tempfile
 
@@ -10,8 +11,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", os.environ["OMP_NUM_THREADS"])  # NumPy's
 # compiled code fits one kernel: that of another does not compile, or computes something else
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
-    os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "lora_ref-inductor")),
-    os.environ.get("ATEN_CPU_CAPABILITY", "native"),
+    tempfile.gettempdir(),
+    f"lora_ref-inductor-{getpass.getuser()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}",
 )
 
 import pytest

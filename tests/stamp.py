@@ -35,16 +35,18 @@ def bare(source: str) -> str:
     return ast.dump(Bare().visit(ast.parse(source)))
 
 
-def stamp(paths: Iterable[Path | str]) -> str:
+def stamp(paths: Iterable[Path | str], without: Iterable[Path | str] = ()) -> str:
     """16 hexadecimal digits that change when the code of a Python file does, or the text of another file.
 
     Args:
         paths: files and folders, absolute or in the repository. Of a folder all Python files count.
+        without: files that do not count.
     """
     files: set[Path] = set()
     for path in paths:
         whole = ROOT / path
         files |= set(whole.rglob("*.py")) if whole.is_dir() else {whole}
+    files -= {ROOT / path for path in without}
     digest = hashlib.sha256()
     for file in sorted(files):
         text = file.read_text(encoding="utf-8")

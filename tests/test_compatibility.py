@@ -82,4 +82,5 @@ def test_the_report_is_about_these_sources() -> None:
 def test_the_files_that_are_tested_need_no_extra() -> None:
     picked, others = compat.selection()
     assert {"test_layers.py", "test_storage.py", "test_precision.py"} <= set(picked)
+    assert "test_deep.py" not in picked, "it reads the report that is being made"
     assert others["test_peft_files.py"] == "needs peft, transformers"

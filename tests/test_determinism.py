@@ -209,8 +209,9 @@ def on_threads(count: int, folder: Path) -> dict[str, Numbers]:
 
 
 def test_another_number_of_threads_rounds_otherwise_at_most(tmp_path: Path) -> None:
-    """What is only drawn is the same bit for bit. Products may be summed in another order: of float64 that changes the
-    last digits, and the condition of what is sought (below 1e4 here, the gaps between singular values) takes 4 more.
+    """Random draws are the same bit for bit. Products may be summed in another order, which changes their last digits.
+
+    Singular vectors magnify that by the gaps between singular values, here below 1e4. `agree` allows 1e6.
     """
     one, two = on_threads(1, tmp_path), on_threads(2, tmp_path)
     for case in CASES:

@@ -48,13 +48,16 @@ def roundings(X):
     itself; and what the means are off by, squared and times the spread.
     """
     off, spread = 20 * U64 * len(X) * abs(X).max(), np.linalg.norm(X - X.mean(0))
-    return off, 50 * U64 * len(X) * spread**2 + len(X) * off**2 + 2 * off * math.sqrt(len(X)) * spread
+    return off, (50 + len(X)) * U64 * spread**2 + len(X) * off**2 + 2 * off * math.sqrt(len(X)) * spread
 
 
 def uncertain(X):
-    """How far an eigenvalue of the scatter may be off: by its norm, and by 8 n^2 roundings of the decomposition."""
+    """How far an eigenvalue of the scatter may be off: by the error's norm, and 8 n^2 roundings of the decomposition.
+
+    The norm of |X|^T |X| is at most the sum of squares, so the roundings of all entries together are those of one sum.
+    """
     n = X.shape[1]
-    return n * roundings(X)[1] + 8 * n**2 * U64 * np.linalg.norm(X - X.mean(0)) ** 2
+    return roundings(X)[1] + 8 * n**2 * U64 * np.linalg.norm(X - X.mean(0)) ** 2
 
 
 @given(seeds, sizes, st.lists(sizes, min_size=1, max_size=5), spectra, st.sampled_from([0.0, 3.0, 1e4]), libraries)

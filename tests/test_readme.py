@@ -156,7 +156,10 @@ def test_conformance() -> None:
     claimed = sum(theirs.values()) - theirs["UNSUPPORTED"]
     line = line_about("Conformance")
     assert f"keeps {ours} of the {total} requirements" in line
-    assert f"{claimed} of them concern features of {version.split(', ')[0].upper()}, and PEFT keeps {theirs['PASS']}." in line
+    assert (
+        f"{claimed} of them concern features of {version.split(', ')[0].upper()}, and PEFT keeps {theirs['PASS']}."
+        in line
+    )
     assert f"on {len(reports)} implementations" in line
 
 

@@ -809,5 +809,8 @@ def but_with(ref: Model, **changes: Any) -> Model:
 
 TestAdaptedModel = AdaptedModel.TestCase
 TestAdaptedModel.settings = settings(
-    max_examples=int(os.environ.get("LORA_REF_SEQUENCES", "40")), stateful_step_count=30, deadline=None
+    # a profile that asks for more than the default one gets it
+    max_examples=int(os.environ.get("LORA_REF_SEQUENCES", max(40, settings().max_examples))),
+    stateful_step_count=30,
+    deadline=None,
 )

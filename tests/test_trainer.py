@@ -1,6 +1,6 @@
 """transformers' Trainer and Accelerate on an adapted model: what a plain loop trains, in one process and in two.
 
-The subclass and the hooks are those that the README prints: see tests/distributed/huggingface.py. Networks and
+The subclass and the hooks are those that page 15 of the book prints: see tests/distributed/huggingface.py. Networks and
 training are float64, so that another order of sums shows in the last digits alone.
 """
 
