@@ -1,6 +1,6 @@
 """Execute the pages from scratch: `python tutorials/book/run.py [PAGE ...] [--write | --check]`.
 
-Each page runs in a kernel of its own, in a copy of tutorials/, two pages at once.
+Each page runs in a kernel of its own, in a copy of tutorials/: two pages at once, or one where OMP_NUM_THREADS is not 1.
 --check (the default) compares what comes out with what is committed, --write commits it to the folder:
 figures (tutorials/figures/*.png, *.json) and notebooks (tutorials/notebooks/*.ipynb).
 """
@@ -201,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, console, failed = pages.find_pages(options.page), Console(), 0
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     began = time.monotonic()
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(2) as pool:
+    # two pages at once; with more threads one, since threads that wait for a core spin
+    at_once = 2 if ENVIRONMENT["OMP_NUM_THREADS"] == "1" else 1
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(at_once) as pool:
 
         def one(page: pathlib.Path) -> Result:
             cells = 1 + sum(cell.cell_type == "code" for cell in pages.read(page).cells)
