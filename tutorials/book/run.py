@@ -1,6 +1,6 @@
 """Execute the pages from scratch: `python tutorials/book/run.py [PAGE ...] [--write | --check]`.
 
-Each page runs in a kernel of its own, in a copy of tutorials/: two pages at once, or one where OMP_NUM_THREADS is not 1.
+Each page runs in a kernel of its own, in a copy of tutorials/: two at once, or one where OMP_NUM_THREADS is not 1.
 --check (the default) compares what comes out with what is committed, --write commits it to the folder:
 figures (tutorials/figures/*.png, *.json) and notebooks (tutorials/notebooks/*.ipynb).
 """
