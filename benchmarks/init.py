@@ -32,8 +32,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 import lora_ref
-from lora_ref import linalg
-from lora_ref.quantization import codebook
+from lora_ref.numerics.quantization import codebook
 
 R = 16
 QUICK = False
@@ -120,7 +119,7 @@ class OneWeight(Case):
         if not self.value.startswith("pissa"):
             return relative(W - layer.base_layer.weight.detach() - D, W)
         if self.best is None:
-            U, S, Vh = linalg.leading_svd(W, R)
+            U, S, Vh = numerics.leading_svd(W, R)
             self.best = (U * S) @ Vh
         return relative(D - self.best, self.best)
 
@@ -249,7 +248,7 @@ def exact_components(net: Blocks, data: list[dict[str, Tensor]]) -> list[Tensor]
     x, found = torch.cat([batch["x"] for batch in data]), []
     for block in net.blocks:
         centred = x.double() - x.double().mean(0)
-        found.append(linalg.leading_svd(centred, 2 * R)[2])
+        found.append(numerics.leading_svd(centred, 2 * R)[2])
         x = block(x)
     return found
 
@@ -361,7 +360,7 @@ def peak(key: str, ours: bool, quick: bool, queue: Any) -> None:
 def warm_up(key: str) -> None:
     """Load the libraries that the first call loads."""
     a = torch.randn(64, 64)
-    torch.linalg.svd(a), torch.linalg.qr(a), linalg.leading_svd(torch.randn(600, 600), 4), linalg.svd(a.numpy())
+    torch.linalg.svd(a), torch.linalg.qr(a), numerics.leading_svd(torch.randn(600, 600), 4), numerics.svd(a.numpy())
 
 
 def resident(what: str) -> int:

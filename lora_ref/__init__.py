@@ -7,36 +7,31 @@ The concepts are pure functions on arrays (`scaling`, `decomposition`, `patterns
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import LoraConfig, TaskType
-from .config import LoraConfig as PeftConfig
-from .options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .core.config import LoraConfig, TaskType
+from .core.config import LoraConfig as PeftConfig
+from .core.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 if TYPE_CHECKING:
-    from .eva import initialize_lora_eva_weights
-    from .inject import explain
-    from .layer import LoraLayer
-    from .model import LoraModel
-    from .peft_model import (
-        PeftModel,
-        get_peft_model,
-        get_peft_model_state_dict,
-        set_peft_model_state_dict,
-    )
-    from .prepare import preprocess_corda, preprocess_loraga
+    from .api.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from .calibration.eva import initialize_lora_eva_weights
+    from .calibration.preprocess import preprocess_corda, preprocess_loraga
+    from .core.inject import explain
+    from .core.layer import LoraLayer
+    from .core.model import LoraModel
 
 __version__ = "0.1.0"
 
 _WITH_TORCH = {
-    "LoraLayer": "layer",
-    "LoraModel": "model",
-    "PeftModel": "peft_model",
-    "explain": "inject",
-    "get_peft_model": "peft_model",
-    "get_peft_model_state_dict": "peft_model",
-    "initialize_lora_eva_weights": "eva",
-    "preprocess_corda": "prepare",
-    "preprocess_loraga": "prepare",
-    "set_peft_model_state_dict": "peft_model",
+    "LoraLayer": "core.layer",
+    "LoraModel": "core.model",
+    "PeftModel": "api.peft_model",
+    "explain": "core.inject",
+    "get_peft_model": "api.peft_model",
+    "get_peft_model_state_dict": "api.peft_model",
+    "initialize_lora_eva_weights": "calibration.eva",
+    "preprocess_corda": "calibration.preprocess",
+    "preprocess_loraga": "calibration.preprocess",
+    "set_peft_model_state_dict": "api.peft_model",
 }
 
 __all__ = [

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import install_import_hook
 
 # `Float[Array, "out in"]` in these modules' signatures is checked, shapes and all, at every call. Not in
-# `lora_ref.scaling`: it has to answer a rank of the wrong type with its own ValueError, not with beartype's.
-CHECKED = ("decomposition", "linalg", "pca", "combination", "init")
+# `lora_ref.core.scaling`: it has to answer a rank of the wrong type with its own ValueError, not with beartype's.
+CHECKED = ("core.update", "numerics", "api.combination", "init")
 install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -39,7 +39,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture
 def masks_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """`lora_ref` draws dropout's masks as `nn.Dropout` does, so that PEFT has the same ones after the same seed."""
-    from lora_ref import fused
+    from lora_ref.fast import linear as fused
 
     def mask(x: torch.Tensor, p: float) -> torch.Tensor:
         kept = torch.nn.functional.dropout(torch.ones(x.shape), p) != 0

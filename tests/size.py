@@ -14,7 +14,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("cli", "demo", "inspect", "inspect_figure", "plan", "progress", "spectrum")
+TOOLS = ("tools",)
 #: Modules of PEFT, with the classes and functions that count; () for all of them.
 SAME_JOB: dict[str, tuple[str, ...]] = {
     "config": ("PeftConfigMixin", "PeftConfig"),

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_ref import CordaConfig, LoftQConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, init
-from lora_ref.prepare import preprocess_corda, preprocess_loraga
+from lora_ref.calibration.preprocess import preprocess_corda, preprocess_loraga
 from spec_tests import agree, close, distance
 
 CHANGING = ["pissa", "pissa_niter_2", "olora", "corda", "lora_ga", "loftq"]

@@ -230,7 +230,7 @@ def test_brackets_have_the_space_of_brackets():
     [
         ("[page 99](99_none.md)", "the link 99_none.md leads to no file"),
         ("[out](../..)", "leads to no file"),
-        ("[`x`](../lora_ref/scaling.py#L1-L2)\n\n```py\ns = 1\n```", "not what scaling.py has in lines 1 to 2"),
+        ("[`x`](../lora_ref/core/scaling.py#L1-L2)\n\n```py\ns = 1\n```", "not what scaling.py has in lines 1 to 2"),
     ],
 )
 def test_a_page_that_does_not_fit_the_repository_is_refused(written, said):

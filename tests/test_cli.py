@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from lora_ref import cli
+from lora_ref.tools import cli
 
 
 def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from lora_ref.cli import main; sys.exit(main())"
+    code = "import sys; from lora_ref.tools.cli import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
 
 
@@ -45,7 +45,7 @@ def test_wrong_usage_is_2(arguments, capsys):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from lora_ref.cli import main; main(['--help']);"
+        "import sys; from lora_ref.tools.cli import main; main(['--help']);"
         "print([name for name in ('matplotlib', 'sklearn', 'rich') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

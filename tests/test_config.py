@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_ref import (
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraConfig,
-    LoraGAConfig,
-    TaskType,
-    config_file,
-    get_peft_model,
-)
+from lora_ref import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig, TaskType, get_peft_model
+from lora_ref.files import config_file
 
 NOT_BOOL = [None, 0, 1, "true", np.True_, [], 0.0]
 NOT_NAMES = [5, True, {"a": 1}, [1], [None], [""], [["q"]]]

@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_ref
 from lora_ref import CordaConfig, LoraConfig
+from lora_ref.calibration.preprocess import preprocess_corda
 from lora_ref.init import corda as method
 from lora_ref.init.corda import call_covariance, corda, damped, directions
-from lora_ref.prepare import preprocess_corda
 from spec_tests import agree, close
 
 SHAPES = [(1, 5), (5, 1), (4, 4), (3, 7), (8, 3), (12, 16)]
@@ -368,7 +368,7 @@ def test_layers_with_the_same_input_share_the_work_and_the_rest_does_not(monkeyp
         calls.append(x)
         return call_covariance(x)
 
-    monkeypatch.setattr("lora_ref.covariance.call_covariance", counted)
+    monkeypatch.setattr("lora_ref.calibration.covariance.call_covariance", counted)
     model = prepared(Attention(), settings())
     assert len(calls) == 6  # three batches; q, k and v share theirs, out has its own
     alone = prepared(Attention(), settings(target_modules=["v"]))

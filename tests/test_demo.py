@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_ref import PeftModel, cli, demo
-from lora_ref.demo import digits, experiment
+from lora_ref import PeftModel
+from lora_ref.tools import cli, demo
+from lora_ref.tools.demo import digits, experiment
 
 UNIT = 2.0**-24  # float32's unit roundoff
 

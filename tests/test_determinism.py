@@ -20,12 +20,12 @@ from lora_ref import (
     LoraConfig,
     LoraGAConfig,
     PeftModel,
-    fused,
     get_peft_model,
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
 )
+from lora_ref.fast import linear as fused
 from lora_ref.init import METHODS
 from spec_tests import agree
 

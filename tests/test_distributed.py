@@ -69,7 +69,7 @@ def test_the_demo_runs_under_torchrun_and_finds_what_it_finds_alone(tmp_path: Pa
     accuracies = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        code = "import os; from lora_ref.cli import main; os._exit(main())"  # without gloo's threads at the end
+        code = "import os; from lora_ref.tools.cli import main; os._exit(main())"  # without gloo's threads at the end
         demo = [sys.executable, "-c", code, "demo", "--quick", "--out", str(out)]
         line = [sys.executable, *TORCHRUN, "--no-python", *demo] if processes > 1 else demo
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

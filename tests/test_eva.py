@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import IncrementalPCA
 
-from lora_ref import pca
 from lora_ref.init.eva import eva, most, redistribute
+from lora_ref.numerics import pca
 from spec_tests import agree, close
 
 U64 = 2.0**-53  # unit roundoff of float64

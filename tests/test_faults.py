@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ref import LoraConfig, PeftModel, config_file, folder, get_peft_model, storage
+from lora_ref import LoraConfig, PeftModel, get_peft_model
+from lora_ref.files import adapter_folder as storage
+from lora_ref.files import config_file
+from lora_ref.files import file_pair as folder
 from spec_tests import close
 from spec_tests.rounding import unit
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lora_ref import LoraConfig, fused
+from lora_ref import LoraConfig
+from lora_ref.fast import linear as fused
 from spec_tests import agree, close
 from spec_tests.rounding import UNIT, unit
 

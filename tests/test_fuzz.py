@@ -36,7 +36,7 @@ def test_every_input_that_was_kept_is_read_or_refused_and_changes_nothing(target
 def test_a_finding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers that do what they must not are noticed by the same functions."""
     config, folder, valid = run.make("config"), run.make("folder"), run.seeds("config")[0]
-    monkeypatch.setattr("lora_ref.config_file.dumps", lambda config: '{"peft_type": "LORA", "r": 3}')
+    monkeypatch.setattr("lora_ref.files.config_file.dumps", lambda config: '{"peft_type": "LORA", "r": 3}')
     with pytest.raises(AssertionError, match="what was read is not what is written"):
         config(valid)
     monkeypatch.undo()

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
-from lora_ref.cli import main, parser, seed
-from lora_ref.combination import linear
-from lora_ref.decomposition import Factors, adapted_forward
-from lora_ref.eva import initialize_lora_eva_weights
+from lora_ref.api.combination import linear
+from lora_ref.calibration.eva import initialize_lora_eva_weights
+from lora_ref.calibration.hooks import inputs
+from lora_ref.core.update import Factors, adapted_forward
 from lora_ref.init.loftq import loftq
 from lora_ref.init.pissa import pissa
 from lora_ref.init.random import unzeroed
-from lora_ref.linalg.arrays import _drawing_device
-from lora_ref.progress import progress_bar
-from lora_ref.sharded import is_main_process
-from lora_ref.spectrum import BARS, bar
-from lora_ref.watch import inputs
+from lora_ref.numerics.arrays import _drawing_device
+from lora_ref.safe.progress import progress_bar
+from lora_ref.safe.sharded import is_main_process
+from lora_ref.tools.cli import main, parser, seed
+from lora_ref.tools.spectrum import BARS, bar
 from spec_tests import agree
 
 
@@ -71,13 +71,13 @@ def test_a_tensor_that_is_not_expected_is_refused_where_biases_are_saved_too(tmp
 
 def test_a_configuration_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path)
-    monkeypatch.setattr("lora_ref.config_file.MAX_BYTES", 100)
+    monkeypatch.setattr("lora_ref.files.config_file.MAX_BYTES", 100)
     with pytest.raises(ValueError, match="larger than 100 bytes"):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), tmp_path)
 
 
 def test_inspect_prints_a_table_unless_asked_for_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_ref.inspect import run
+    from lora_ref.tools.inspect import run
 
     run(saved(tmp_path))
     with pytest.raises(json.JSONDecodeError):

@@ -22,7 +22,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_ref import LoraConfig, PeftModel, config_file, get_peft_model, get_peft_model_state_dict, patterns
+from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from lora_ref.core import patterns
+from lora_ref.files import config_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LONG = "a" * 40 + "_x"  # a module's name on which `(a|aa)+$` would run for years

@@ -12,20 +12,20 @@ import lora_ref
 PACKAGE = Path(lora_ref.__file__).parent
 CONCEPTS = [
     "lora_ref",
-    "lora_ref.scaling",
-    "lora_ref.decomposition",
-    "lora_ref.regexes",
-    "lora_ref.patterns",
-    "lora_ref.architectures",
-    "lora_ref.options",
-    "lora_ref.config",
-    "lora_ref.targeting",
-    "lora_ref.linalg",
-    "lora_ref.quantization",
-    "lora_ref.pca",
+    "lora_ref.core.scaling",
+    "lora_ref.core.update",
+    "lora_ref.safe.regexes",
+    "lora_ref.core.patterns",
+    "lora_ref.api.default_targets",
+    "lora_ref.core.options",
+    "lora_ref.core.config",
+    "lora_ref.core.targeting",
+    "lora_ref.numerics",
+    "lora_ref.numerics.quantization",
+    "lora_ref.numerics.pca",
     "lora_ref.init",
-    "lora_ref.combination",
-    "lora_ref.config_file",
+    "lora_ref.api.combination",
+    "lora_ref.files.config_file",
 ]
 # a module imports nothing that stands in a later line; within a line there is no order
 ORDER = [
@@ -98,7 +98,7 @@ D = decomposition.delta(A, B, s)
 y = decomposition.adapted_forward(x, W, None, decomposition.Factors(A, B), s)
 assert near(y, x @ (W + D).T, 4 + 2 + 4, abs(x) @ (abs(W) + s * abs(B) @ abs(A)).T)
 assert decomposition.parameter_count(W.shape, 2) == 20
-U, S, Vh = linalg.svd(W)
+U, S, Vh = numerics.svd(W)
 assert near(U * S @ Vh, W, 8 * W.size, S[0])  # roundings of a decomposition (Higham, 19.4, with 8 for c)
 for name in ("cat", "linear", "svd"):
     extra = dict(r=2) if name == "svd" else dict()

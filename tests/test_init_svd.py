@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_ref import linalg
 from lora_ref.init.mica import mica
 from lora_ref.init.olora import olora
 from lora_ref.init.pissa import pissa
@@ -59,7 +58,7 @@ def weights(draw):
 
 
 def float64(*arrays):
-    return [x.detach().double().numpy() if linalg.is_torch(x) else x.astype(np.float64) for x in arrays]
+    return [x.detach().double().numpy() if numerics.is_torch(x) else x.astype(np.float64) for x in arrays]
 
 
 def computing(W, u):
@@ -88,7 +87,7 @@ def assert_adds_up(weight, made, s, u, u_computing):
     W, A, B, residual = float64(weight, made.A, made.B, made.residual)
     r = len(A)
     size = np.abs(W) + s * np.abs(B) @ np.abs(A)
-    library = torch if linalg.is_torch(weight) else np
+    library = torch if numerics.is_torch(weight) else np
     smallest = float(library.finfo(weight.dtype).tiny) * u  # half the spacing of subnormal numbers
     assert (np.abs(residual + s * B @ A - W) <= u * np.abs(residual) + (r + 3) * u_computing * size + smallest).all()
     assert made.exact
@@ -146,7 +145,7 @@ def test_pissa_niter_adds_up_however_near_it_is(case, niter):
 def test_pissa_niter_uses_the_randomised_decomposition(library):
     W = library(matrix(0, (40, 60), "flat"))
     for niter in (0, 2):
-        U, S, Vh = linalg.randomized_svd(W, 4, niter)
+        U, S, Vh = numerics.randomized_svd(W, 4, niter)
         A, B, *_ = pissa(W, 4, 2.0, niter=niter)
         close(2.0 * B @ A, (U * S) @ Vh, terms=scaling_twice(4), size=1.0)
     rng = np.random.default_rng(5) if library is np.asarray else torch.Generator().manual_seed(5)
@@ -263,7 +262,7 @@ def test_in_half_precision_only_the_residual_is_rounded(method, dtype):
         assert (
             np.abs(residual + 0.5 * B @ A - exact) <= allowed + UNIT[torch.float32] * np.abs(exact) + 2.0**-25
         ).all()
-        with_unrounded = float64(linalg.cast(method(W.float(), r, 0.5).residual, W))[0]
+        with_unrounded = float64(numerics.cast(method(W.float(), r, 0.5).residual, W))[0]
         naive = np.linalg.norm(with_unrounded + 0.5 * B @ A - exact)
         assert np.linalg.norm(residual + 0.5 * B @ A - exact) < naive
 
@@ -289,7 +288,7 @@ def test_what_cannot_be_taken_out_is_refused(method, library):
 def test_the_weight_itself_is_left_alone(method):
     W = torch.from_numpy(matrix(0, (12, 9), "decaying"))
     for weight in (W, W.numpy(), W.T, W.T.numpy(), W.T.contiguous()):  # and any layout gives the same
-        before = weight.clone() if linalg.is_torch(weight) else weight.copy()
+        before = weight.clone() if numerics.is_torch(weight) else weight.copy()
         made = method(weight, 3, 2.0)
         assert (weight == before).all()
         same = method(before, 3, 2.0)
@@ -304,7 +303,7 @@ def test_olora_of_dependent_leading_columns(columns):
     W[:, :3] = W[:, :1] if columns == "equal" else 0
     W *= columns != "zero weight"
     for weight in (W, torch.from_numpy(W), torch.from_numpy(W).bfloat16()):
-        u = UNIT[weight.dtype] if linalg.is_torch(weight) else UNIT[torch.float64]
+        u = UNIT[weight.dtype] if numerics.is_torch(weight) else UNIT[torch.float64]
         made = olora(weight, 4, 2.0)
         assert_adds_up(weight, made, 2.0, u, min(u, UNIT[torch.float32]))
         A, B = float64(*made[:2])

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_ref import cli
-from lora_ref.inspect import contents
-from lora_ref.spectrum import bar, block_diagonal, singular_values
+from lora_ref.tools import cli
+from lora_ref.tools.inspect import contents
+from lora_ref.tools.spectrum import bar, block_diagonal, singular_values
 from spec_tests import agree
 
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ref import linalg
-from lora_ref.linalg import leading
+from lora_ref.numerics import leading
 from spec_tests import distance
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -69,7 +68,7 @@ def assert_leading(W, r, U, S, Vh, eps):
 def test_leading_svd_is_the_head_of_the_dense_one(seed, shape, spectrum, r, dtype):
     W = matrix(seed, shape, spectrum)
     for given_as in in_both(W, dtype):
-        assert_leading(np.asarray(given_as, dtype=np.float64), r, *linalg.leading_svd(given_as, r), EPS[dtype])
+        assert_leading(np.asarray(given_as, dtype=np.float64), r, *numerics.leading_svd(given_as, r), EPS[dtype])
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -80,7 +79,7 @@ def test_the_krylov_method_answers_by_itself_where_it_is_used(spectrum, dtype, m
     dense = leading.svd
     monkeypatch.setattr(leading, "svd", lambda x: shapes_of_dense.append(tuple(x.shape)) or dense(x))
     for given_as in in_both(W, dtype):
-        assert_leading(np.asarray(given_as, dtype=np.float64), 8, *linalg.leading_svd(given_as, 8), EPS[dtype])
+        assert_leading(np.asarray(given_as, dtype=np.float64), 8, *numerics.leading_svd(given_as, 8), EPS[dtype])
     assert shapes_of_dense
     assert max(max(shape) for shape in shapes_of_dense) <= leading.LONGEST_BASIS * 8
 
@@ -90,7 +89,7 @@ def test_without_convergence_the_dense_decomposition_answers(monkeypatch):
     krylov, answers = leading._block_krylov, []
     monkeypatch.setattr(leading, "_block_krylov", lambda *args: answers.append(krylov(*args)))
     monkeypatch.setattr(leading, "PATIENCE", 3)
-    assert_leading(W, 8, *linalg.leading_svd(W, 8), EPS[torch.float64])
+    assert_leading(W, 8, *numerics.leading_svd(W, 8), EPS[torch.float64])
     assert answers == [None]
 
 
@@ -122,7 +121,7 @@ def test_what_does_not_verify_is_not_returned(name, monkeypatch):
         return spoiled(name, *krylov(W, X, r + extra, tolerance))
 
     monkeypatch.setattr(leading, "_block_krylov", wrong)
-    assert_leading(W, 6, *linalg.leading_svd(W, 6), EPS[torch.float64])
+    assert_leading(W, 6, *numerics.leading_svd(W, 6), EPS[torch.float64])
     assert calls == [name]
 
 
@@ -135,18 +134,18 @@ def test_entries_that_are_not_finite_are_refused(n, bad, library):
     W = library(W)
     warnings.simplefilter("error")  # and nothing is computed with them first
     with pytest.raises(ValueError, match="NaN or infinite"):
-        linalg.svd(W)
+        numerics.svd(W)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        linalg.leading_svd(W, 1)
+        numerics.leading_svd(W, 1)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        linalg.randomized_svd(W, 1, 1)
+        numerics.randomized_svd(W, 1, 1)
 
 
 @given(seeds, st.sampled_from([(1, 1), (3, 5), (5, 3), (4, 4)]), st.sampled_from([(), (3,)]), dtypes)
 def test_the_signs_of_the_svd_are_fixed(seed, shape, batch, dtype):
     X = np.random.default_rng(seed).standard_normal((*batch, *shape))
     for x in in_both(X, dtype):
-        U, S, Vh = (np.asarray(part, dtype=np.float64) for part in linalg.svd(x))
+        U, S, Vh = (np.asarray(part, dtype=np.float64) for part in numerics.svd(x))
         assert (np.take_along_axis(Vh, np.abs(Vh).argmax(-1)[..., None], -1) > 0).all()
         # 8 m n roundings, two to a spacing, of at most 16 numbers (Higham, Accuracy and Stability, 19.4, with 8 for c)
         assert np.abs((U * S[..., None, :]) @ Vh - np.asarray(x, dtype=np.float64)).max() <= 64 * EPS[dtype] * S.max()
@@ -159,7 +158,7 @@ def test_randomized_svd_is_orthonormal_and_no_better_than_possible(seed, shape, 
     want = np.linalg.svd(W, compute_uv=False)
     bound = 4 * 64 * EPS[dtype]  # as in `assert_leading`
     for x in in_both(W, dtype):
-        U, S, Vh = (np.asarray(part, dtype=np.float64) for part in linalg.randomized_svd(x, r, niter))
+        U, S, Vh = (np.asarray(part, dtype=np.float64) for part in numerics.randomized_svd(x, r, niter))
         assert np.abs(U.T @ U - np.eye(r)).max() <= bound
         assert np.abs(Vh @ Vh.T - np.eye(r)).max() <= bound
         assert np.abs(U.T @ W - S[:, None] * Vh).max() <= bound  # W^T u = s v holds, W v = s u only nearly
@@ -171,7 +170,7 @@ def test_randomized_svd_is_orthonormal_and_no_better_than_possible(seed, shape, 
 def test_four_iterations_are_within_one_percent_of_the_best_where_the_spectrum_decays():
     for seed in range(5):
         W = matrix(seed, (400, 300), "decaying")
-        U, S, Vh = linalg.randomized_svd(W, 16, niter=4, rng=np.random.default_rng(seed))
+        U, S, Vh = numerics.randomized_svd(W, 16, niter=4, rng=np.random.default_rng(seed))
         best_U, best_S, best_Vh = np.linalg.svd(W)
         best = (best_U[:, :16] * best_S[:16]) @ best_Vh[:16]
         assert np.linalg.norm((U * S) @ Vh - best) <= 0.01 * np.linalg.norm(best)
@@ -184,21 +183,21 @@ def test_nothing_depends_on_the_global_generators(library):
     for seed in (1, 2):
         np.random.seed(seed)
         torch.manual_seed(seed)
-        made.append([*linalg.leading_svd(W, 4), *linalg.randomized_svd(W, 4, 2)])
+        made.append([*numerics.leading_svd(W, 4), *numerics.randomized_svd(W, 4, 2)])
     assert all((x == y).all() for x, y in zip(*made, strict=True))
-    other = linalg.randomized_svd(W, 4, 0, np.random.default_rng(1) if library is np.asarray else torch.Generator())
-    assert distance(other[0], linalg.randomized_svd(W, 4, 0)[0]) > 0.01
+    other = numerics.randomized_svd(W, 4, 0, np.random.default_rng(1) if library is np.asarray else torch.Generator())
+    assert distance(other[0], numerics.randomized_svd(W, 4, 0)[0]) > 0.01
 
 
 def test_two_threads_agree_with_one_to_rounding():
     W = torch.from_numpy(matrix(0, (512, 512), "decaying")).float()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    one = linalg.leading_svd(W, 8)
+    one = numerics.leading_svd(W, 8)
     torch.set_num_threads(2)
     try:
-        two = linalg.leading_svd(W, 8)
-        again = linalg.leading_svd(W, 8)
+        two = numerics.leading_svd(W, 8)
+        again = numerics.leading_svd(W, 8)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for x, y in zip(two, again, strict=True))

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora_ref.init.loftq import loftq
-from lora_ref.quantization import codebook, dequantize, quantize
+from lora_ref.numerics.quantization import codebook, dequantize, quantize
 from spec_tests import close
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -1,4 +1,4 @@
-"""What ranks hold is what `lora_ref.plan` says, measured anew for two engines; the committed figures are complete."""
+"""What ranks hold is what `lora_ref.tools.plan` says, measured anew for two engines; the report is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-from lora_ref.plan import ENGINES, SHAPES, Shape, memory
+from lora_ref.tools.plan import ENGINES, SHAPES, Shape, memory
 from spec_tests.rounding import ROUNDINGS, UNIT
 
 HERE = Path(__file__).resolve().parent

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lora_ref import LoraConfig, PeftModel, get_peft_model, merge
-from lora_ref.layer import LoraLayer
+from lora_ref import LoraConfig, PeftModel, get_peft_model
+from lora_ref.core.layer import LoraLayer
+from lora_ref.fast import merging as merge
 from spec_tests import agree, close
 from spec_tests.rounding import unit
 

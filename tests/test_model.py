@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
-from lora_ref.wrappers import AdapterModule, ModulesToSave
+from lora_ref.core.adapter_modules import AdapterModule, ModulesToSave
 from spec_tests import agree
 
 

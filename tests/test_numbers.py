@@ -34,13 +34,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_ref import LoftQConfig, LoraConfig, PeftModel, fused, get_peft_model, linalg, pca, quantization
+from lora_ref import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from lora_ref import init as inits
+from lora_ref.calibration.preprocess import preprocess_corda, preprocess_loraga
+from lora_ref.core.scaling import scaling
+from lora_ref.fast import linear as fused
 from lora_ref.init import corda, eva, lora_ga
-from lora_ref.inspect import contents
-from lora_ref.prepare import preprocess_corda, preprocess_loraga
-from lora_ref.scaling import scaling
-from lora_ref.spectrum import bar, singular_values
+from lora_ref.numerics import pca, quantization
+from lora_ref.tools.inspect import contents
+from lora_ref.tools.spectrum import bar, singular_values
 from spec_tests import close
 
 Long = np.longdouble
@@ -356,7 +358,7 @@ def test_the_leading_triples_of_a_large_matrix_of_any_size(dtype: torch.dtype, p
     W = torch.randn(270, 260, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = torch.linalg.svdvals(W)[:4]
     for weight in ((W * size).to(dtype), (W * size).to(dtype).numpy()):
-        for U, S, _ in (linalg.leading_svd(weight, 4), linalg.randomized_svd(weight, 4, niter=20)):
+        for U, S, _ in (numerics.leading_svd(weight, 4), numerics.randomized_svd(weight, 4, niter=20)):
             assert np.abs(exact(S) / Long(size) / exact(want) - 1).max() <= 1e-3  # what `niter` has of a flat spectrum
             assert np.abs(exact(U).T @ exact(U) - np.eye(4)).max() <= 270 * 4 * info.eps
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_ref import LoraConfig, explain, get_peft_model, patterns
-from lora_ref.architectures import ARCHITECTURES
-from lora_ref.patterns import PatternDict, Rule, ends_at_dot, layer_index, layer_lists
-from lora_ref.regexes import Clock, Pattern
-from lora_ref.targeting import ModelNames, Targeting, check, resolve
+from lora_ref import LoraConfig, explain, get_peft_model
+from lora_ref.api.default_targets import ARCHITECTURES
+from lora_ref.core import patterns
+from lora_ref.core.patterns import PatternDict, Rule, ends_at_dot, layer_index, layer_lists
+from lora_ref.core.targeting import ModelNames, Targeting, check, resolve
+from lora_ref.safe.regexes import Clock, Pattern
 from spec_tests import agree
 
 NAMES = ModelNames(

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_ref
-from lora_ref.architectures import ARCHITECTURES
-from lora_ref.wrappers import ModulesToSave
+from lora_ref.api.default_targets import ARCHITECTURES
+from lora_ref.core.adapter_modules import ModulesToSave
 
 MANY = settings(max_examples=12 * settings().max_examples)  # an example takes milliseconds, and many are refused
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref.cli import main
-from lora_ref.plan import SHAPES, Shape, memory, operations, shape_of
+from lora_ref.tools.cli import main
+from lora_ref.tools.plan import SHAPES, Shape, memory, operations, shape_of
 
 SMALL = Shape(layers=3, hidden=64, intermediate=160, kv=32, vocab=100)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from lora_ref.quantization import AT_ONCE, CELLS, Quantized, codebook, dequantize, quantize
+from lora_ref.numerics.quantization import AT_ONCE, CELLS, Quantized, codebook, dequantize, quantize
 
 BITS = (2, 4, 8)
 NUMPY = (np.float64, np.float32, np.float16)

@@ -22,8 +22,8 @@ import torch
 
 import lora_ref
 from lora_ref import LoraConfig, PeftModel, get_peft_model
-from lora_ref import config as config_module
 from lora_ref import init as inits
+from lora_ref.core import config as config_module
 from spec_tests import agree, distance, load, peers, report
 
 ROOT = Path(__file__).resolve().parents[1]

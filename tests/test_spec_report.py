@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_ref.cli import main
+from lora_ref.tools.cli import main
 from spec_tests import markdown, page, report, smoke
 from spec_tests.contract import Implementation, Layer, LayerSpec, LayerState, check_claims
 from spec_tests.engine import examine, find, known_deviations, run, with_known

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
-from lora_ref import LoraConfig, get_peft_model, inject
-from lora_ref.layer import LoraLayer
-from lora_ref.weights import Taken, WeightKeeper
-from lora_ref.wrappers import AdapterModule
+from lora_ref import LoraConfig, get_peft_model
+from lora_ref.core import inject
+from lora_ref.core.adapter_modules import AdapterModule
+from lora_ref.core.layer import LoraLayer
+from lora_ref.core.weights import Taken, WeightKeeper
 from spec_tests import agree, close
 
 # -- the network and the same in NumPy -----------------------------------------------------------

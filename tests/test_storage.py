@@ -14,15 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora_ref import (
-    LoraConfig,
-    PeftModel,
-    config_file,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-    storage,
-)
+from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from lora_ref.files import adapter_folder as storage
+from lora_ref.files import config_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

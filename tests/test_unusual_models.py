@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref.atomic import transaction
+from lora_ref.safe.atomic import transaction
 from spec_tests import agree, distance
 
 

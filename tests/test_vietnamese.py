@@ -101,7 +101,7 @@ def test_the_introduction_is_the_readme_in_other_words():
         (r"W' = W + s\, B A", r"W' = W + B A", "formulas"),
         ("01_shapes.png)", "01_parameters.png)", "figures"),
         ("## Các con số", "Các con số", "structure"),
-        ('quote("lora_ref.decomposition", "delta")', 'quote("lora_ref.decomposition")', "quotes"),
+        ('quote("lora_ref.core.update", "delta")', 'quote("lora_ref.core.update")', "quotes"),
     ],
 )
 def test_what_differs_is_found(old, new, found):

@@ -136,7 +136,7 @@ def test_the_metadata(wheel: Path) -> None:
     assert asked_for(about.get_all("Requires-Dist") or []) == known
     with zipfile.ZipFile(wheel) as archive:
         scripts = archive.read("lora_ref-0.1.0.dist-info/entry_points.txt").decode()
-    assert "lora-ref = lora_ref.cli:main" in scripts and "spec_tests.plugin = spec_tests.plugin" in scripts
+    assert "lora-ref = lora_ref.tools.cli:main" in scripts and "spec_tests.plugin = spec_tests.plugin" in scripts
 
 
 def test_the_sdist_is_enough_to_build_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ for found in pkgutil.walk_packages(lora_ref.__path__, "lora_ref."):
 def test_every_module_imports_but_the_one_that_draws_the_demo(run: Run) -> None:
     done = run(code=IMPORTS)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["lora_ref.demo.figure matplotlib"]
+    assert done.stdout.splitlines() == ["lora_ref.tools.demo.figure matplotlib"]
 
 
 TRAINING = """

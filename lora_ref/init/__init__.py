@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ..decomposition import Factors
+from ..core.update import Factors
 from . import corda, lora_ga, residual
 from .loftq import loftq
 from .mica import mica

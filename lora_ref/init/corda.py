@@ -9,9 +9,8 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
-from ..linalg.arrays import library, seeded_normal
+from ..core.update import Array, Factors
+from ..numerics.arrays import library, seeded_normal
 from . import residual
 
 PROBES = 16
@@ -70,7 +69,7 @@ def call_covariance(x: Float[Array, "*tokens in"]) -> Float[Array, "in in"]:
     array([[ 0.25, -0.5 ],
            [-0.5 ,  2.  ]])
     """
-    X = linalg.at_least_float32(x.reshape(-1, x.shape[-1]))  # (tokens, in)
+    X = numerics.at_least_float32(x.reshape(-1, x.shape[-1]))  # (tokens, in)
     peak = abs(X).max() if len(X) else 0.0
     X = X / (peak + (peak == 0))  # inputs that are all zero stay as they are
     return X.T @ X  # (in, tokens) @ (tokens, in) -> (in, in)
@@ -100,13 +99,13 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     array([[1.02, 0.  ],
            [0.  , 3.02]])
     """
-    C = linalg.at_least_float32(covariance)
-    if not (linalg.is_finite(C) and C.diagonal().min() >= 0 and C.diagonal().max() > 0):
+    C = numerics.at_least_float32(covariance)
+    if not (numerics.is_finite(C) and C.diagonal().min() >= 0 and C.diagonal().max() > 0):
         raise ValueError(
             "the covariance of the inputs is zero, or not finite, or has a negative variance: it does not say which "
             "directions matter"
         )
-    C, e = linalg.near_one(C)
+    C, e = numerics.near_one(C)
     xp, mean, damping = library(C), float(C.diagonal().mean()), 0.01
     D, ii = C + 0, list(range(len(C)))
     D[ii, ii] += damping * mean
@@ -117,7 +116,7 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     while error >= 0.05:
         D[ii, ii] += damping * mean  # twice as much in all
         damping, error = 2 * damping, error / 2
-    return linalg.times_power(D, e)
+    return numerics.times_power(D, e)
 
 
 def directions(
@@ -135,18 +134,18 @@ def directions(
     (array([[1.],
            [0.]]), array([3.]))
     """
-    W, w = linalg.near_one(linalg.at_least_float32(weight))
-    C, c = linalg.near_one(linalg.cast(covariance, W))
+    W, w = numerics.near_one(numerics.at_least_float32(weight))
+    C, c = numerics.near_one(numerics.cast(covariance, W))
     if corda_method not in ("ipm", "kpm"):
         raise ValueError(f"corda_method={corda_method!r}: must be 'ipm' or 'kpm'")
     G = W @ C  # (out, in) @ (in, in) -> (out, in)
     if corda_method == "ipm":
-        U = linalg.leading_svd(G, r)[0]
+        U = numerics.leading_svd(G, r)[0]
     else:
-        _, R = linalg.qr(G.T)  # G = R^T Q^T has the left singular vectors of the small R^T
-        U = linalg.svd(R.T)[0][:, -r:]
+        _, R = numerics.qr(G.T)  # G = R^T Q^T has the left singular vectors of the small R^T
+        U = numerics.svd(R.T)[0][:, -r:]
     S = ((U.T @ G) ** 2).sum(-1) ** 0.5  # (r, out) @ (out, in) -> (r, in), a norm for each row
-    return U, linalg.times_power(S, w + c)
+    return U, numerics.times_power(S, w + c)
 
 
 def from_directions(
@@ -163,8 +162,8 @@ def from_directions(
     (array([[0.  , 0.25]]), array([[0., 2.]]))
     """
     residual.check("corda", weight.shape, U.shape[1], scaling)
-    W = linalg.at_least_float32(weight)
-    U, S = linalg.cast(U, W), linalg.cast(S, W)
+    W = numerics.at_least_float32(weight)
+    U, S = numerics.cast(U, W), numerics.cast(S, W)
     A = U.T @ W / (S + (S == 0))[:, None] ** 0.5 / scaling**0.5  # (r, out) @ (out, in) -> (r, in)
     largest = A[list(range(len(A))), abs(A).argmax(-1)]
     sign = 1 - 2 * (largest < 0)  # the largest entry of each row of A is positive

@@ -1,6 +1,6 @@
 """`init_lora_weights="eva"`: A from the principal components of the layer's inputs, the ranks shared out anew.
 
-What it needs of the data is in `lora_ref.pca`; `lora_ref.eva` collects it from a model.
+What it needs of the data is in `lora_ref.numerics.pca`; `lora_ref.calibration.eva` collects it from a model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,8 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
-from ..pca import Components
+from ..core.update import Array, Factors
+from ..numerics.pca import Components
 
 
 def eva(
@@ -53,7 +52,7 @@ def eva(
                 "whitened; use more data, a smaller r or whiten=False"
             )
         A = A / singular_values[:r, None] ** 0.5
-    return Factors(linalg.cast_finite(A, weight), linalg.zeros((weight.shape[0], r), weight))
+    return Factors(numerics.cast_finite(A, weight), numerics.zeros((weight.shape[0], r), weight))
 
 
 def most(r: int, rho: float) -> int:

@@ -4,8 +4,8 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg, quantization
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
+from ..numerics import quantization
 from . import residual
 
 
@@ -53,13 +53,13 @@ def loftq(
     residual.check("loftq", weight.shape, r, scaling)
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: must be at least 1")
-    W = linalg.at_least_float32(weight)
+    W = numerics.at_least_float32(weight)
     X = W  # W - D_(t-1)
     for _ in range(iterations):
         # as it will be stored, so that the factors make up for its rounding too
-        Q = linalg.cast(quantization.dequantize(quantization.quantize(X, bits)), weight)
-        U, S, Vh = linalg.leading_svd(W - Q, r)
-        X = linalg.subtract_product(W, U * S, Vh, 1.0)
+        Q = numerics.cast(quantization.dequantize(quantization.quantize(X, bits)), weight)
+        U, S, Vh = numerics.leading_svd(W - Q, r)
+        X = numerics.subtract_product(W, U * S, Vh, 1.0)
     root = S**0.5 / scaling**0.5
     A, B = residual.cast_factors(weight, root[:, None] * Vh, U * root, scaling)
     return Factors(A, B, residual=Q, exact=False)

@@ -4,8 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
 from . import residual
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -101,10 +100,10 @@ def directions(
     largest = float(abs(gradient).max())
     if not 0 < largest < float("inf"):
         raise ValueError("the gradient is zero, or not finite: it has no direction")
-    U, _, Vh = linalg.leading_svd(linalg.at_least_float32(gradient) / largest, 2 * r)
+    U, _, Vh = numerics.leading_svd(numerics.at_least_float32(gradient) / largest, 2 * r)
     order = list(range(2 * r))
     if direction == "random":  # the order of 2r draws is a random permutation
-        order = [int(i) for i in linalg.normal((2 * r,), 1.0, U, rng).argsort()]
+        order = [int(i) for i in numerics.normal((2 * r,), 1.0, U, rng).argsort()]
     a, b = {
         "ArB2r": (order[:r], order[r:]),
         "A2rBr": (order[r:], order[:r]),
@@ -130,12 +129,12 @@ def from_directions(
     (array([[1., 0.]]), array([1.]))
     """
     check(weight.shape, len(A), scaling, scale=scale, stable_gamma=stable_gamma)
-    W, r = linalg.at_least_float32(weight), len(A)
+    W, r = numerics.at_least_float32(weight), len(A)
     c: Any = 1.0
     if scale == "stable":
         c = weight.shape[0] ** 0.25 / stable_gamma**0.5
     elif scale == "gd_scale":
         c = 1 / scaling
     elif scale == "weight_svd":
-        c = (linalg.leading_svd(W, r)[1] ** 0.5).mean() / scaling**0.5
-    return residual.take_out(weight, c * linalg.cast(A, W), c * linalg.cast(B, W), scaling)
+        c = (numerics.leading_svd(W, r)[1] ** 0.5).mean() / scaling**0.5
+    return residual.take_out(weight, c * numerics.cast(A, W), c * numerics.cast(B, W), scaling)

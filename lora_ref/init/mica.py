@@ -4,8 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
 from .residual import check
 
 
@@ -31,6 +30,6 @@ def mica(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any 
     (array([[0., 0.]]), array([[1., 0.]]), None)
     """
     check("mica", weight.shape, r)
-    U, _, _ = linalg.svd(weight)  # (out, min(in, out))
-    B = linalg.cast(U[:, -r:], weight)
-    return Factors(linalg.cast(linalg.zeros((r, weight.shape[1]), weight), weight), B)
+    U, _, _ = numerics.svd(weight)  # (out, min(in, out))
+    B = numerics.cast(U[:, -r:], weight)
+    return Factors(numerics.cast(numerics.zeros((r, weight.shape[1]), weight), weight), B)

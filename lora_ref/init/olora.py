@@ -4,8 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
 from .residual import check, take_out
 
 
@@ -34,9 +33,9 @@ def olora(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any
            [0., 0.]]))
     """
     check("olora", weight.shape, r, scaling)
-    W = linalg.at_least_float32(weight)
-    linalg.check_finite(W)
-    B, R = linalg.qr(W[:, :r])  # (out, r), (r, r)
+    W = numerics.at_least_float32(weight)
+    numerics.check_finite(W)
+    B, R = numerics.qr(W[:, :r])  # (out, r), (r, r)
     A = B.T @ W  # (r, out) @ (out, in) -> (r, in)
     A[:, :r] = R  # the same numbers, with zeros below the diagonal exactly
     return take_out(weight, A, B, scaling)

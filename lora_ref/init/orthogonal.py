@@ -4,8 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
 
 
 def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
@@ -30,9 +29,9 @@ def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng
     """
     check_even(r)
     n_out, n_in = weight.shape
-    rows, _ = linalg.qr(linalg.normal((r, r), 1.0, weight, rng))
-    X = linalg.at_least_float32(linalg.normal((n_in, r // 2), 0.1, weight, rng))
-    Y = linalg.at_least_float32(linalg.normal((n_out, r // 2), 0.1, weight, rng))
+    rows, _ = numerics.qr(numerics.normal((r, r), 1.0, weight, rng))
+    X = numerics.at_least_float32(numerics.normal((n_in, r // 2), 0.1, weight, rng))
+    Y = numerics.at_least_float32(numerics.normal((n_out, r // 2), 0.1, weight, rng))
     return Factors(A=(X @ rows[0::2]).T, B=Y @ rows[1::2])  # (in, r/2) @ (r/2, r) -> (in, r); likewise (out, r)
 
 

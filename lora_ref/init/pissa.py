@@ -4,8 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
 from .residual import check, take_out
 
 
@@ -18,7 +17,7 @@ def pissa(
     residual has the remaining singular values: B^T residual = 0, residual A^T = 0. Row k of A and
     column k of B have the same norm, sqrt(S_k / s).
 
-    niter=None: exact, by `linalg.leading_svd`. niter=n: the randomised approximation with n subspace
+    niter=None: exact, by `numerics.leading_svd`. niter=n: the randomised approximation with n subspace
     iterations; W = residual + s * B @ A holds all the same. It draws from `rng`, or with a fixed seed.
 
     Raises:
@@ -39,8 +38,8 @@ def pissa(
     """
     check("pissa", weight.shape, r, scaling)
     if niter is None:
-        U, S, Vh = linalg.leading_svd(weight, r)
+        U, S, Vh = numerics.leading_svd(weight, r)
     else:
-        U, S, Vh = linalg.randomized_svd(weight, r, niter, rng)
+        U, S, Vh = numerics.randomized_svd(weight, r, niter, rng)
     root = S**0.5 / scaling**0.5  # not of S / scaling, which may be too small or large for S's dtype
     return take_out(weight, root[:, None] * Vh, U * root, scaling)

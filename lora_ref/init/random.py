@@ -10,8 +10,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
+from ..core.update import Array, Factors
 
 Weight = Float[Array, "*batch out in"]
 
@@ -30,8 +29,8 @@ def uniform(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Fa
     ((2, 4), (3, 2), True, np.False_, None)
     """
     *batch, n_out, n_in = weight.shape
-    A = linalg.uniform((*batch, r, n_in), 1 / math.sqrt(n_in), weight, rng)
-    return Factors(A, linalg.zeros((*batch, n_out, r), weight))
+    A = numerics.uniform((*batch, r, n_in), 1 / math.sqrt(n_in), weight, rng)
+    return Factors(A, numerics.zeros((*batch, n_out, r), weight))
 
 
 def gaussian(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
@@ -45,8 +44,8 @@ def gaussian(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> F
     0.25
     """
     *batch, n_out, n_in = weight.shape
-    A = linalg.normal((*batch, r, n_in), 1 / r, weight, rng)
-    return Factors(A, linalg.zeros((*batch, n_out, r), weight))
+    A = numerics.normal((*batch, r, n_in), 1 / r, weight, rng)
+    return Factors(A, numerics.zeros((*batch, n_out, r), weight))
 
 
 def unzeroed(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
@@ -60,8 +59,8 @@ def unzeroed(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> F
     True
     """
     *batch, n_out, n_in = weight.shape
-    A = linalg.uniform((*batch, r, n_in), 1 / math.sqrt(n_in), weight, rng)
-    return Factors(A, linalg.uniform((*batch, n_out, r), 1 / math.sqrt(r), weight, rng))
+    A = numerics.uniform((*batch, r, n_in), 1 / math.sqrt(n_in), weight, rng)
+    return Factors(A, numerics.uniform((*batch, n_out, r), 1 / math.sqrt(r), weight, rng))
 
 
 def embedding(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
@@ -78,12 +77,12 @@ def embedding(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> 
     (np.False_, True)
     """
     *batch, n_out, n_in = weight.shape
-    B = linalg.normal((*batch, n_out, r), 1.0, weight, rng)
-    return Factors(linalg.zeros((*batch, r, n_in), weight), B)
+    B = numerics.normal((*batch, n_out, r), 1.0, weight, rng)
+    return Factors(numerics.zeros((*batch, r, n_in), weight), B)
 
 
 def embedding_unzeroed(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
     """A, B ~ N(0, 1): `init_lora_weights=False` for an embedding. NOT a no-op: for tests."""
     *batch, _, n_in = weight.shape
     B = embedding(weight, r, scaling, rng).B
-    return Factors(linalg.normal((*batch, r, n_in), 1.0, weight, rng), B)
+    return Factors(numerics.normal((*batch, r, n_in), 1.0, weight, rng), B)

@@ -9,10 +9,9 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .. import linalg
-from ..decomposition import Array, Factors
-from ..linalg.arrays import library
-from ..scaling import check_scaling
+from ..core.scaling import check_scaling
+from ..core.update import Array, Factors
+from ..numerics.arrays import library
 
 
 def check(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> None:
@@ -43,17 +42,17 @@ def take_out(
            [0., 1.]])
     """
     A, B = cast_factors(weight, A, B, scaling)
-    residual: Any = linalg.subtract_product(weight, B, A, scaling)
-    return Factors(A, B, linalg.cast_finite(residual, weight))
+    residual: Any = numerics.subtract_product(weight, B, A, scaling)
+    return Factors(A, B, numerics.cast_finite(residual, weight))
 
 
 def cast_factors(
     weight: Float[Array, "out in"], A: Float[Array, "r in"], B: Float[Array, "out r"], scaling: float
 ) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
     """A and B in the weight's dtype; ValueError if they, their product or the scaling are too large for it."""
-    largest = library(weight).finfo(linalg.at_least_float32(weight[:0]).dtype).max
+    largest = library(weight).finfo(numerics.at_least_float32(weight[:0]).dtype).max
     check_scaling(scaling, largest)
-    A, B = linalg.cast_finite(A, weight), linalg.cast_finite(B, weight)
+    A, B = numerics.cast_finite(A, weight), numerics.cast_finite(B, weight)
     if len(A) * float(abs(A).max()) * float(abs(B).max()) > largest:
         raise ValueError(f"B @ A is not finite at the start: with a scaling of {scaling:g} the factors are too large")
     return A, B

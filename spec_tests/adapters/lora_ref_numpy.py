@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 import lora_ref
-from lora_ref import pca
-from lora_ref.decomposition import Factors, adapted_forward, delta
+from lora_ref.core.scaling import scaling
+from lora_ref.core.update import Factors, adapted_forward, delta
 from lora_ref.init import check, corda, find
-from lora_ref.scaling import scaling
+from lora_ref.numerics import pca
 
 from ..contract import Array, Implementation, Layer, LayerSpec, LayerState
 

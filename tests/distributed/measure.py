@@ -4,7 +4,7 @@
 
 Exactness: the largest difference of a loss, and of a number in the saved adapter, between two processes and one, for
 each way of worker.py and of huggingface.py, in float64 (Trainer's log of losses is float32). Memory: one training step
-of a small Llama-like model, measured in bytes for each rank, next to what `lora_ref.plan` says for that shape.
+of a small Llama-like model, measured in bytes for each rank, next to what `lora_ref.tools.plan` says for that shape.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
-from lora_ref.plan import ENGINES, Shape, memory
+from lora_ref.tools.plan import ENGINES, Shape, memory
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"

@@ -29,7 +29,8 @@ def make(target: str) -> Callable[[bytes], None]:
     """The function that takes an input, and raises what is a finding."""
     import torch
 
-    from lora_ref import LoraConfig, PeftModel, config_file
+    from lora_ref import LoraConfig, PeftModel
+    from lora_ref.files import config_file
 
     torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -104,7 +105,7 @@ def vocabulary() -> list[str]:
     from dataclasses import fields
 
     from lora_ref import LoraConfig
-    from lora_ref.config_file import OFF_IN_PEFT
+    from lora_ref.files.config_file import OFF_IN_PEFT
     from lora_ref.init import CHANGE_BASE
 
     keys = [

@@ -2,7 +2,7 @@
 
 In a page:
 
-    <!-- [[[cog from book.quote import quote; quote("lora_ref.layer", "LoraLayer.forward") ]]] -->
+    <!-- [[[cog from book.quote import quote; quote("lora_ref.core.layer", "LoraLayer.forward") ]]] -->
     <!-- [[[end]]] -->
 
 and from the repository's root: `python -m cogapp -P -r -I tutorials tutorials/*.md`.

@@ -1,0 +1,86 @@
+"""Weighted combinations: one adapter that does what several would do together.
+
+    cat     exact, rank sum(r_i)           A = [w_1 s_1 A_1; w_2 s_2 A_2; ...],  B = [B_1, B_2, ...]
+    svd     best at a given rank           B A = the leading part of sum(w_i s_i B_i A_i)
+    linear  same rank, NOT the sum         A = sum(sign sqrt|w_i s_i| A_i),  B = sum(sqrt|w_i s_i| B_i)
+
+The result carries its scale in the factors, so it is used with s = 1. Pure functions, on NumPy
+arrays and torch tensors; `scales` are the products w_i * s_i of weight and scaling.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from ..core.update import Array, Factors
+
+As = Sequence[Float[Array, "*batch _ in"]]
+Bs = Sequence[Float[Array, "*batch out _"]]
+
+
+def cat(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
+    """B A = sum(w_i s_i B_i A_i), exactly, at rank sum(r_i).
+
+    Source: PEFT's LoraModel.add_weighted_adapter, combination_type="cat".
+
+    >>> A, B, *_ = cat([np.eye(2), np.ones((1, 2))], [np.eye(2), np.ones((2, 1))], [2.0, 0.5])
+    >>> B @ A
+    array([[2.5, 0.5],
+           [0.5, 2.5]])
+    """
+    return Factors(_cat([s * A for s, A in zip(scales, As, strict=True)], -2), _cat(Bs, -1))
+
+
+def linear(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
+    """The factors are added, not the updates: cross terms B_i A_j appear. For parents that are alike.
+
+    Raises:
+        ValueError: the ranks differ.
+
+    Source: PEFT's LoraModel.add_weighted_adapter, combination_type="linear".
+
+    >>> A, B, *_ = linear([np.eye(2)], [np.eye(2)], [-4.0])
+    >>> B @ A
+    array([[-4.,  0.],
+           [ 0., -4.]])
+    """
+    ranks = [A.shape[-2] for A in As]
+    if len(set(ranks)) > 1:
+        raise ValueError(f"combination_type='linear' needs equal ranks, got {ranks}; use 'cat' or 'svd'")
+    roots = [math.sqrt(abs(s)) for s in scales]
+    A = sum(math.copysign(root, s) * A for root, s, A in zip(roots, scales, As, strict=True))
+    return Factors(A, sum(root * B for root, B in zip(roots, Bs, strict=True)))
+
+
+def svd(As: As, Bs: Bs, scales: Sequence[float], r: int) -> Factors:
+    """The best rank-r approximation of sum(w_i s_i B_i A_i): B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T.
+
+    Exact if r reaches the rank of the sum; missing rows and columns are zero.
+
+    Source: PEFT's LoraModel.add_weighted_adapter, combination_type="svd"; Eckart-Young for "best".
+
+    >>> A, B, *_ = svd([np.diag([3.0, 1.0])], [np.eye(2)], [1.0], r=1)
+    >>> (B @ A).round(12)
+    array([[3., 0.],
+           [0., 0.]])
+    """
+    A, B, *_ = cat(As, Bs, scales)
+    U, S, Vh = numerics.svd_of_product(B, A)
+    root = S[..., :r] ** 0.5
+    A, B = root[..., :, None] * Vh[..., :r, :], U[..., :, :r] * root[..., None, :]
+    missing = r - A.shape[-2]
+    if missing > 0:
+        A = _cat([A, 0 * A[..., :1, :]] + [0 * A[..., :1, :]] * (missing - 1), -2)
+        B = _cat([B, 0 * B[..., :, :1]] + [0 * B[..., :, :1]] * (missing - 1), -1)
+    return Factors(A, B)
+
+
+COMBINATIONS: dict[str, Callable[..., Factors]] = {"linear": linear, "cat": cat, "svd": svd}
+
+
+def _cat(parts: Sequence[Array], axis: int) -> Array:
+    library = sys.modules["torch"] if numerics.is_torch(parts[0]) else np
+    return library.concatenate(list(parts), axis=axis)

@@ -1,0 +1,1 @@
+"""What must see data before an adapter can start: covariances, gradients, principal components."""

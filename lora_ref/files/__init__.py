@@ -1,0 +1,1 @@
+"""The adapter folder, in PEFT's format."""

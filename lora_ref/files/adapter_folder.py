@@ -1,0 +1,212 @@
+"""The adapter folder, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.<module>.lora_A.weight (r, in)    base_model.model.<module>.lora_B.weight (out, r)
+
+The scaling is not stored: it follows from the configuration. What is read is checked whole before
+anything changes. Only safetensors is read: unpickling a file runs whatever program it holds.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..core.config import LoraConfig
+from ..core.layer import Init, LoraLayer
+from ..core.model import LoraModel
+from ..core.update import Factors
+from ..init import CHANGE_BASE, method_of
+from ..safe.atomic import transaction
+from ..safe.sharded import gathered, is_main_process
+from . import config_file, conversion
+from . import file_pair as folder
+from .adapter_tensors import PREFIX, assign, embedding_slots, is_finite, slots, some, wrappers
+from .file_pair import WEIGHTS
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: LoraModel,
+    adapter_name: str,
+    directory: Path,
+    save_embedding_layers: bool | str = "auto",
+    convert: bool = True,
+    writes: bool | None = None,
+) -> None:
+    """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
+
+    With convert=False an adapter whose initialisation changed the base weight is written as it is: right
+    only on the changed base weight. Of several processes one writes, by default that of rank 0.
+
+    Raises:
+        ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
+    """
+    if save_embedding_layers not in (True, False, "auto"):
+        raise ValueError(f"save_embedding_layers={save_embedding_layers!r}: must be True, False or 'auto'")
+    found = slots(model, adapter_name)
+    targeted = _targets_embeddings(model, adapter_name)
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
+        # where embeddings are targeted, those that are adapted; else (resized ones) both
+        ends = embedding_slots(model).items()
+        found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}
+    config, live = model.peft_config[adapter_name], {key: slot.tensor.detach() for key, slot in found.items()}
+    if convert:
+        config, live = conversion.convert(model, adapter_name, live)
+    else:  # of a targeted embedding, too, what the initialisation left
+        layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers(model, adapter_name)}
+        changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and adapter_name in m.lora_taken}
+        live |= {key: layer.left_by(adapter_name) for key, layer in changed.items() if key in live}
+    tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
+    if not (is_main_process() if writes is None else writes):
+        return
+    broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
+    if broken:
+        warnings.warn(
+            f"adapter {adapter_name!r} holds NaN or infinite numbers ({', '.join(broken[:3])}"
+            f"{', ...' if len(broken) > 3 else ''}): it is written, but cannot be read back",
+            stacklevel=4,
+        )
+    write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
+
+
+def _targets_embeddings(model: LoraModel, adapter_name: str) -> bool:
+    """PEFT's rule: the list names embed_tokens or lm_head by themselves, or the regex reached them."""
+    targets = model.peft_config[adapter_name].target_modules
+    ends = ("embed_tokens", "lm_head")
+    if isinstance(targets, str):
+        layers = model.layers().items()
+        return any(name.rpartition(".")[2] in ends for name, layer in layers if adapter_name in layer.adapters())
+    return any(end in (targets or []) for end in ends)
+
+
+def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Replace both files of the folder: the old pair or the new one is there, never a part (see `folder`)."""
+
+    def write(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    try:
+        folder.replace(directory, write, config_file.dumps(config))
+    except safetensors.SafetensorError as error:  # a full disk, a folder without permission
+        raise OSError(f"{directory / WEIGHTS}: could not be written: {error}") from error
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of an adapter folder, checked as far as that goes without a model.
+
+    Raises:
+        FileNotFoundError: no such folder or file; ValueError: anything else that is wrong with it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        what = "a file, not a folder" if directory.exists() else "not there"
+        raise FileNotFoundError(f"the folder {directory} is {what}; adapters are read from local folders only")
+    with folder.reading(directory) as config_path:
+        return _read(directory / WEIGHTS, config_path)
+
+
+def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    config, directory = config_file.read(config_path), path.parent
+    if not path.is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise ValueError(
+                f"{directory} holds adapter_model.bin, a pickle, which can run code when it is read. If you trust it, "
+                "convert it once: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+                f"'{WEIGHTS}')"
+            )
+        raise FileNotFoundError(f"there is no {WEIGHTS} in {directory}")
+    try:
+        # the header says where the file ends, or nothing is read; at once takes half the time that one by one does
+        with path.open("rb") as file, safetensors.safe_open(path, framework="pt"):
+            tensors = safetensors.torch.load(file.read())
+        infinite = [key for key, tensor in tensors.items() if not is_finite(tensor)]  # a 4-bit type: RuntimeError
+    except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a valid safetensors file: {error}") from error
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
+    problems = [f"{key}: does not begin with '{PREFIX}'" for key in tensors if not key.startswith(PREFIX)]
+    problems += [f"{key}: holds NaN or infinite numbers" for key in infinite]
+    if problems:
+        raise ValueError(f"{path}: {some(problems)}")
+    return config, tensors
+
+
+def load_adapter(
+    model: LoraModel,
+    directory: str | Path,
+    adapter_name: str,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Add an adapter from a folder, inactive and frozen; or change nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_adapter`; or the folder does not fit the model; all that does not
+            fit is listed.
+    """
+    config, tensors = read_adapter(directory)
+    again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them
+    if method_of(config.init_lora_weights) in CHANGE_BASE and not again:
+        raise ValueError(
+            f"{directory}: saved with init_lora_weights={config.init_lora_weights!r} and not converted: its update "
+            "belongs to a base weight that the init had changed, so on the original base it would be wrong. Save it "
+            "again, converted (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+    config.inference_mode = not is_trainable
+    with transaction(model):
+        try:
+            model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=None if again else _blank)
+            assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors), finite=True)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+
+
+def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give linear layers the base weights that an adapter brings along (LoftQ's), and return the other tensors."""
+    if not any(key.endswith(".base_layer.weight") for key in tensors):
+        return tensors
+    ends, left = embedding_slots(model), dict(tensors)
+    layers = {
+        f"{PREFIX}{name}.base_layer.weight": layer
+        for name, layer in wrappers(model, adapter_name)
+        if isinstance(layer, LoraLayer) and layer.kind == "linear"
+    }
+    brought = [key for key in layers if key in left]
+    if all(key in ends for key in brought):  # the embeddings of the model itself: see `assign`
+        return left
+    for key in brought:
+        W, layer = left.pop(key), layers[key]
+        if W.shape != layer.base_weight.shape or not W.is_floating_point():
+            needed = f"{tuple(layer.base_weight.shape)} of floating point"
+            raise ValueError(f"{key}: has shape {tuple(W.shape)} of {W.dtype}, the model needs {needed}")
+        layer.take(adapter_name, layer.stored(W), product=None)
+    return left
+
+
+def _blank(name: str) -> Init:
+    return _allocate_nothing
+
+
+def _allocate_nothing(weight: Tensor, r: int, scaling: float) -> Factors:
+    """An initialisation whose numbers come from the file once its shapes are checked."""
+    *batch, n_out, n_in = weight.shape
+    if r * max(n_out, n_in) > 1 << 48:
+        raise ValueError(f"r={r} is beyond any memory")
+    shapes = (*batch, r, n_in), (*batch, n_out, r)
+    A, B = (torch.empty(shape, device="meta") for shape in shapes)
+    return Factors(A, B)
+
+
+def adapter_folders(model: LoraModel, directory: Path) -> Iterator[tuple[str, Path]]:
+    """(adapter, its folder): "default" lies at the root, others in folders of their names."""
+    for name in model.peft_config:
+        yield name, directory if name == "default" else directory / name

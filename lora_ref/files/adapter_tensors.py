@@ -1,0 +1,186 @@
+"""Which tensors belong to an adapter: their keys in the adapter file, and their places in the model.
+
+    base_model.model.<module>.lora_A.weight (r, in)    base_model.model.<module>.lora_B.weight (out, r)
+    base_model.model.<embedding>.lora_embedding_A (r, V)    ....lora_embedding_B (d, r)
+    base_model.model.<module>.<parameter>              a module saved whole
+    base_model.model.<module>.base_layer.bias          a trained bias of an adapted module
+
+The name of the adapter is not part of the key.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter_modules import AdapterModule, ModulesToSave
+from ..core.bias import biases
+from ..core.layer import LoraLayer
+from ..core.model import LoraModel
+from ..safe.atomic import transaction
+
+PREFIX = "base_model.model."
+# what torch.compile and torch's checkpoint wrapper put into a module's path: no part of the file's keys
+ENGINES = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+class Slot(NamedTuple):
+    """Where a tensor of the file lives in the model."""
+
+    owner: nn.Module
+    attribute: str
+    tensor: Tensor  # what is there now; a base weight as it was before any merge
+    device: torch.device
+
+
+def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
+    """{key in the file: its place in the model} of all that belongs to one adapter."""
+    found = {}
+    for name, module in wrappers(model, adapter_name):
+        if isinstance(module, LoraLayer):
+            device = module.base_weight.device
+            for part in ("lora_A", "lora_B"):
+                if adapter_name in (layers := getattr(module, part)):
+                    linear = layers[adapter_name]
+                    found[f"{PREFIX}{name}.{part}.weight"] = Slot(linear, "weight", linear.weight, device)
+            for part in ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ():
+                table = getattr(module, part)
+                found[f"{PREFIX}{name}.{part}"] = Slot(table, adapter_name, table[adapter_name], device)
+        elif isinstance(module, ModulesToSave):
+            found |= _all_of(module.modules_to_save[adapter_name], f"{PREFIX}{name}")
+    for name, bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).items():
+        owner = model.model.get_submodule(name.rpartition(".")[0])
+        found[PREFIX + _alone(model.model, name, adapter_name)] = Slot(owner, "bias", bias, bias.device)
+    return found
+
+
+def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
+    """(name in the file, module) of all modules that an adapter has a part in.
+
+    The name is as if the model had this adapter only: wrappers that serve others, or an engine, are not in it.
+    """
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model.model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        inner, hidden = list(module._modules.items()), False
+        if isinstance(module, AdapterModule):
+            kept = [id(m) for m in module.frame()]
+            inner = [(attribute, child) for attribute, child in inner if id(child) in kept]
+            if adapter_name in module.adapters():
+                yield name, module
+            else:
+                hidden = True
+        for attribute, child in reversed(inner):
+            if child is not None:
+                skipped = (*ENGINES, "base_layer", "original_module") if hidden else ENGINES
+                own = "" if attribute in skipped else attribute
+                waiting.append((f"{name}.{own}" if name and own else name or own, child))
+
+
+def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
+    """A path as it is when the model has this adapter only: without the wrappers that serve others."""
+    kept: list[str] = []
+    module: Any = model
+    for part in path.split(".") if path else []:
+        others = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
+        kept += [] if others and part in ("base_layer", "original_module") else [part]
+        module = getattr(module, part)
+    return _plain(".".join(kept))
+
+
+def _plain(path: str) -> str:
+    """A path without the wrappers of engines: "0._orig_mod.up" is "0.up"."""
+    return ".".join(part for part in path.split(".") if part not in ENGINES)
+
+
+def embedding_slots(model: LoraModel) -> dict[str, Slot]:
+    """The base weights of a transformers model's input and output embeddings: a file may carry them."""
+    getters = (getattr(model.model, f"get_{which}_embeddings", None) for which in ("input", "output"))
+    ends = [end for get in getters if callable(get) and (end := get()) is not None]
+    found: dict[str, Slot] = {}
+    for name, module in model.model.named_modules() if ends else ():
+        if any(module is end or (isinstance(end, LoraLayer) and module is end.base_layer) for end in ends):
+            if isinstance(module, LoraLayer):
+                continue  # its base layer comes by its own name
+            for key, slot in _all_of(module, PREFIX + _plain(name)).items():
+                layer = next((end for end in ends if isinstance(end, LoraLayer) and end.base_layer is module), None)
+                merged = layer is not None and slot.attribute == layer.weight_name
+                found[key] = slot._replace(tensor=layer.original_weight()) if merged and layer else slot
+    return found
+
+
+def _all_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
+    kept = module.state_dict(keep_vars=True)
+    owners = dict(module.named_modules(remove_duplicate=False))
+    return {
+        f"{prefix}.{_plain(key)}": Slot(owners[key.rpartition(".")[0]], key.rpartition(".")[2], tensor, tensor.device)
+        for key, tensor in kept.items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], finite: bool = False) -> None:
+    """Put tensors by their file keys into an adapter: all of them, or none. (`finite`: they are known to be.)
+
+    Raises:
+        ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
+    """
+    expected, optional = slots(model, adapter_name), embedding_slots(model)
+    if model.peft_config[adapter_name].bias == "all":
+        # PEFT writes the biases of modules_to_save two times more
+        tensors = {key: t for key, t in tensors.items() if key in expected or not _is_redundant(key, model)}
+    problems = [f"{key}: is missing" for key in expected if key not in tensors]
+    problems += [f"{key}: is not expected" for key in tensors if key not in expected and key not in optional]
+    places = {key: expected.get(key) or optional[key] for key in tensors if key in expected or key in optional}
+    wrapped = model.wrappers() if optional else []
+    left = {id(m.base_layer) for m in wrapped if isinstance(m, LoraLayer) and m.lora_taken}
+    changed = [key for key in places if key not in expected and id(optional[key].owner) in left]
+    problems += [f"{key}: is a base weight that the initialisation of an adapter has changed" for key in changed]
+    ready = []
+    for key, slot in places.items():
+        tensor, now = tensors[key], slot.tensor
+        if tensor.shape != now.shape:
+            problems.append(f"{key}: has shape {tuple(tensor.shape)}, the model needs {tuple(now.shape)}")
+        elif tensor.is_floating_point() is not now.is_floating_point():
+            problems.append(f"{key}: is {tensor.dtype}, the model needs {now.dtype}")
+        else:
+            device = torch.device("cpu") if slot.device.type == "meta" else slot.device
+            own = tensor.to(device, now.dtype, copy=True)
+            if not ((finite and own.dtype == tensor.dtype) or is_finite(own)):
+                problems.append(f"{key}: is out of range for {own.dtype}")
+            ready.append((slot, own))
+    if problems:
+        raise ValueError(f"the adapter does not fit the model: {some(problems)}")
+    if any(key not in expected for key in places):
+        model.unmerge_adapter()  # base weights are about to be replaced
+    with transaction(model):
+        for slot, tensor in ready:
+            parameter = slot.owner._parameters.get(slot.attribute)
+            if parameter is None:
+                slot.owner._buffers[slot.attribute] = tensor
+            elif parameter.is_meta:
+                slot.owner._parameters[slot.attribute] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            else:
+                parameter.data = tensor
+
+
+def _is_redundant(key: str, model: LoraModel) -> bool:
+    whole = (f"{PREFIX}{_plain(name)}." for name, m in model.model.named_modules() if isinstance(m, ModulesToSave))
+    return key.endswith(".bias") and any(
+        key.startswith((f"{prefix}original_module.", f"{prefix}modules_to_save.")) for prefix in whole
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN, no infinity."""
+    return not tensor.is_floating_point() or numerics.is_finite(tensor)
+
+
+def some(problems: list[str]) -> str:
+    """The first few of a list of problems."""
+    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

@@ -1,0 +1,105 @@
+"""adapter_config.json: a LoraConfig as PEFT writes it, and back. The file is not trusted.
+
+Keys that PEFT knows and this library does not are accepted when they say "off"; one that would
+change the mathematics is an error, for ignoring it would load a different model in silence.
+"""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..core.config import LoraConfig
+from ..core.options import SUB_CONFIGS, near
+
+MAX_BYTES = 10_000_000  # of JSON; real ones have a few thousand
+
+# keys of PEFT that say nothing about the mathematics, whatever their value
+NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size")
+
+
+def to_dict(config: LoraConfig) -> dict[str, Any]:
+    """The configuration in JSON's types, under PEFT's keys.
+
+    >>> data = to_dict(LoraConfig(r=4, target_modules=["q"]))
+    >>> data["peft_type"], data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
+    ('LORA', 4, True)
+    """
+    return dataclasses.asdict(config)
+
+
+def from_dict(data: dict[str, Any]) -> LoraConfig:
+    """The inverse of `to_dict`, for files of PEFT too.
+
+    Raises:
+        ValueError: not a LoRA configuration, a bad value, or a key that is not known and not off.
+    """
+    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
+        kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"peft_type is {kind!r}: only 'LORA' adapters can be read")
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    for key, value in data.items():
+        if key in known or key in NOTES:
+            continue
+        if value:
+            hint = "" if key in OFF_IN_PEFT else near(key[:80], known)
+            raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{hint}")
+        if key not in OFF_IN_PEFT:
+            warnings.warn(
+                f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored",
+                stacklevel=3,
+            )
+    options = {key: value for key, value in data.items() if key in known}
+    for key, cls in SUB_CONFIGS.items():
+        if isinstance(options.get(key), dict):  # PEFT's have more fields, for the computation only
+            fields = {f.name for f in dataclasses.fields(cls)}
+            options[key] = {k: v for k, v in options[key].items() if k in fields}
+    try:
+        return LoraConfig(**options)
+    except TypeError as error:  # a string for a list, say: in a file that is a bad value like others
+        raise ValueError(str(error)) from error
+
+
+# options of PEFT that are known here only to be refused when they are on
+OFF_IN_PEFT = (
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
+    *("lora_bias", "megatron_config", "monteclora_config", "trainable_token_indices"),
+    *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
+)
+
+
+def dumps(config: LoraConfig) -> str:
+    """The text of adapter_config.json. Options are sorted, patterns are not: their first match counts."""
+    return json.dumps(dict(sorted(to_dict(config).items())), indent=2, allow_nan=False) + "\n"
+
+
+def read(path: Path) -> LoraConfig:
+    """Read and check adapter_config.json.
+
+    Raises:
+        FileNotFoundError: there is none; ValueError: it is too large, not JSON, or not a valid configuration.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}; is it an adapter folder?")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES} bytes, which no adapter configuration is")
+    try:
+        data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    try:
+        return from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return data
+
+
+def _no_constants(text: str) -> float:
+    raise ValueError(f"{text} is not a number that JSON knows")

@@ -1,0 +1,161 @@
+"""All that can go wrong in adapting a model, found before anything is changed."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from .. import init as inits
+from ..core import targeting
+from ..core.adapter_modules import ModulesToSave, unwrapped
+from ..core.config import LoraConfig
+from ..core.inject import kind_of, prepared, walk
+from ..core.layer import LoraLayer
+from ..core.layer_types import is_conv1d_of_transformers
+from ..core.parameters import Parameter
+from ..core.targeting import Targeting
+
+
+def check(
+    model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True, needs_data: bool = True
+) -> None:
+    """Raise ValueError for all that injection could trip over, warn of what looks unintended. Changes nothing.
+
+    will_init=False: the factors come from elsewhere; needs_data=False: the pass over data is still to come.
+    """
+    notes = targeting.check(plan, config)
+    changes_base = will_init and inits.method_of(config.init_lora_weights) in inits.CHANGE_BASE
+    places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
+    shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
+    owners = [("", model), *((name, unwrapped(getattr(parent, at))) for name, (parent, at) in places.items())]
+    for name, owner in owners:
+        for attribute, tensor in owner._parameters.items():
+            shared.setdefault(id(tensor), []).append(f"{name}.{attribute}".lstrip("."))
+    nested = any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for _, m in owners)
+    for match in plan.matches:
+        if not match.action:
+            continue
+        name, parameter = match.name, ""
+        if match.action == "adapt parameter":
+            name, _, parameter = match.name.rpartition(".")
+        if name not in places:
+            raise ValueError(f"{match.name}: belongs to the model itself; only a submodule's parameters can be adapted")
+        parent, attribute = places[name]
+        module = getattr(parent, attribute)
+        if match.action == "save":
+            refusal = _refuse_saving(module, parent)
+        else:
+            refusal = _refuse_adapting(module, parent, attribute, parameter, match.r or 0)
+            if refusal is None and parameter:
+                refusal = _refuse_twice(name, plan)
+            if refusal is None and will_init:
+                refusal = _refuse_init(config, match, parameter, unwrapped(module), needs_data)
+        if refusal:
+            raise ValueError(f"{match.name}: {refusal}")
+        if nested and isinstance(parent, nn.TransformerEncoderLayer):
+            notes.append(
+                "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted: "
+                "make it with enable_nested_tensor=False"
+            )
+        if match.action == "save":
+            continue
+        bare = unwrapped(module)
+        transposed = is_conv1d_of_transformers(bare)
+        if not parameter and kind_of(bare) == "linear" and config.fan_in_fan_out is not transposed and module is bare:
+            stores = f"{type(bare).__name__} stores {'(in, out)' if transposed else '(out, in)'}"
+            notes.append(f"fan_in_fan_out={config.fan_in_fan_out}, but {stores}: the layer's own storage is used")
+        holders = shared[id(getattr(bare, parameter or "weight"))]
+        if own_forward(bare) and kind_of(bare) == "linear" and not parameter:
+            notes.append(
+                f"{match.name}: {type(bare).__name__} has a forward of its own; the update is that of a plain "
+                "nn.Linear, and merged and unmerged outputs may differ"
+            )
+        if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
+            notes.append(
+                f"{match.name}: its weight is tied ({', '.join(holders)}); the adapter acts on {match.name} alone, "
+                f"and {'its initialisation' if changes_base else 'merging it'} ends the tie"
+            )
+    for note in dict.fromkeys(notes):
+        warnings.warn(note, stacklevel=5)
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Does a subclass of torch's layers compute its output in another way?"""
+    return (
+        kind_of(module) != ""
+        and not is_conv1d_of_transformers(module)
+        and not any(
+            type(module).forward is torchs.forward
+            for torchs in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        )
+    )
+
+
+def _refuse_saving(module: nn.Module, parent: nn.Module) -> str | None:
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it: save the attention whole"
+    if any(isinstance(m, LoraLayer) for m in module.modules()):
+        return "modules_to_save covers layers that another adapter adapts"
+    return None
+
+
+def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, parameter: str, r: int) -> str | None:
+    """The reason why this module (or this parameter of it) cannot be adapted with rank r, or None."""
+    bare: Any = unwrapped(module)
+    kind = "parameter" if parameter else kind_of(bare)
+    if not kind:
+        return (
+            f"{type(bare).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d can, "
+            "and raw parameters with target_parameters"
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            f"nn.MultiheadAttention reads {attribute}.weight without calling {attribute}, so an adapter on it would "
+            "never run; leave it out with exclude_modules (target_parameters can adapt the attention's in_proj_weight)"
+        )
+    if isinstance(module, ModulesToSave):
+        return "another adapter saves this module whole (modules_to_save)"
+    if isinstance(module, LoraLayer) and isinstance(module, Parameter) is not bool(parameter):
+        return "it would be adapted as a module and as a raw parameter at once; target one of them"
+    if kind in ("embedding", "conv") and own_forward(bare) and not hasattr(bare, "embed_scale"):
+        return f"{type(bare).__name__} computes its output in a forward of its own, which an update cannot follow"
+    if (parameter or "weight") not in bare._parameters:
+        return "its weight is computed from other parameters (a parametrisation); remove that first"
+    weight = getattr(bare, parameter or "weight")
+    if not weight.dtype.is_floating_point:
+        return f"its weight is {weight.dtype}; quantised layers cannot be adapted"
+    if parameter and weight.ndim not in (2, 3):
+        return f"it has {weight.ndim} dimensions; a matrix (out, in) or a stack of them is needed"
+    if kind == "embedding" and bare.max_norm is not None:
+        return "an embedding with max_norm rewrites its rows as it looks them up, which an update cannot follow"
+    if kind == "conv" and r % bare.groups:
+        return f"r={r} must be divisible by the convolution's groups={bare.groups}"
+    return None
+
+
+def _refuse_twice(owner: str, plan: Targeting) -> str | None:
+    """The reason why the same configuration cannot adapt a parameter of this module as well, or None."""
+    if owner in plan.names("adapt"):
+        return "it would be adapted as a module and as a raw parameter at once; target one of them"
+    if any(f"{owner}.".startswith(f"{saved}.") for saved in plan.names("save")):
+        return "it belongs to a module that is saved whole (modules_to_save)"
+    return None
+
+
+def _refuse_init(
+    config: LoraConfig, match: targeting.Match, parameter: str, bare: nn.Module, needs_data: bool
+) -> str | None:
+    """The reason why this layer cannot be initialised as asked, or None."""
+    weight = getattr(bare, parameter or "weight")
+    value, method = config.init_lora_weights, inits.method_of(config.init_lora_weights)
+    assert match.r is not None and match.scaling is not None
+    try:
+        inits.find(value, "parameter" if parameter else kind_of(bare))
+        inits.check(value, weight.shape, match.r, match.scaling)
+    except ValueError as error:
+        return str(error).removeprefix("this layer: ")
+    if needs_data and method in inits.PREPARED and method not in prepared(bare):
+        return f"init_lora_weights={value!r} needs data: call {inits.PREPARED[method]} on the model first"
+    if weight.is_meta and method in (*inits.CHANGE_BASE, "mica"):
+        return f"init_lora_weights={value!r} looks at the weight, which has no numbers yet (it is on the meta device)"
+    return None

@@ -1,0 +1,1 @@
+"""The command `lora-ref`: demo, inspect, plan, check."""

@@ -1,0 +1,177 @@
+"""The `lora-ref` command: `lora-ref demo`, `lora-ref inspect DIR`, `lora-ref check IMPL ...` and `lora-ref plan`.
+
+Exit codes: 0 done, 1 it could not be done (one sentence on standard error says why) or a check failed,
+2 wrong usage, 130 interrupted. Heavy imports wait until a subcommand needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (default: those of the process) and return its exit code.
+
+    >>> main(["--version"])  # doctest: +ELLIPSIS
+    lora-ref ...
+    0
+    """
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse's way to end after --help, --version and a wrong usage
+        return int(stop.code or 0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
+    try:
+        code = options.action(options)
+        sys.stdout.flush()  # a closed pipe shows here at the latest, not while the interpreter ends
+        return code or 0
+    except BrokenPipeError:
+        # The reader has left, as in `lora-ref inspect DIR | head -1`: nobody is there to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        text = "".join(c if c.isprintable() else " " for c in str(error))  # a file's names may be hostile
+        sentence = " ".join(text.split()) or type(error).__name__
+        print(f"lora-ref: error: {sentence}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lora-ref: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option of every subcommand."""
+    top = argparse.ArgumentParser(
+        prog="lora-ref",
+        description="LoRA, shown, inspected, checked and planned: a demo that trains adapters, a look into adapter "
+        "folders, a conformance suite for any implementation, and what big models need.",
+        epilog="lora-ref demo --help and the like say more.",
+    )
+    top.add_argument("--version", action="version", version=f"lora-ref {version()}")
+    commands = top.add_subparsers(title="commands", metavar="{demo,inspect,check,plan}", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="adapt a small network to rotated digits, next to full fine-tuning (ten seconds or so)",
+        description="Train a small network on handwritten digits, watch it fail on digits turned by 90 degrees, "
+        "and adapt it with LoRA at several ranks and with full fine-tuning. The adapter of the highest rank is "
+        "saved, loaded again and merged. Needs pip install 'lora_ref[demo]'; no network, no GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--out", type=Path, default=Path("lora_ref_demo"), metavar="DIR", help="where to write")
+    demo.add_argument("--seed", type=seed, default=0, metavar="N", help="the same seed gives the same numbers")
+    demo.add_argument("--quick", action="store_true", help="fewer epochs, and ranks 2 and 8 only")
+    demo.add_argument(
+        "--r", type=rank, nargs="+", metavar="R", default=argparse.SUPPRESS, help="ranks (default: 1 2 4 8)"
+    )
+    demo.add_argument("--lora-alpha", type=float, default=8.0, metavar="A", help="s = lora_alpha / r")
+    demo.set_defaults(action=run_demo)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in an adapter folder: ranks, scalings, and the singular values of every update",
+        description="For each adapted module of an adapter folder, as PEFT or lora_ref wrote it: rank, alpha, "
+        "scaling, shapes, and the Frobenius norm and the singular values of its update s*B*A.",
+    )
+    inspect.add_argument("directory", type=Path, metavar="DIR", help="a folder with adapter_config.json")
+    inspect.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    inspect.add_argument("--figure", type=Path, metavar="PNG", help="also draw the singular values to this file")
+    inspect.set_defaults(action=run_inspect)
+
+    check = commands.add_parser(
+        "check",
+        help="try an implementation of LoRA, this one or another, on the requirements of spec_tests",
+        description="Try implementations of LoRA on the requirements of spec_tests: one line for each area, and for "
+        "each failure its sentence, the smallest example found and a script. Exit code 0: all that is claimed holds, "
+        "or is a known deviation; 1: something fails. Needs pip install 'lora_ref[spec]'.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    check.add_argument(
+        "implementations",
+        nargs="*",
+        metavar="IMPL",
+        default=["lora_ref"],
+        help="package.module:Class, or a bundled one: lora_ref, lora_ref_numpy, peft, loralib, minlora, ...",
+    )
+    check.add_argument("--report", type=Path, metavar="JSON", help="write a report (a list, of several IMPL)")
+    check.add_argument("--html", type=Path, metavar="HTML", help="write the matrix as one page")
+    check.add_argument("--only", nargs="+", default=[], metavar="AREA", help="only these areas, or requirements")
+    check.add_argument("--profile", choices=("quick", "default", "deep"), default="default", help="how many examples")
+    check.add_argument("--seed", type=seed, metavar="N", help="other cases than the usual, the same for the same N")
+    check.add_argument("--list", action="store_true", help="list the requirements, and try nothing")
+    check.set_defaults(action=run_check)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what training an adapter of a big model needs: memory by engine and number of GPUs, operations",
+        description="Bytes for each GPU, and operations for each token, to train adapters of a Llama-like model: "
+        "frozen weights in bfloat16, adapters in float32 with Adam, activation checkpointing. The formulas are in "
+        "lora_ref/tools/plan.py.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan.add_argument("--params", type=float, default=8e9, metavar="N", help="weights of the model, such as 70e9")
+    plan.add_argument("--r", type=rank, default=16, metavar="R", help="rank of every adapter")
+    plan.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of GPUs")
+    plan.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens at a time on each GPU")
+    plan.add_argument("--context", type=int, default=4096, metavar="N", help="tokens that attend to each other")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="what a GPU has")
+    plan.set_defaults(action=run_plan)
+    return top
+
+
+def seed(text: str) -> int:
+    """An integer that every random generator here accepts."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**32, not {number}")
+    return number
+
+
+def rank(text: str) -> int:
+    """A rank that the demo's network has room for."""
+    number = int(text)
+    if not 1 <= number <= 256:
+        raise argparse.ArgumentTypeError(f"a rank is from 1 to 256 (the network's width), not {number}")
+    return number
+
+
+def version() -> str:
+    """The installed version, or a word that says that there is none."""
+    try:
+        return importlib.metadata.version("lora_ref")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from .demo import run
+
+    run(options.out, options.seed, options.quick, getattr(options, "r", None), options.lora_alpha)
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from .inspect import run
+
+    run(options.directory, options.json, options.figure)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    from .plan import run
+
+    run(options.params, options.r, options.gpus, options.tokens, options.gpu_memory, options.context)
+
+
+def run_check(options: argparse.Namespace) -> int:
+    try:
+        from spec_tests.command import Options, check
+    except ModuleNotFoundError as error:
+        raise ImportError(f"check needs {error.name}: pip install 'lora_ref[spec]'") from error
+    given = vars(options)
+    return check(Options(**{name: given[name] for name in Options.__dataclass_fields__}))
