@@ -32,6 +32,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 import lora_ref
+from lora_ref import numerics
 from lora_ref.numerics.quantization import codebook
 
 R = 16

@@ -7,6 +7,7 @@ The concepts are pure functions on arrays (`scaling`, `decomposition`, `patterns
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import init as init  # enters its methods into the table of core.inits
 from .core.config import LoraConfig, TaskType
 from .core.config import LoraConfig as PeftConfig
 from .core.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig

@@ -86,7 +86,7 @@ def adapt(value: bool | str, net: nn.Module | None = None, **options: Any) -> Pe
 def add(model: PeftModel, name: str, value: bool | str, **options: Any) -> None:
     """A further adapter. What it needs of data it looks at the original model for."""
     cfg = config(value, **options)
-    if value in init.PREPARED:
+    if init.METHODS[init.method_of(value)].prepare:
         plain = Net()
         prepare(plain, cfg)
         for layer, bare in zip(model.layers().values(), (plain.up, plain.down), strict=True):
@@ -855,7 +855,7 @@ def test_what_a_method_does_not_support_is_refused_by_name(value: str, options: 
 
 @pytest.mark.parametrize("value", ["corda", "lora_ga"])
 def test_without_its_data_it_says_what_to_call(value: str) -> None:
-    with pytest.raises(ValueError, match=f"up: .*call {init.PREPARED[value]} on the model first"):
+    with pytest.raises(ValueError, match=f"up: .*call {init.METHODS[value].prepare} on the model first"):
         get_peft_model(Net(), config(value))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_ref import init
+from lora_ref import init, numerics
 from lora_ref.api import combination
 from lora_ref.core import update as decomposition
 from lora_ref.core.scaling import check_scaling, scaling

@@ -138,7 +138,7 @@ def test_a_draw_from_a_given_generator_has_nothing_to_do_with_the_global_one(lib
         rng = np.random.default_rng(3) if library == "numpy" else torch.Generator().manual_seed(3)
         before = torch.get_rng_state()
         options = {"niter": 1} if method == "pissa" else {}
-        made.append(METHODS[method]["linear"](weight, 2, 1.0, rng, **options)[:2])
+        made.append(METHODS[method].kinds["linear"](weight, 2, 1.0, rng, **options)[:2])
         assert torch.equal(before, torch.get_rng_state())
     assert all((x == y).all() for x, y in zip(*made, strict=True))
 

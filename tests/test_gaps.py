@@ -19,10 +19,10 @@ from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from lora_ref.api.combination import linear
 from lora_ref.calibration.eva import initialize_lora_eva_weights
 from lora_ref.calibration.hooks import inputs
+from lora_ref.core.inits import unzeroed
 from lora_ref.core.update import Factors, adapted_forward
 from lora_ref.init.loftq import loftq
 from lora_ref.init.pissa import pissa
-from lora_ref.init.random import unzeroed
 from lora_ref.numerics.arrays import _drawing_device
 from lora_ref.safe.progress import progress_bar
 from lora_ref.safe.sharded import is_main_process

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lora_ref import numerics
 from lora_ref.init.mica import mica
 from lora_ref.init.olora import olora
 from lora_ref.init.pissa import pissa

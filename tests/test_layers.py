@@ -646,7 +646,7 @@ def test_numpy_and_torch_draw_from_the_same_laws() -> None:
     """One function for both libraries; two-sample Kolmogorov-Smirnov of every factor."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     for value in (True, False, "gaussian", "orthogonal"):
-        for method in inits.METHODS[value].values():
+        for method in inits.METHODS[value].kinds.values():
             in_numpy = method(np.zeros((30, 40)), 8, 1.0, rng=rng)
             in_torch = method(torch.zeros(30, 40, dtype=torch.float64), 8, 1.0, rng=generator)
             for a, b in zip(in_numpy[:2], in_torch[:2], strict=True):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_ref import numerics
 from lora_ref.numerics import leading
 from spec_tests import distance
 

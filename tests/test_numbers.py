@@ -34,7 +34,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_ref import LoftQConfig, LoraConfig, PeftModel, get_peft_model
+from lora_ref import LoftQConfig, LoraConfig, PeftModel, get_peft_model, numerics
 from lora_ref import init as inits
 from lora_ref.calibration.preprocess import preprocess_corda, preprocess_loraga
 from lora_ref.core.scaling import scaling

@@ -23,7 +23,6 @@ import torch
 import lora_ref
 from lora_ref import LoraConfig, PeftModel, get_peft_model
 from lora_ref import init as inits
-from lora_ref.core import config as config_module
 from spec_tests import agree, distance, load, peers, report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,11 +186,10 @@ def columns(monkeypatch: pytest.MonkeyPatch) -> Any:
     page = (ROOT / "tutorials" / "reading_order.md").read_text(encoding="utf-8").split("## Add an initialisation")[1]
     names: dict[str, Any] = {"__package__": "lora_ref.init", "__name__": "lora_ref.init.columns"}
     exec(FENCE.search(page)[2], names)
-    monkeypatch.setitem(inits.METHODS, "columns", {"linear": names["columns"]})
     with pytest.raises(ValueError, match="init_lora_weights='columns': must be"):
         LoraConfig(init_lora_weights="columns")
-    monkeypatch.setattr(config_module, "INITS", (*config_module.INITS, "columns"))
-    monkeypatch.setattr(inits, "CHANGE_BASE", (*inits.CHANGE_BASE, "columns"))
+    entry = LINE.search(page)[1]  # as the page says
+    monkeypatch.setitem(inits.METHODS, "columns", eval(entry, vars(inits) | vars(init_room) | names))
     return names["columns"]
 
 
@@ -226,8 +224,7 @@ def test_an_initialisation_of_ones_own_trains_and_is_saved(tmp_path: Path, colum
 def test_peft_does_not_know_the_name_of_an_initialisation_that_leaves_the_base_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(inits.METHODS, "mine", {"linear": inits.uniform})
-    monkeypatch.setattr(config_module, "INITS", (*config_module.INITS, "mine"))
+    monkeypatch.setitem(inits.METHODS, "mine", inits.Method({"linear": inits.uniform}))
     base = torch.nn.Sequential(torch.nn.Linear(8, 6))
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights="mine"))
     model.save_pretrained(tmp_path)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from .. import numerics
 from ..core.update import Array, Factors
 
 As = Sequence[Float[Array, "*batch _ in"]]

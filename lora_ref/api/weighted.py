@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from .. import numerics
 from ..core import patterns
 from ..core.config import LoraConfig
 from ..core.formula import at_least_float32

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..safe import regexes
+from .inits import method_of
 from .options import (
     SUB_CONFIGS,
     CordaConfig,
@@ -34,9 +35,6 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "corda", "eva", "mica", "lora_ga")
 
 
 @strict
@@ -163,10 +161,7 @@ class LoraConfig:
         init = self.init_lora_weights
         if isinstance(init, str):
             self.init_lora_weights = init = init.lower()
-        niter = init.removeprefix("pissa_niter_") if isinstance(init, str) else ""
-        known = isinstance(init, bool) or init in INITS or (niter != init and niter.isascii() and niter.isdigit())
-        allowed = f"True, False, 'pissa_niter_<n>', {', '.join(map(repr, INITS))}"
-        require(known, "init_lora_weights", init, allowed)
+        method_of(init)
         for name, cls in SUB_CONFIGS.items():
             value = getattr(self, name)
             if isinstance(value, dict):

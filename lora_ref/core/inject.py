@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from .. import init as inits
 from ..safe import progress
-from . import targeting
+from . import inits, targeting
 from .adapter_modules import AdapterModule, ModulesToSave, frame, unwrapped
 from .config import LoraConfig
 from .layer import Init, LoraLayer
@@ -107,7 +106,7 @@ def put_in(
                 wrapper.register_forward_pre_hook(_keep_off_the_fast_path)
 
     todo = [match for match in plan.matches if match.action]
-    decomposes = init is None and inits.method_of(config.init_lora_weights) in (*inits.CHANGE_BASE, "mica")
+    decomposes = init is None and inits.METHODS[inits.method_of(config.init_lora_weights)].reads_weight
     with progress.steps(todo, f"init_lora_weights={config.init_lora_weights!r}", show=decomposes) as matches:
         for match in matches:
             is_parameter = match.action == "adapt parameter"
@@ -152,10 +151,8 @@ def _method(config: LoraConfig, layer: LoraLayer) -> Init:
     value, ready = config.init_lora_weights, prepared(layer.get_base_layer())
     if isinstance(value, str) and value in ready:
         return ready.pop(value)  # it belongs to the weight as it was: of no use a second time
-    loftq = config.loftq_config
-    options: dict[str, Any] = (
-        {"bits": loftq.loftq_bits, "iterations": loftq.loftq_iter} if value == "loftq" and loftq else {}
-    )
+    of_config = inits.METHODS[inits.method_of(value)].options
+    options = of_config(config) if of_config else {}
     return inits.find(value, layer.kind, **options)
 
 

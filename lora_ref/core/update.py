@@ -8,11 +8,30 @@ convolution) are carried along by `@`.
 """
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 
 Array = Any  # a numpy.ndarray or a torch.Tensor
+
+
+def is_torch(x: Array) -> bool:
+    """True for a torch tensor, False for a NumPy array.
+
+    >>> import numpy as np
+    >>> is_torch(np.zeros(2))
+    False
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def at_least_float32(x: Array) -> Array:
+    """x itself in float32 or float64, x cast to float32 in a half precision."""
+    if x.dtype.itemsize >= 4:
+        return x
+    return x.float() if is_torch(x) else x.astype("float32")
 
 
 class Factors(NamedTuple):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .. import numerics
 from ..safe.sharded import gathered
 from .adapter_modules import AdapterModule, on_demand, put, unwrapped
 from .formula import add_product, at_least_float32

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .. import numerics
 from ..core.adapter_modules import AdapterModule, frame
 from ..core.formula import add_in_place, at_least_float32
 from ..core.layer import LoraLayer, fitting

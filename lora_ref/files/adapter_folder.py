@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..core.config import LoraConfig
+from ..core.inits import METHODS, method_of
 from ..core.layer import Init, LoraLayer
 from ..core.model import LoraModel
 from ..core.update import Factors
-from ..init import CHANGE_BASE, method_of
 from ..safe.atomic import transaction
 from ..safe.sharded import gathered, is_main_process
 from . import config_file, conversion
@@ -155,7 +155,7 @@ def load_adapter(
     """
     config, tensors = read_adapter(directory)
     again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them
-    if method_of(config.init_lora_weights) in CHANGE_BASE and not again:
+    if METHODS[method_of(config.init_lora_weights)].changes_base and not again:
         raise ValueError(
             f"{directory}: saved with init_lora_weights={config.init_lora_weights!r} and not converted: its update "
             "belongs to a base weight that the init had changed, so on the original base it would be wrong. Save it "

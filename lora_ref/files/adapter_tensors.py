@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import numerics
 from ..core.adapter_modules import AdapterModule, ModulesToSave
 from ..core.bias import biases
 from ..core.layer import LoraLayer

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Float
 
+from .. import numerics
 from ..core.update import Array, Factors
 from ..numerics.arrays import library, seeded_normal
 from . import residual

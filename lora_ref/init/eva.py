@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtyping import Float
 
+from .. import numerics
 from ..core.update import Array, Factors
 from ..numerics.pca import Components
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
+from .. import numerics
 from ..core.update import Array, Factors
 from . import residual
 
@@ -103,7 +104,7 @@ def directions(
     U, _, Vh = numerics.leading_svd(numerics.at_least_float32(gradient) / largest, 2 * r)
     order = list(range(2 * r))
     if direction == "random":  # the order of 2r draws is a random permutation
-        order = [int(i) for i in numerics.normal((2 * r,), 1.0, U, rng).argsort()]
+        order = [int(i) for i in numerics.draw_normal((2 * r,), 1.0, U, rng).argsort()]
     a, b = {
         "ArB2r": (order[:r], order[r:]),
         "A2rBr": (order[r:], order[:r]),

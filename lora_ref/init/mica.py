@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 
+from .. import numerics
 from ..core.update import Array, Factors
 from .residual import check
 

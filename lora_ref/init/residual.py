@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Float
 
+from .. import numerics
 from ..core.scaling import check_scaling
 from ..core.update import Array, Factors
 from ..numerics.arrays import library

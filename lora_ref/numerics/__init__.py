@@ -5,20 +5,9 @@ least float32 (half precision has no decompositions). Importing this package doe
 a tensor can only arrive if torch is there already.
 """
 
-from .arrays import (
-    Array,
-    at_least_float32,
-    cast,
-    cast_finite,
-    check_finite,
-    is_finite,
-    is_torch,
-    near_one,
-    normal,
-    times_power,
-    uniform,
-    zeros,
-)
+from ..core.inits import draw_normal, draw_uniform, zeros
+from ..core.update import Array, at_least_float32, is_torch
+from .arrays import cast, cast_finite, check_finite, is_finite, near_one, times_power
 from .dense import qr, subtract_product, svd, svd_of_product
 from .leading import leading_svd, randomized_svd
 
@@ -28,17 +17,17 @@ __all__ = [
     "cast",
     "cast_finite",
     "check_finite",
+    "draw_normal",
+    "draw_uniform",
     "is_finite",
     "is_torch",
     "leading_svd",
     "near_one",
-    "normal",
     "qr",
     "randomized_svd",
     "subtract_product",
     "svd",
     "svd_of_product",
     "times_power",
-    "uniform",
     "zeros",
 ]

@@ -6,28 +6,12 @@ from typing import Any
 
 import numpy as np
 
-Array = Any  # a numpy.ndarray or a torch.Tensor
-
-
-def is_torch(x: Array) -> bool:
-    """True for a torch tensor, False for a NumPy array.
-
-    >>> is_torch(np.zeros(2))
-    False
-    """
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+from ..core.inits import draw_normal
+from ..core.update import Array, is_torch
 
 
 def library(x: Array) -> Any:
     return sys.modules["torch"] if is_torch(x) else np
-
-
-def at_least_float32(x: Array) -> Array:
-    """x itself in float32 or float64, x cast to float32 in a half precision."""
-    if x.dtype.itemsize >= 4:
-        return x
-    return x.float() if is_torch(x) else x.astype(np.float32)
 
 
 def cast(x: Array, like: Array) -> Array:
@@ -98,40 +82,8 @@ def check_finite(x: Array) -> None:
         raise ValueError("the weight has NaN or infinite entries: it cannot be decomposed")
 
 
-def zeros(shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros in the library of `like`, where and as `normal` draws."""
-    if is_torch(like):
-        return sys.modules["torch"].zeros(shape, device=_drawing_device(like))
-    return np.zeros(shape)
-
-
-def normal(shape: tuple[int, ...], std: float, like: Array, rng: Any = None) -> Array:
-    """Draws of N(0, std^2) in the library of `like`.
-
-    NumPy: float64 from `rng`, a `numpy.random.Generator` (None: a fresh one). torch: the
-    default dtype from `rng`, a `torch.Generator` (None: the global one), drawn on the CPU
-    whatever the device of `like`, so that a seed gives the same adapter on every device.
-    """
-    if is_torch(like):
-        draw = sys.modules["torch"].empty(shape, device=_drawing_device(like))
-        return draw.normal_(0, std, generator=rng)
-    return (rng or np.random.default_rng()).normal(0.0, std, shape)
-
-
-def uniform(shape: tuple[int, ...], bound: float, like: Array, rng: Any = None) -> Array:
-    """Draws of U(-bound, bound) in the library of `like`; see `normal`."""
-    if is_torch(like):
-        draw = sys.modules["torch"].empty(shape, device=_drawing_device(like))
-        return draw.uniform_(-bound, bound, generator=rng)
-    return (rng or np.random.default_rng()).uniform(-bound, bound, shape)
-
-
 def seeded_normal(shape: tuple[int, ...], like: Array, seed: int, rng: Any = None) -> Array:
     """Standard normal draws in the dtype of `like`, from a generator of their own unless one is given."""
     if rng is None:
         rng = sys.modules["torch"].Generator().manual_seed(seed) if is_torch(like) else np.random.default_rng(seed)
-    return cast(normal(shape, 1.0, like, rng), like)
-
-
-def _drawing_device(like: Array) -> str:
-    return "meta" if like.device.type == "meta" else "cpu"  # a meta weight has no numbers to start from
+    return cast(draw_normal(shape, 1.0, like, rng), like)

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 from jaxtyping import Float
 
-from .arrays import Array, at_least_float32, check_finite, is_torch, near_one, times_power
+from ..core.update import Array, at_least_float32, is_torch
+from .arrays import check_finite, near_one, times_power
 
 
 def subtract_product(

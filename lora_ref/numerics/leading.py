@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxtyping import Float
 
-from .arrays import Array, at_least_float32, cast, library, near_one, seeded_normal, times_power
+from ..core.update import Array, at_least_float32
+from .arrays import cast, library, near_one, seeded_normal, times_power
 from .dense import qr, signed, svd
 
 LONGEST_BASIS, KEPT = 16, 4  # blocks in a Krylov basis, and blocks that a restart keeps

@@ -23,6 +23,7 @@ import scipy.sparse.linalg
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
+from .. import numerics
 from . import Array
 from .arrays import library
 

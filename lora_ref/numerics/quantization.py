@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from .. import numerics
 from .arrays import Array, library
 
 BLOCK = 64

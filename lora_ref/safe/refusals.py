@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import init as inits
-from ..core import targeting
+from ..core import inits, targeting
 from ..core.adapter_modules import ModulesToSave, unwrapped
 from ..core.config import LoraConfig
 from ..core.inject import kind_of, prepared, walk
@@ -24,7 +23,7 @@ def check(
     will_init=False: the factors come from elsewhere; needs_data=False: the pass over data is still to come.
     """
     notes = targeting.check(plan, config)
-    changes_base = will_init and inits.method_of(config.init_lora_weights) in inits.CHANGE_BASE
+    changes_base = will_init and inits.METHODS[inits.method_of(config.init_lora_weights)].changes_base
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
     shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
     owners = [("", model), *((name, unwrapped(getattr(parent, at))) for name, (parent, at) in places.items())]
@@ -147,15 +146,17 @@ def _refuse_init(
 ) -> str | None:
     """The reason why this layer cannot be initialised as asked, or None."""
     weight = getattr(bare, parameter or "weight")
-    value, method = config.init_lora_weights, inits.method_of(config.init_lora_weights)
+    value = config.init_lora_weights
+    name = inits.method_of(value)
+    method = inits.METHODS[name]
     assert match.r is not None and match.scaling is not None
     try:
         inits.find(value, "parameter" if parameter else kind_of(bare))
         inits.check(value, weight.shape, match.r, match.scaling)
     except ValueError as error:
         return str(error).removeprefix("this layer: ")
-    if needs_data and method in inits.PREPARED and method not in prepared(bare):
-        return f"init_lora_weights={value!r} needs data: call {inits.PREPARED[method]} on the model first"
-    if weight.is_meta and method in (*inits.CHANGE_BASE, "mica"):
+    if needs_data and method.prepare and name not in prepared(bare):
+        return f"init_lora_weights={value!r} needs data: call {method.prepare} on the model first"
+    if weight.is_meta and method.reads_weight:
         return f"init_lora_weights={value!r} looks at the weight, which has no numbers yet (it is on the meta device)"
     return None

@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
+from .. import numerics
+
 BARS = "▁▂▃▄▅▆▇█"
 
 

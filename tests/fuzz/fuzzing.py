@@ -106,7 +106,7 @@ def vocabulary() -> list[str]:
 
     from lora_ref import LoraConfig
     from lora_ref.files.config_file import OFF_IN_PEFT
-    from lora_ref.init import CHANGE_BASE
+    from lora_ref.init import METHODS
 
     keys = [
         *(field.name for field in fields(LoraConfig)),
@@ -132,7 +132,8 @@ def vocabulary() -> list[str]:
         "all",
         "lora_only",
     ]
-    values += [*CHANGE_BASE, "gaussian", "orthogonal", "eva", "mica", "F32", "F16", "BF16", "F64", "F8_E4M3", "I64"]
+    values += [name for name, method in METHODS.items() if method.changes_base]
+    values += ["gaussian", "orthogonal", "eva", "mica", "F32", "F16", "BF16", "F64", "F8_E4M3", "I64"]
     values += ["base_model.model.q.lora_A.weight", "base_model.model.emb.lora_embedding_A", ".base_layer.bias"]
     quoted = (word.replace("\\", "\\\\") for word in [*(f'"{key}": ' for key in keys), *values])
     return [word.replace('"', '\\"') for word in quoted]
