@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-TUTORIALS = pathlib.Path(__file__).resolve().parents[1] / "tutorials"
+TUTORIALS = pathlib.Path(__file__).resolve().parents[2] / "tutorials"
 jupytext = pytest.importorskip("jupytext", reason="needs pip install 'lora_ref[tutorials]'")
 
 sys.path.insert(0, str(TUTORIALS))

@@ -29,7 +29,7 @@ from transformers import Trainer
 from lora_ref import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from spec_tests import agree, close, distance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
 import huggingface as hf  # noqa: E402

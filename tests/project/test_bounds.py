@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: These have tolerances of their own, fixed ones.
 FIXED = {"allclose", "isclose", "assert_close", "assert_allclose", "assert_almost_equal", "approx"}
 FIXED |= {"assertAlmostEqual", "assert_array_almost_equal", "assert_array_almost_equal_nulp"}

@@ -9,7 +9,7 @@ LAPACK's QR and SVD of m by n numbers are off by at most c m n u of the largest 
 N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, theorem 19.4.) Here c is 8, and m and n are
 8 at most: 64 n for n columns, 512 in all.
 
-    HYPOTHESIS_PROFILE=deep python tests/test_numbers.py     tries 1,000 examples of each and writes tests/numbers.json
+    HYPOTHESIS_PROFILE=deep python tests/package/test_numbers.py     tries 1,000 examples of each; writes numbers.json
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 from spec_tests import agree, distance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("jupytext") is None:
     pytest.skip("needs pip install 'lora_ref[tutorials]'", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "tutorials"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "fuzz"
+HERE = Path(__file__).parents[1] / "fuzz"
 SECONDS = int(os.environ.get("LORA_REF_FUZZ", "4"))
 
 

@@ -20,8 +20,8 @@ from spec_tests import agree
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).parent / "distributed" / "worker.py"
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).parent / "worker.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

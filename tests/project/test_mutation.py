@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "mutation"
+HERE = Path(__file__).parents[1] / "mutation"
 RESULTS = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
 SURVIVORS = [mutant for mutant in RESULTS["mutants"] if mutant["outcome"] == "survived"]
 VERDICTS = ("equivalent", "wording", "tested since", "open")

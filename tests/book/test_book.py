@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "tutorials"
 if any(importlib.util.find_spec(name) is None for name in ("jupytext", "latex2mathml", "mdit_py_plugins", "pygments")):
     pytest.skip("needs pip install 'lora_ref[tutorials]'", allow_module_level=True)

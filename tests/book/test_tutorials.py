@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "tutorials"
 if importlib.util.find_spec("jupytext") is None or importlib.util.find_spec("nbclient") is None:
     pytest.skip("needs pip install 'lora_ref[tutorials]'", allow_module_level=True)

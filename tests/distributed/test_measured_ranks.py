@@ -16,7 +16,7 @@ from lora_ref.tools.plan import ENGINES, SHAPES, Shape, memory
 from spec_tests.rounding import ROUNDINGS, UNIT
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "distributed"))
+sys.path.insert(0, str(HERE))
 
 import measure  # noqa: E402
 

@@ -25,7 +25,7 @@ from lora_ref import LoraConfig, PeftModel, get_peft_model
 from lora_ref import init as inits
 from spec_tests import agree, distance, load, peers, report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -195,7 +195,7 @@ def on_threads(count: int, folder: Path) -> dict[str, Numbers]:
         "GOMP_SPINCOUNT": "0",
         "OPENBLAS_THREAD_TIMEOUT": "4",
     }
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     environment = os.environ | threads | waiting | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, cwd=root)
     made: dict[str, Numbers] = {}

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import stamp
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def runner(folder: str) -> ModuleType:
-    (path,) = (HERE / folder).glob("*.py")
+    (path,) = (TESTS / folder).glob("*.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -28,7 +28,7 @@ def runner(folder: str) -> ModuleType:
 
 
 def results(folder: str) -> dict[str, Any]:
-    return dict(json.loads((HERE / folder / "results.json").read_text(encoding="utf-8")))
+    return dict(json.loads((TESTS / folder / "results.json").read_text(encoding="utf-8")))
 
 
 def test_every_group_of_the_deep_tests_has_run_on_these_sources_and_passed() -> None:
@@ -47,7 +47,7 @@ def test_a_group_is_stale_once_its_sources_change(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_pages_that_take_long_are_executed_by_a_group() -> None:
-    text = (HERE.parent / "tutorials" / "book" / "pages.py").read_text(encoding="utf-8")
+    text = (TESTS.parent / "tutorials" / "book" / "pages.py").read_text(encoding="utf-8")
     (long,) = re.findall(r"^LONG = (.*)$", text, re.MULTILINE)
     deep = runner("deep")
     assert ast.literal_eval(long) == deep.LONG
@@ -84,9 +84,14 @@ def test_a_setting_leaves_nothing_of_another_one(monkeypatch: pytest.MonkeyPatch
 def test_the_numeric_tests_are_files_that_exist() -> None:
     kernels = runner("kernels")
     files = kernels.numeric()
-    assert {"tests/test_layers.py", "tests/test_precision.py", "tests/test_numbers.py"} <= set(files)
-    there = {path.name for path in HERE.glob("test_*.py")}
-    assert {f"test_{name}.py" for name in kernels.NOT_NUMERIC} <= there
+    assert {
+        "tests/core/test_layer_types.py",
+        "tests/package/test_precision.py",
+        "tests/package/test_numbers.py",
+    } <= set(files)
+    there = {path.relative_to(TESTS).as_posix() for path in TESTS.glob("*/test_*.py")}
+    for prefix in kernels.NOT_NUMERIC:
+        assert any(name.startswith(prefix) for name in there), f"no test file begins with {prefix}"
 
 
 def test_a_stamp_changes_with_the_code_and_not_with_its_comments(
