@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Conv1D, Experts
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
@@ -28,15 +29,6 @@ class Net(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.fc2(torch.tanh(self.norm(self.fc1(self.emb(tokens)))))
         return self.head(self.conv(h.mT).mT)
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = nn.Parameter(torch.randn(3, 4, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("ti,eoi->to", x, self.stack)
 
 
 TOKENS = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 0], [1, 1, 1, 1]])
@@ -698,7 +690,7 @@ def test_svd_is_the_best_of_its_rank() -> None:
 
 def test_combinations_of_experts() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(Experts()).double()
+    net = nn.Sequential(Experts(3, 4, 5)).double()
     options: dict[str, Any] = {"target_modules": [], "target_parameters": ["0.stack"], "init_lora_weights": False}
     model = get_peft_model(net, LoraConfig(r=2, **options))
     model.add_adapter("b", LoraConfig(r=1, lora_alpha=-2, **options))
@@ -708,19 +700,10 @@ def test_combinations_of_experts() -> None:
         agree(deltas(model, kind)["0.stack"], want)
 
 
-class Conv1D(nn.Linear):
-    """transformers' layer as it is recognised: by its name and `nf`; the weight is (in, out)."""
-
-    nf = 5
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
 def test_a_combination_of_parents_whose_options_exclude_each_other() -> None:
     """Raw parameters go with neither dropout nor fan_in_fan_out, which the first parent has."""
     torch.manual_seed(0)
-    net = nn.Sequential(Conv1D(5, 5), Experts()).double().eval()
+    net = nn.Sequential(Conv1D(5, 5), Experts(3, 4, 5)).double().eval()
     first = LoraConfig(r=1, target_modules=["0"], fan_in_fan_out=True, lora_dropout=0.5, init_lora_weights=False)
     model = get_peft_model(net, first)
     model.add_adapter("b", LoraConfig(r=1, target_modules=[], target_parameters=["1.stack"], init_lora_weights=False))
@@ -832,7 +815,7 @@ def test_mixed_batches_that_are_refused() -> None:
 def test_mixed_batches_and_raw_parameters() -> None:
     """Refused for an adapter of the parameter; the others may mix, though the wrapper is there."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 5), Experts()).double().eval()
+    net = nn.Sequential(nn.Linear(5, 5), Experts(3, 4, 5)).double().eval()
     model = get_peft_model(net, LoraConfig(r=1, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(2, 5).double()
     y = model(x)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from models import Conv1D, Experts, randomise
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
@@ -21,30 +22,12 @@ from spec_tests.rounding import unit
 WIDE = 256  # rows of 512 numbers: several blocks in half precision
 
 
-class Conv1D(nn.Module):
-    """transformers': weight (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = nn.Parameter(torch.randn(3, WIDE, 512))
-
-
 BASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(512, WIDE),
     "conv1d": lambda: Conv1D(WIDE, 512),
     "embedding": lambda: nn.Embedding(512, WIDE),
     "conv": lambda: nn.Conv2d(64, WIDE, (2, 4)),
-    "experts": Experts,
+    "experts": lambda: Experts(3, WIDE, 512),
 }
 
 
@@ -53,12 +36,7 @@ def adapted(net: nn.Module, *targets: str, r: int = 4, **options: Any) -> PeftMo
     config = LoraConfig(
         r=r, target_modules=[t for t in targets if "." not in t], target_parameters=parameters, **options
     )
-    model = get_peft_model(net.eval(), config)
-    with torch.no_grad():
-        for layer in model.layers().values():
-            for factor in layer.adapter_parameters("default"):
-                factor.copy_(torch.randn(factor.shape) / 8)
-    return model
+    return randomise(get_peft_model(net.eval(), config), 1 / 8)
 
 
 def layers(n: int = 4) -> nn.Sequential:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from models import Conv1D, Experts
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,26 +22,6 @@ from lora_ref.files import config_file
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-class Conv1D(nn.Module):
-    """transformers' transposed linear layer."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 8, 8) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("...i,eoi->...o", x, self.up)
-
-
 class Net(nn.Module):
     """One layer of every type that can be adapted, and a head with buffers."""
 
@@ -48,7 +29,7 @@ class Net(nn.Module):
         super().__init__()
         self.emb, self.lin, self.t = nn.Embedding(11, 8), nn.Linear(8, 8), Conv1D(8, 8)
         self.c1, self.c2, self.c3 = nn.Conv1d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv3d(8, 8, 1, bias=False)
-        self.grouped, self.experts = nn.Conv1d(8, 8, 1, groups=2), Experts()
+        self.grouped, self.experts = nn.Conv1d(8, 8, 1, groups=2), Experts(3, 8, 8)
         self.head = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -61,7 +42,7 @@ class Net(nn.Module):
 ALL: dict[str, Any] = {
     "r": 2,
     "target_modules": ["emb", "lin", "t", "c1", "c2", "c3", "grouped"],
-    "target_parameters": ["experts.up"],
+    "target_parameters": ["experts.stack"],
     "modules_to_save": ["head"],
     "init_lora_weights": False,
 }

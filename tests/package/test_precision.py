@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Conv1D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,18 +19,6 @@ from spec_tests import agree, distance
 from spec_tests.rounding import unit
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-class Conv1D(nn.Module):
-    """transformers': weight (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / 4), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class Net(nn.Module):

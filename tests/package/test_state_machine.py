@@ -23,6 +23,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from models import Conv1D, Experts
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
@@ -35,34 +36,11 @@ from spec_tests import agree, close
 # -- the network and the same in NumPy -----------------------------------------------------------
 
 
-class Conv1D(nn.Module):
-    """transformers': weight (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class Experts(nn.Module):
-    """Two matrices (out, in) in one raw parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = nn.Parameter(torch.randn(2, 4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(torch.einsum("nti,eoi->nteo", x, self.stack)).sum(2)
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb, self.lin, self.c1d = nn.Embedding(5, 4), nn.Linear(4, 6), Conv1D(4, 6)
-        self.experts, self.norm = Experts(), nn.LayerNorm(4)
+        self.experts, self.norm = Experts(2, 4, 4), nn.LayerNorm(4)
         self.conv, self.head = nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:

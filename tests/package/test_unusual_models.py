@@ -5,19 +5,12 @@ import json
 
 import pytest
 import torch
+from models import randomise
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
 from lora_ref.safe.atomic import transaction
 from spec_tests import agree, distance
-
-
-def randomised(model):
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            nn.init.normal_(parameter)
-    return model
 
 
 class Twice(nn.Module):
@@ -33,9 +26,10 @@ class Twice(nn.Module):
 
 
 def test_a_shared_module_is_adapted_wherever_it_is_held_where_peft_adapts_the_first_place_only():
+    torch.manual_seed(0)
     net = Twice().double()
     layer = net.a
-    model = randomised(get_peft_model(net, LoraConfig(r=2, target_modules=["a"])))
+    model = randomise(get_peft_model(net, LoraConfig(r=2, target_modules=["a"])))
     x = torch.randn(3, 4).double()
     W = (layer.weight + model.layers()["a"].delta("default")).detach()
     want = (x @ W.T + layer.bias) @ W.T + layer.bias
@@ -94,7 +88,7 @@ def test_samples_of_a_batch_are_told_apart_in_a_saved_layer_that_the_fast_path_w
     config = LoraConfig(r=2, target_modules=["1"], modules_to_save=["linear1"])
     with torch.no_grad():
         base = net(x)
-        model = randomised(get_peft_model(net, config)).eval()
+        model = randomise(get_peft_model(net, config)).eval()
         y = model(x, adapter_names=["default", "__base__"])
         agree(y[1], base[1])
         agree(y[0], model(x)[0])
@@ -108,12 +102,13 @@ def test_an_encoder_that_makes_nested_tensors_is_warned_about():
 
 
 def test_beams_multiply_the_adapter_names():
+    torch.manual_seed(0)
     pytest.importorskip("transformers")
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
-    model = randomised(get_peft_model(llama, LoraConfig(r=2))).double().eval()
+    model = randomise(get_peft_model(llama, LoraConfig(r=2))).double().eval()
     prompts = torch.randint(3, 20, (2, 4))
     kwargs = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
     kwargs["attention_mask"] = torch.ones_like(prompts)
@@ -128,7 +123,8 @@ def test_beams_multiply_the_adapter_names():
 
 
 def test_an_adapter_added_to_a_merged_layer_starts_from_the_original_weight():
-    model = randomised(get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"])))
+    torch.manual_seed(0)
+    model = randomise(get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"])))
     layer = model.layers()["0"]
     original = layer.base_weight.detach().clone()
     model.merge_adapter()

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from models import UpAndDown, randomise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -46,30 +47,17 @@ class Zoo(nn.Module):
         self.tokens = nn.Embedding(9, 4, padding_idx=0)
         self.conv1, self.conv2, self.conv3 = nn.Conv1d(4, 6, 3, padding=1), nn.Conv2d(1, 2, 2), nn.Conv3d(1, 2, 2)
         self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6), "down": Conv1D(4, 6)}) for _ in range(3))
-        self.experts, self.transposed = Experts(False), Experts(True)
+        self.experts, self.transposed = UpAndDown(2, 4, 6, False), UpAndDown(2, 4, 6, True)
         self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (batch, time)
         x = self.tokens(tokens)
         for layer in self.layers:
             x = x + layer["down"](torch.tanh(layer["up"](x)))
-        x = self.transposed(self.experts(x))
+        x = x + self.experts(x)
+        x = x + self.transposed(x)
         maps = self.conv1(x.mT).sum(), self.conv2(x[:, None]).sum(), self.conv3(x[None, None].contiguous()).sum()
         return self.head(self.norm(x)) + sum(maps) / 10
-
-
-class Experts(nn.Module):
-    """Two stacks of matrices as raw parameters."""
-
-    def __init__(self, is_transposed: bool) -> None:
-        super().__init__()
-        self.is_transposed = is_transposed
-        shapes = ((2, 4, 6), (2, 6, 4)) if is_transposed else ((2, 6, 4), (2, 4, 6))
-        self.up, self.down = (nn.Parameter(torch.randn(shape) / 2) for shape in shapes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
-        return x + (torch.tanh(x[:, None] @ up) @ down).sum(1)
 
 
 def llama(tied: bool = False) -> nn.Module:
@@ -125,13 +113,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 TOKENS = torch.tensor([[1, 3, 0, 8], [2, 2, 5, 7]])
 
 
-def randomise(model: nn.Module) -> None:
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape).to(parameter) / 3
-
-
 def output(model: nn.Module) -> Tensor:
     with torch.no_grad():
         y = model.eval()(TOKENS)
@@ -142,8 +123,8 @@ def adapted(library: Any, model: nn.Module, adapter_name: str = "default", **opt
     model = library.get_peft_model(
         copy.deepcopy(model), library.LoraConfig(r=4, **copy.deepcopy(options)), adapter_name
     )
-    randomise(model)
-    return model
+    torch.manual_seed(1)
+    return randomise(model)
 
 
 @LIBRARIES

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
+from models import UpAndDown, randomise
 from peft.tuners.lora import LoraLayer as PeftLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,25 +41,6 @@ class Net(nn.Module):
         return self.head(self.norm(y))
 
     channels_first = False
-
-
-class Experts(nn.Module):
-    """Two raw parameters that no layer owns: stacks of experts, or one matrix each."""
-
-    def __init__(self, n: int, width: int, inner: int, is_transposed: bool) -> None:
-        super().__init__()
-        shapes = ((n, inner, width), (n, width, inner)) if n else ((inner, width), (width, inner))
-        if n and is_transposed:
-            shapes = shapes[::-1]
-        if is_transposed:
-            self.is_transposed = True
-        self.up, self.down = (nn.Parameter(torch.randn(shape) / 2) for shape in shapes)
-        self.transposed = bool(n) and is_transposed
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = (w if self.transposed else w.mT for w in (self.up, self.down))
-        y = torch.tanh(x @ up) @ down
-        return y.sum(0) if up.ndim == 3 else y
 
 
 @st.composite
@@ -112,13 +94,6 @@ def wrap(model: nn.Module, adapter_name: str = "default", **options: Any) -> tup
         library.get_peft_model(copy.deepcopy(model), library.LoraConfig(**copy.deepcopy(options)), adapter_name)
         for library in (peft, lora_ref)
     )
-
-
-def randomise(model: nn.Module) -> None:
-    """Numbers everywhere: no factor is zero, no trained bias the base's."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_" in name or "modules_to_save" in name:
-            parameter.data = torch.randn(parameter.shape).to(parameter) / 2
 
 
 def trained(model: nn.Module) -> dict[str, torch.Size]:
@@ -193,7 +168,7 @@ def test_a_layer_of_any_kind_does_the_same(data: st.DataObject, layer_and_x: tup
 
 @given(options(), st.sampled_from([0, 2, 3]), st.booleans(), st.sampled_from([["up"], ["down"], ["up", "down"]]))
 def test_raw_parameters_do_the_same(asked: dict[str, Any], n: int, is_transposed: bool, which: list[str]) -> None:
-    model = Net(Experts(n, 4, 6, is_transposed), 4).double()
+    model = Net(UpAndDown(n, 4, 6, is_transposed), 4).double()
     theirs, ours = wrap(model, target_parameters=[f"layer.{name}" for name in which], **asked)
     assert_same(theirs, ours, torch.randn(5, 4).double())
 
@@ -460,7 +435,7 @@ def test_a_conv3d_with_kernel_1_merges_where_peft_fails() -> None:
 
 
 def test_a_single_transposed_expert_works_where_peft_adds_an_update_of_the_wrong_shape() -> None:
-    theirs, ours = wrap(Net(Experts(1, 4, 6, is_transposed=True), 4).double(), target_parameters=["layer.up"])
+    theirs, ours = wrap(Net(UpAndDown(1, 4, 6, is_transposed=True), 4).double(), target_parameters=["layer.up"])
     assert_same_structure(theirs, ours)
     randomise(ours)
     x = torch.randn(5, 4).double()

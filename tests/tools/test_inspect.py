@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from models import Experts
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,18 +34,6 @@ class Net(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.q_proj(self.emb(tokens)))
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 7, 5))
-
-
-class Mixture(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = Experts()
 
 
 def write(folder: Path, model: nn.Module | None = None, **options: object) -> Path:
@@ -112,7 +101,8 @@ def test_embeddings_and_convolutions(tmp_path):
 
 
 def test_experts_are_told_by_target_parameters(tmp_path):
-    write(tmp_path, Mixture(), r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.up"])
+    net = nn.ModuleDict({"experts": Experts(3, 7, 5)})
+    write(tmp_path, net, r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.stack"])
     stored = load_file(tmp_path / "adapter_model.safetensors")
     (update,) = contents(tmp_path).modules
     A, B = (stored[f"base_model.model.experts.lora_{factor}.weight"] for factor in "AB")
