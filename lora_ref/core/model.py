@@ -15,8 +15,8 @@ from torch import nn
 
 from . import names as targeting
 from .adapter_modules import AdapterModule, ModulesToSave, modules_without_factors, unwrapped
-from .config import LoraConfig, did_you_mean
-from .inits import METHODS, check, find, method_of
+from .config import LoraConfig
+from .inits import METHODS, find, method_of
 from .layer import Init, LoraLayer
 from .layer_types import LAYER_TYPES, Linear, kind_of
 from .names import Match, ModelNames, Targeting
@@ -49,16 +49,6 @@ class LoraModel(nn.Module):
 
     # -- what is there -----------------------------------------------------------------------------
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or the list of names if there is not exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
-
-    @property
-    def active_peft_config(self) -> LoraConfig:
-        """The configuration of the (first) active adapter."""
-        return self.peft_config[self.active_adapters[0]]
-
     def wrappers(self) -> list[AdapterModule]:
         """All modules that hold adapters."""
         return [m for m in modules_without_factors(self.model) if isinstance(m, AdapterModule)]
@@ -80,18 +70,21 @@ class LoraModel(nn.Module):
     def _check_known(self, *names: str) -> None:
         for name in names:
             if name not in self.peft_config:
-                known = list(self.peft_config)
-                raise ValueError(f"there is no adapter {name!r}; there are {known}{did_you_mean(str(name), known)}")
+                raise ValueError(f"there is no adapter {name!r}; there are {list(self.peft_config)}")
 
     def _names_or_active(self, names: str | Sequence[str] | None) -> list[str]:
         chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else list(names)
         self._check_known(*chosen)
         return list(chosen)
 
-    def _check_name_is_free(self, name: str) -> None:
+    def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
             raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
-        check_adapter_name(name)
+        reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
+        if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
+            raise ValueError(
+                f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
+            )
 
     def _check_not_merged(self, names: Sequence[str], what: str) -> None:
         merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
@@ -113,7 +106,7 @@ class LoraModel(nn.Module):
             ValueError: the name is taken or not usable, nothing is targeted, a layer cannot be adapted as asked, or
                 a second adapter has bias != "none".
         """
-        self._check_name_is_free(adapter_name)
+        self._check_new_name(adapter_name)
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
@@ -125,7 +118,7 @@ class LoraModel(nn.Module):
             )
         plan = self.plan(config)
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
-        if heads := targeting.saved_heads(config):
+        if heads := targeting.HEADS.get(config.task_type or ""):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         self.refuse(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
@@ -152,8 +145,8 @@ class LoraModel(nn.Module):
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
         """Raise ValueError for what cannot be adapted as asked. Nothing has changed yet. `safe.refusals` says more."""
-        for note in targeting.check(plan, config):
-            warnings.warn(note, stacklevel=4)
+        if not any(match.action.startswith("adapt") for match in plan.matches):
+            raise ValueError(f"nothing to adapt: target_modules={config.target_modules!r} match no module")
         places: dict[str, Any] = {name: place for name, *place in walk(self.model)}
         for match in plan.matches:
             is_parameter, (name, _, last) = match.action == "adapt parameter", match.name.rpartition(".")
@@ -171,7 +164,8 @@ class LoraModel(nn.Module):
                 raise ValueError(f"{match.name}: r={match.r} must be divisible by groups={module.groups}")
             if will_init:
                 find(config.init_lora_weights, kind, match.name)
-                check(config.init_lora_weights, weight.shape, match.r, match.scaling)
+                if check := METHODS[method_of(config.init_lora_weights)].check:
+                    check(weight.shape, match.r, match.scaling)
 
     def progress(
         self, matches: list[Match], config: LoraConfig, will_init: bool
@@ -217,12 +211,13 @@ class LoraModel(nn.Module):
         for wrapper in wrappers:
             if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
                 raise ValueError(f"adapters {both} each save a module (modules_to_save): only one can be active")
-        self.unmerge_adapter()
+        if any(isinstance(wrapper, LoraLayer) and wrapper.merged_adapters for wrapper in wrappers):
+            self.unmerge_adapter()
         for wrapper in wrappers:
             wrapper.set_adapter(names, inference_mode)
         self.active_adapters = names
-        for name, config in self.peft_config.items():
-            for bias in biases(self.model, config.bias, name).values():
+        for name in [name for name, config in self.peft_config.items() if config.bias != "none"]:
+            for bias in biases(self.model, self.peft_config[name].bias, name).values():
                 bias.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -238,15 +233,6 @@ class LoraModel(nn.Module):
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
         if was_active and not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Rename an adapter; its place among the others, and its state, stay."""
-        self._check_known(old)
-        self._check_name_is_free(new)
-        for wrapper in self.wrappers():
-            wrapper.rename_adapter(old, new)
-        self.peft_config = {new if name == old else name: config for name, config in self.peft_config.items()}
-        self.active_adapters = [new if name == old else name for name in self.active_adapters]
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """s = factor * the scaling that the configuration gives, in every layer.
@@ -488,33 +474,13 @@ def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str,
     return found
 
 
-def prepared(module: nn.Module) -> dict[str, Init]:
-    """The inits that a pass over data has left on a module: {method: function}."""
-    return vars(module).get("prepared_init", {})
-
-
 def _init_of(config: LoraConfig, layer: LoraLayer) -> Init:
-    """The init that the configuration asks for."""
-    value, name, ready = config.init_lora_weights, method_of(config.init_lora_weights), prepared(layer.get_base_layer())
-    if name in ready:
-        return ready.pop(str(name))  # made for the weight as it is now: of no use a second time
-    option, method = getattr(config, f"{name}_config", None), METHODS[name]
-    return find(value, layer.kind, **method.options(option) if method.options and option else {})
-
-
-def check_adapter_name(name: str) -> None:
-    """Raise ValueError unless name can be an attribute of a module and a folder of its own.
-
-    >>> check_adapter_name("../other")
-    Traceback (most recent call last):
-    ...
-    ValueError: adapter name '../other': must be letters, digits, '_', '-' or spaces, not the name of a method
-    """
-    reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
-    if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
-        raise ValueError(
-            f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
-        )
+    """The init that the configuration asks for, or the one that a pass over data has left on the base layer."""
+    name, prepared = method_of(config.init_lora_weights), vars(layer.get_base_layer()).get("prepared_init", {})
+    if name in prepared:
+        return prepared.pop(name)  # made for the weight as it is now: of no use a second time
+    method, option = METHODS[name], getattr(config, f"{name}_config", None)
+    return find(config.init_lora_weights, layer.kind, **method.options(option) if method.options and option else {})
 
 
 def _leave_the_fast_path(module: nn.Module, args: Any) -> None:

@@ -67,32 +67,6 @@ def delta(
     return scaling * (B @ A)  # (out, r) @ (r, in) -> (out, in)
 
 
-def adapted_forward(
-    x: Float[Array, "*tokens in"],
-    W: Float[Array, "out in"],
-    b: Float[Array, " out"] | None,
-    factors: Factors,
-    scaling: float,
-) -> Float[Array, "*tokens out"]:
-    """y = x W^T + b + s * (x A^T) B^T: one adapted linear layer, as a formula.
-
-    The brackets matter: (x A^T) B^T costs r * (in + out) multiplications a token, where
-    forming s * B @ A first costs in * out * r once and in * out a token.
-
-    >>> import numpy as np
-    >>> W, b = np.eye(2), np.zeros(2)
-    >>> factors = Factors(A=np.array([[1.0, 2.0]]), B=np.array([[3.0], [4.0]]))
-    >>> adapted_forward(np.array([1.0, 1.0]), W, b, factors, scaling=2.0)
-    array([19., 25.])
-    >>> (W + delta(*factors[:2], scaling=2.0)) @ np.array([1.0, 1.0])  # merged: the same
-    array([19., 25.])
-    """
-    A, B, residual, _ = factors
-    y = x @ (W if residual is None else residual).T  # (*tokens, in) @ (in, out) -> (*tokens, out)
-    y = y if b is None else y + b
-    return y + scaling * ((x @ A.T) @ B.T)  # (*tokens, in) @ (in, r) @ (r, out) -> (*tokens, out)
-
-
 def parameter_count(shape: tuple[int, ...], r: int) -> int:
     """r * (in + out) trained numbers for each weight of shape (..., out, in).
 
