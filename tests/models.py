@@ -93,3 +93,8 @@ def randomise(model: nn.Module, scale: float = 0.5) -> nn.Module:
         if parameter.requires_grad or "lora_" in name or "modules_to_save" in name:
             parameter.data = scale * torch.randn(parameter.shape).to(parameter)
     return model
+
+
+def parameters_of(layer: Any, adapter: str) -> list[nn.Parameter]:
+    """The parameters of one adapter of an adapted layer, as they are stored."""
+    return [parameter for owner, parameter in layer.adapter_parameters() if owner == adapter]

@@ -241,11 +241,15 @@ class LoraLayer(AdapterModule):
         W, initial = self.logical_weight(), self.part("lora_initial", name)
         return W if initial is None else (at_least_float32(W) - initial.matrix()).to(W.dtype)
 
+    def delta(self, name: str) -> Tensor:
+        """s B A in the shape of the stored weight, in at least float32."""
+        A, B = map(at_least_float32, self.factors(name))
+        return self.stored(delta(A, B, self.scaling[name]))
+
     def update(self, name: str) -> Tensor:
         """s B A - D0 in the shape of the stored weight, in at least float32."""
-        A, B = map(at_least_float32, self.factors(name))
-        D, initial = delta(A, B, self.scaling[name]), self.part("lora_initial", name)
-        return self.stored(D if initial is None else D - initial.matrix())
+        D, initial = self.delta(name), self.part("lora_initial", name)
+        return D if initial is None else D - self.stored(initial.matrix())
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> Tensor:

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Conv1D, ScaledEmbedding, Stacks, adapt
+from models import Conv1D, ScaledEmbedding, Stacks, adapt, parameters_of
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
@@ -34,7 +34,7 @@ def array(tensor: Tensor) -> np.ndarray:
 def by_hand(module: nn.Module, A: list, B: list, **options: Any) -> nn.Module:
     model, layer = adapt(module, r=len(A), **options)
     with torch.no_grad():
-        for parameter, value in zip(layer.adapter_parameters("default"), (A, B), strict=True):
+        for parameter, value in zip(parameters_of(layer, "default"), (A, B), strict=True):
             parameter.copy_(torch.tensor(value).reshape(parameter.shape))
     return model
 
@@ -159,7 +159,7 @@ def cases(draw: st.DrawFn, groups: tuple[int, ...] = (1,)) -> tuple[nn.Module, T
 
 def explicit_update(layer: LoraLayer, s: float, absolute: bool = False) -> np.ndarray:
     """s B A in the storage of the base weight, in NumPy, from the tensors as the adapter file has them."""
-    A, B = (array(p) for p in layer.adapter_parameters("default"))
+    A, B = (array(p) for p in parameters_of(layer, "default"))
     if absolute:
         A, B, s = abs(A), abs(B), abs(s)
     base = layer.get_base_layer()
@@ -232,7 +232,7 @@ def test_a_grouped_convolution_shares_out_the_rank_and_cannot_be_merged(case: tu
     r, alpha = options["r"], options["lora_alpha"]
     s = alpha / (math.sqrt(r) if options["use_rslora"] else r)
     model, layer = adapt(base, **options)
-    A, B = (array(p) for p in layer.adapter_parameters("default"))
+    A, B = (array(p) for p in parameters_of(layer, "default"))
     full, half = dense(base), base.out_channels // 2
 
     def update(s: float, B: np.ndarray, A: np.ndarray) -> np.ndarray:
@@ -286,11 +286,11 @@ def test_raw_parameters(
     ]
     kept = {"matrix": matrix.copy(), "stack": stack.copy()}
     if "matrix" in targets:
-        A, B = (array(p) for p in layers["m.matrix"].adapter_parameters("default"))
+        A, B = (array(p) for p in parameters_of(layers["m.matrix"], "default"))
         assert A.shape == (r, 3) and B.shape == (n_in, r)
         matrix = matrix + s * B @ A
     if "stack" in targets:
-        A, B = (array(p) for p in layers["m.stack"].adapter_parameters("default"))
+        A, B = (array(p) for p in parameters_of(layers["m.stack"], "default"))
         assert A.shape == (r * E, n_in) and B.shape == (n_out, r * E)
         D = np.stack([s * B.reshape(n_out, r, E)[:, :, e] @ A.reshape(E, r, n_in)[e] for e in range(E)])
         stack = stack + (D.swapaxes(1, 2) if is_transposed else D)
@@ -537,7 +537,7 @@ def draws(kind: str, init: bool | str, r: int = 8, n: int = 40) -> tuple[np.ndar
     for _ in range(n):
         base = KINDS[kind][0]()
         _, layer = adapt(base, r=r, init_lora_weights=init)
-        pairs.append([array(p).ravel() for p in layer.adapter_parameters("default")])
+        pairs.append([array(p).ravel() for p in parameters_of(layer, "default")])
     A, B = (np.concatenate(x).astype(np.float64) for x in zip(*pairs, strict=True))
     return A, B
 
@@ -623,7 +623,7 @@ def test_orthogonal(dtype: torch.dtype) -> None:
         base = nn.Linear(60, 50).to(dtype)
         W = base.weight.detach().clone()
         _, layer = adapt(base, r=r, init_lora_weights="orthogonal")
-        A, B = (array(p).astype(np.float64) for p in layer.adapter_parameters("default"))
+        A, B = (array(p).astype(np.float64) for p in parameters_of(layer, "default"))
         # in float32; QR of r by r numbers leaves rows orthogonal to 8 r^2 roundings (Higham, 19.4, with 8 for his c)
         size = np.outer(np.linalg.norm(B, axis=1), np.linalg.norm(A, axis=0))
         close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size, dtype=torch.float32)
@@ -663,7 +663,7 @@ def test_a_rank_beyond_the_layer_is_allowed_for_random_inits() -> None:
     """D8: the tensors are just taller."""
     for init in (True, False, "gaussian"):
         _, layer = adapt(nn.Linear(3, 2), r=7, init_lora_weights=init)
-        assert [tuple(p.shape) for p in layer.adapter_parameters("default")] == [(7, 3), (2, 7)]
+        assert [tuple(p.shape) for p in parameters_of(layer, "default")] == [(7, 3), (2, 7)]
 
 
 # -- modules whose parent reads the weight itself --------------------------------------------------
