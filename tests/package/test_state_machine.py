@@ -488,12 +488,7 @@ class AdaptedModel(RuleBasedStateMachine):
                     del ref.adapters[some]
                     ref.active, ref.merged = ([n for n in ns if n != some] for ns in (ref.active, ref.merged))
                     changed = True
-                elif (
-                    inside == "add"
-                    and name not in known
-                    and options["bias"] == "none"
-                    and not (merged and self.blocked(options))
-                ):
+                elif inside == "add" and name not in known and options["bias"] == "none":
                     self.model.add_adapter(name, LoraConfig(**options))
                     self.model.set_adapter(name)  # for the block only
                     self.added(name, options)
@@ -566,7 +561,7 @@ class AdaptedModel(RuleBasedStateMachine):
         adapter, biases = copy.deepcopy(self.saved[source])
         config = json.loads((folder / "adapter_config.json").read_text())
         second = config["bias"] != "none" and any(c.bias != "none" for c in self.model.peft_config.values())
-        refused = second or name in self.ref.adapters or self.blocked(config)
+        refused = second or name in self.ref.adapters
         if self.attempt(lambda: self.model.load_adapter(folder, name), refused, fault):
             for part in adapter.parts.values():
                 part.s = part.initial  # the file does not say what the scale had been set to
