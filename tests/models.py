@@ -93,3 +93,76 @@ def randomise(model: nn.Module, scale: float = 0.5) -> nn.Module:
         if parameter.requires_grad or "lora_" in name or "modules_to_save" in name:
             parameter.data = scale * torch.randn(parameter.shape).to(parameter)
     return model
+
+
+class Snapshot:
+    """All that an operation could change of a model. Two snapshots are equal where nothing has changed.
+
+    Modules and parameters are compared by identity, numbers by their bytes, flags and other attributes by value.
+
+    >>> model, layer = adapt(nn.Linear(2, 2))
+    >>> before = Snapshot(model)
+    >>> Snapshot(model) == before
+    True
+    >>> layer.scaling["default"] = 2.0
+    >>> Snapshot(model) == before
+    False
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        self.alive = (*tensors.values(), *(t.grad for t in tensors.values()))  # so that no identity is used again
+        seen: dict[int, str] = {}
+        self.tensors = {name: (tensor_of(t), tensor_of(t.grad), t.requires_grad) for name, t in tensors.items()}
+        self.attributes = {
+            name: {
+                key: plain(value, seen)
+                for key, value in vars(module).items()
+                if key not in ("_parameters", "_buffers", "_modules")
+            }
+            for name, module in self.modules.items()
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Snapshot)
+            and {name: id(m) for name, m in self.modules.items()} == {n: id(m) for n, m in other.modules.items()}
+            and self.tensors == other.tensors
+            and self.attributes == other.attributes
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def tensor_of(tensor: Tensor | None) -> tuple[Any, ...]:
+    """Which tensor it is, where its numbers are, and their bytes."""
+    if tensor is None or tensor.is_meta:
+        return (id(tensor),)
+    numbers = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return id(tensor), tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), numbers
+
+
+def plain(value: Any, seen: dict[int, str]) -> Any:
+    """A value that does not change when the attribute does: containers are copied, objects replaced by attributes."""
+    if isinstance(value, Tensor):
+        return tensor_of(value)
+    if isinstance(value, nn.Module) or callable(value):
+        return id(value)
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)  # NaN is NaN
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = f"number {len(seen)}"
+    if isinstance(value, dict):
+        return [(plain(k, seen), plain(v, seen)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [plain(v, seen) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if not hasattr(value, "__dict__"):
+        return id(value)
+    return [type(value).__name__, *((key, plain(v, seen)) for key, v in vars(value).items())]

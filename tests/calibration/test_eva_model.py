@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from models import Snapshot
 from torch import nn
 
 import lora_ref
@@ -91,25 +92,6 @@ def factors(model):
 
 def ranks(model):
     return {name: layer.r["default"] for name, layer in model.layers().items()}
-
-
-def snapshot(model):
-    """All that a failed call must not change, and the objects too."""
-    state = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
-    modules = [(name, id(m), m.training, dict(m._forward_pre_hooks)) for name, m in model.named_modules()]
-    wrappers = [(x.active_adapters[:], x.disable_adapters, dict(getattr(x, "r", {}))) for x in model.wrappers()]
-    return state, modules, wrappers, {n: c.to_dict() for n, c in model.peft_config.items()}, model.active_adapters
-
-
-def assert_unchanged(model, before):
-    state, *rest = before
-    now, *rest_now = snapshot(model)
-    assert rest_now == rest
-    assert now.keys() == state.keys()
-    for name, (p, value, trains) in state.items():
-        assert now[name][0] is p
-        assert torch.equal(p, value)
-        assert p.requires_grad is trains
 
 
 # -- what is learnt ----------------------------------------------------------------------------
@@ -518,20 +500,20 @@ def test_a_failure_leaves_the_model_as_it_was(where, error, monkeypatch):
             original(self, *args, **kwargs)
 
         monkeypatch.setattr(lora_ref.LoraLayer, "add_adapter", add_adapter)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(error), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_lora_eva_weights(model, loader(), forward_fn=forward, **QUIET)
-    assert_unchanged(model, before)
+    assert Snapshot(model) == before
 
 
 def test_what_is_refused():
     def refused(message, settings, data=None, error=ValueError, **options):
         model = get_peft_model(block(), settings)
-        before = snapshot(model)
+        before = Snapshot(model)
         with pytest.raises(error, match=message):
             initialize_lora_eva_weights(model, tokens() if data is None else data, **QUIET | options)
-        assert_unchanged(model, before)
+        assert Snapshot(model) == before
 
     refused("init_lora_weights=True: must be 'eva'", LoraConfig(target_modules=["q"]))
     refused(r"q: round\(r \* rho\) = round\(7 \* 2\) = 14 components are more than its 12", config(r=7))

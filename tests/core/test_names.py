@@ -335,10 +335,10 @@ def test_a_brace_means_what_it_means_to_re(pattern: str, name: str, matches: boo
 
 @pytest.mark.parametrize("text", ["(a|aa)+", "(?:a|a?b|aa)+", "((a{1,9}){1,9}){1,9}b", "(?i)(A|AA)+"])
 def test_a_slow_pattern_ends_at_its_limit_and_says_so(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r"target_modules: the regular expression .* is too slow"):
         Pattern(text, "target_modules", clock=Clock(0.1)).fullmatch("a" * 60 + "!")
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_the_keys_of_one_option_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
