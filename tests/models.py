@@ -95,6 +95,36 @@ def randomise(model: nn.Module, scale: float = 0.5) -> nn.Module:
     return model
 
 
+VOCABULARY = 32
+WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+def gpt2(**options: Any) -> Any:
+    """transformers' GPT-2 of two blocks with random weights, in float64."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"vocab_size": VOCABULARY, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 24}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return GPT2LMHeadModel(GPT2Config(**shape | ends | options)).double()
+
+
+def llama(**options: Any) -> Any:
+    """transformers' Llama of two blocks with random weights, in float64. Its norms and its loss are float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**WIDTHS | shape | options)).double()
+
+
+def bert(**options: Any) -> Any:
+    """transformers' BERT of two blocks with random weights and three classes, in float64."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(**WIDTHS | {"vocab_size": VOCABULARY, "num_labels": 3} | options)
+    ).double()
+
+
 class Snapshot:
     """All that an operation could change of a model. Two snapshots are equal where nothing has changed.
 

@@ -11,8 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
-from models import Snapshot
+from models import VOCABULARY, Snapshot, gpt2
 from torch import nn
 
 import lora_ref
@@ -577,17 +576,16 @@ def test_the_global_generator_is_not_used():
 # -- against PEFT ------------------------------------------------------------------------------
 
 
-def gpt2():
+def seeded_gpt2():
     torch.manual_seed(0)
-    settings = transformers.GPT2Config(vocab_size=60, n_positions=32, n_embd=16, n_layer=2, n_head=2, use_cache=False)
-    return transformers.GPT2LMHeadModel(settings).double()
+    return gpt2(use_cache=False)
 
 
 def sentences(n=8):
     g = torch.Generator().manual_seed(1)
     data = []
     for _ in range(n):
-        ids = torch.randint(0, 60, (16, 12), generator=g)
+        ids = torch.randint(0, VOCABULARY, (16, 12), generator=g)
         mask = (torch.arange(12) < torch.randint(6, 13, (16, 1), generator=g)).long()
         data.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
     return data
@@ -596,9 +594,9 @@ def sentences(n=8):
 def test_agrees_with_peft_on_a_gpt2_of_conv1d_layers():
     options = {"r": 3, "target_modules": ["c_attn", "c_fc"], "init_lora_weights": "eva"}
     data = sentences()
-    theirs = peft.get_peft_model(gpt2(), peft.LoraConfig(eva_config=peft.EvaConfig(rho=1.0, tau=0.9), **options))
+    theirs = peft.get_peft_model(seeded_gpt2(), peft.LoraConfig(eva_config=peft.EvaConfig(rho=1.0, tau=0.9), **options))
     peft.initialize_lora_eva_weights(theirs, data, show_progress_bar=False)
-    ours = get_peft_model(gpt2(), LoraConfig(eva_config=EvaConfig(rho=1.0, tau=0.9), **options))
+    ours = get_peft_model(seeded_gpt2(), LoraConfig(eva_config=EvaConfig(rho=1.0, tau=0.9), **options))
     before = outputs(ours, data[:1])[0].logits
     initialize_lora_eva_weights(ours, data, **QUIET)
     assert torch.equal(outputs(ours, data[:1])[0].logits, before)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Conv1D
+from models import Conv1D, gpt2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -367,14 +367,6 @@ def test_checkpointing_of_a_plain_model(use_reentrant: bool) -> None:
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
-def tiny_gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=13, n_positions=8)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    return transformers.GPT2LMHeadModel(config).double()
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False])
 def test_checkpointing_of_gpt2(use_reentrant: bool, before: bool) -> None:
@@ -382,7 +374,9 @@ def test_checkpointing_of_gpt2(use_reentrant: bool, before: bool) -> None:
 
     ... as long as transformers' own enable_input_require_grads is called when it is switched on afterwards.
     """
-    net: Any = tiny_gpt2()
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     if before:
         net.gradient_checkpointing_enable(**options)

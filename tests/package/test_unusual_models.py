@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from models import randomise
+from models import llama, randomise
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
@@ -103,12 +103,8 @@ def test_an_encoder_that_makes_nested_tensors_is_warned_about():
 
 def test_beams_multiply_the_adapter_names():
     torch.manual_seed(0)
-    pytest.importorskip("transformers")
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
-    model = randomise(get_peft_model(llama, LoraConfig(r=2))).double().eval()
+    transformers = pytest.importorskip("transformers")
+    model = randomise(get_peft_model(llama().eval(), LoraConfig(r=2))).eval()
     prompts = torch.randint(3, 20, (2, 4))
     kwargs = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
     kwargs["attention_mask"] = torch.ones_like(prompts)
@@ -116,7 +112,8 @@ def test_beams_multiply_the_adapter_names():
     assert torch.equal(mixed[0], model.generate(input_ids=prompts, **kwargs)[0])
     with model.disable_adapter():
         assert torch.equal(mixed[1], model.generate(input_ids=prompts, **kwargs)[1])
-    asked = GenerationConfig(**{k: v for k, v in kwargs.items() if k != "attention_mask"})  # a configuration, likewise
+    options = {k: v for k, v in kwargs.items() if k != "attention_mask"}
+    asked = transformers.GenerationConfig(**options)  # a configuration, likewise
     names = ["default", "__base__"]
     said = {"generation_config": asked, "attention_mask": kwargs["attention_mask"]}
     assert torch.equal(mixed, model.generate(input_ids=prompts, adapter_names=names, **said))
