@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..api.peft_model import PeftModel
-from ..core import inject, patterns
-from ..core.bias import biases
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer, adapter_dtype
-from ..core.model import LoraModel
-from ..core.options import EvaConfig
+from ..core.model import LoraModel, biases, describe, holders
+from ..core.names import exactly
 from ..core.update import Factors
 from ..init.eva import eva
+from ..init.options import EvaConfig
 from ..safe.atomic import transaction
 from .eva_statistics import Forward, Pass, Prepare
 
@@ -88,7 +87,7 @@ def initialize_lora_eva_weights(
     if not isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}: a PeftModel is needed, see get_peft_model")
     base = model.base_model
-    base._known(adapter_name)
+    base._check_known(adapter_name)
     config = base.peft_config[adapter_name]
     if config.init_lora_weights != "eva":
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r}: must be 'eva' to be initialised with data")
@@ -121,7 +120,7 @@ def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Ma
     its configuration. A layer whose factors have rank 0 loses the adapter. Run it in a transaction.
     """
     layers = {name: layer for name, layer in model.layers().items() if adapter_name in layer.adapters()}
-    modules = inject.describe(model.model).kinds
+    modules = describe(model.model).kinds
     trained = biases(model.model, config.bias, adapter_name)
     for name, new in factors.items():
         layer, rank = layers[name], new.A.shape[0]
@@ -134,8 +133,7 @@ def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Ma
             adapter_name,
             rank,
             adjusted_alpha(layer.lora_alpha[adapter_name], layer.r[adapter_name], rank, config),
-            config.use_rslora,
-            config.lora_dropout,
+            config,
             functools.partial(_given, new),
             autocast_adapter_dtype=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
         )
@@ -149,7 +147,7 @@ def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Ma
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     model.peft_config[adapter_name] = dataclasses.replace(
         config,
-        target_modules=patterns.exactly([name for name in layers if layers[name].kind != "parameter"], modules),
+        target_modules=exactly([name for name in layers if layers[name].kind != "parameter"], modules),
         rank_pattern={keys[name]: r for name, r in ranks.items() if r != config.r},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
         exclude_modules=None,  # these are said by the names now
@@ -175,7 +173,7 @@ def remove(model: nn.Module, layer: LoraLayer, adapter_name: str) -> None:
     """Take an adapter out of a layer, and the wrapper away if it was the last."""
     layer.delete_adapter(adapter_name)
     if not layer.adapters():
-        for parent, attribute in inject.holders(model)[id(layer.get_base_layer())]:
+        for parent, attribute in holders(model)[id(layer.get_base_layer())]:
             setattr(parent, attribute, layer.base_layer)
 
 

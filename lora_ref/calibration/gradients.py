@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import numerics
-from ..safe.atomic import surely
+from ..safe.atomic import finish
 
 
 @contextmanager
@@ -56,4 +56,4 @@ def mean_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterato
         for key in sums:
             sums[key] /= passes[key]
     finally:
-        surely(back)
+        finish(back)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..safe.atomic import surely
+from ..safe.atomic import finish
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) 
             handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
         yield
     finally:
-        surely(off)
+        finish(off)
 
 
 @contextmanager
@@ -57,4 +57,4 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        surely(back)
+        finish(back)

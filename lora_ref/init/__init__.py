@@ -11,15 +11,15 @@ from . import corda, lora_ga, residual
 from .loftq import loftq
 from .mica import mica
 from .olora import olora
+from .options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .orthogonal import check_even, orthogonal
 from .pissa import pissa
 
 __all__ = ["METHODS", "Method", "check", "find", "method_of"]
 
 
-def _loftq_options(config: Any) -> dict[str, Any]:
-    chosen = config.loftq_config
-    return {"bits": chosen.loftq_bits, "iterations": chosen.loftq_iter} if chosen else {}
+def _loftq_options(config: LoftQConfig) -> dict[str, Any]:
+    return {"bits": config.loftq_bits, "iterations": config.loftq_iter}
 
 
 def _check_orthogonal(shape: tuple[int, ...], r: int, scaling: float) -> None:
@@ -30,23 +30,35 @@ def _check_mica(shape: tuple[int, ...], r: int, scaling: float) -> None:
     residual.check("mica", shape, r)  # any scaling will do: nothing is divided by it
 
 
+CHANGES: Any = {"changes_base": True, "reads_weight": True}
 METHODS.update(
     {
         "orthogonal": Method({"linear": orthogonal}, check=_check_orthogonal),
-        "pissa": Method({"linear": pissa}, True, True, check=partial(residual.check, "pissa"), number="niter"),
-        "olora": Method({"linear": olora}, True, True, check=partial(residual.check, "olora")),
-        "loftq": Method({"linear": loftq}, True, True, check=partial(residual.check, "loftq"), options=_loftq_options),
+        "pissa": Method({"linear": pissa}, **CHANGES, check=partial(residual.check, "pissa"), number="niter"),
+        "olora": Method({"linear": olora}, **CHANGES, check=partial(residual.check, "olora")),
+        "loftq": Method(
+            {"linear": loftq},
+            **CHANGES,
+            check=partial(residual.check, "loftq"),
+            config=LoftQConfig,
+            options=_loftq_options,
+        ),
         "corda": Method(
-            {"linear": corda.corda}, True, True, check=partial(residual.check, "corda"), prepare="preprocess_corda"
+            {"linear": corda.corda},
+            **CHANGES,
+            check=partial(residual.check, "corda"),
+            prepare="preprocess_corda",
+            config=CordaConfig,
         ),
         # until its pass over the data (`initialize_lora_eva_weights`) as True
-        "eva": Method({"linear": uniform}),
-        "mica": Method(
-            {"linear": mica, "embedding": mica},
-            reads_weight=True,
-            train_B=False,
-            check=_check_mica,
+        "eva": Method({"linear": uniform}, config=EvaConfig),
+        "mica": Method({"linear": mica, "embedding": mica}, reads_weight=True, train_B=False, check=_check_mica),
+        "lora_ga": Method(
+            {"linear": lora_ga.lora_ga},
+            **CHANGES,
+            check=lora_ga.check,
+            prepare="preprocess_loraga",
+            config=LoraGAConfig,
         ),
-        "lora_ga": Method({"linear": lora_ga.lora_ga}, True, True, check=lora_ga.check, prepare="preprocess_loraga"),
     }
 )

@@ -18,7 +18,7 @@ import lora_ref
 from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from lora_ref.calibration import eva_statistics as eva_pass
 from lora_ref.calibration.eva import initialize_lora_eva_weights
-from lora_ref.core.inject import describe
+from lora_ref.core.model import describe
 from lora_ref.numerics import pca
 from spec_tests import agree, close, distance
 

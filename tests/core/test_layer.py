@@ -109,7 +109,7 @@ def update(model: PeftModel, name: str, layer_name: str, original: Tensor) -> Te
     layer = model.layers()[layer_name]
     A, B = (f.detach() for f in layer.factors(name))
     D = layer.scaling[name] * B @ A
-    return D - layer.lora_taken[name].delta() if name in layer.lora_taken else D
+    return D - layer.lora_initial[name].delta() if name in layer.lora_initial else D
 
 
 def explicit(model: PeftModel, *names: str) -> Tensor:
@@ -217,9 +217,9 @@ def test_in_half_precision_the_original_weight_is_summed_before_it_is_rounded(dt
     model = adapt("pissa", Net(dtype))
     add(model, "second", "olora"), add(model, "third", "loftq")
     for layer in model.layers().values():
-        assert layer.lora_taken["third"].D.dtype == dtype, "no more memory than the weight itself"
-        taken = [layer.stored(taken.delta()) for taken in layer.lora_taken.values()]
-        assert torch.equal(layer.original_weight(), (layer.base_weight.float() + sum(taken)).to(dtype))
+        assert layer.lora_initial["third"].D.dtype == dtype, "no more memory than the weight itself"
+        taken = [layer.stored(taken.delta()) for taken in layer.lora_initial.values()]
+        assert torch.equal(layer.unmerged_weight, (layer.base_weight.float() + sum(taken)).to(dtype))
 
 
 @pytest.mark.parametrize("value", ["pissa", "olora"])
@@ -282,7 +282,7 @@ def test_unload_and_delete_give_the_original_weights_back(value: str) -> None:
     agree(model(X), explicit(model, "other"))
     model.unmerge_adapter()
     for layer in model.layers().values():
-        agree(layer.base_weight, layer.original_weight())
+        agree(layer.base_weight, layer.unmerged_weight)
     agree(model.unload()(X), Net()(X))
 
 

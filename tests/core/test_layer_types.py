@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
 from lora_ref import init as inits
-from lora_ref.core.adapter_modules import frame
+from lora_ref.core.adapter_modules import modules_without_factors as frame
 from lora_ref.core.layer_types import LoraLayer, is_conv1d_of_transformers
 from spec_tests import agree, close, distance
 
@@ -756,4 +756,4 @@ def test_what_an_initialisation_took_is_part_of_the_frame() -> None:
     """... which transactions cover; an adapter's own numbers are not."""
     _, layer = adapt(nn.Linear(4, 4), r=1, init_lora_weights="pissa")
     covered = frame(layer)
-    assert layer.lora_taken in covered and layer.base_layer in covered and layer.lora_A not in covered
+    assert layer.lora_initial in covered and layer.base_layer in covered and layer.lora_A not in covered

@@ -244,9 +244,9 @@ def test_modules_to_save_of_one_adapter_do_not_answer_for_another() -> None:
     model.add_adapter("b", config("fc2"))
     train(model)
     model.set_adapter("b")
-    assert net.head.answering is net.head.original_module
+    assert net.head.delegate is net.head.original_module
     model.set_adapter(["b", "default"])
-    assert net.head.answering is net.head.modules_to_save["default"]
+    assert net.head.delegate is net.head.modules_to_save["default"]
 
 
 def test_a_head_is_saved_and_not_adapted() -> None:

@@ -12,9 +12,18 @@ from torch import nn
 
 from lora_ref import LoraConfig, explain, get_peft_model
 from lora_ref.api.default_targets import ARCHITECTURES
-from lora_ref.core import patterns
-from lora_ref.core.patterns import PatternDict, Rule, ends_at_dot, layer_index, layer_lists
-from lora_ref.core.targeting import ModelNames, Targeting, check, resolve
+from lora_ref.core import names as patterns
+from lora_ref.core.names import (
+    ModelNames,
+    PatternDict,
+    Rule,
+    Targeting,
+    check,
+    ends_at_dot,
+    layer_index,
+    layer_lists,
+    resolve,
+)
 from lora_ref.safe.regexes import Clock, Pattern
 from spec_tests import agree
 

@@ -24,7 +24,7 @@ from models import Snapshot
 from torch import nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from lora_ref.core import patterns
+from lora_ref.core import names as patterns
 from lora_ref.files import config_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 import lora_ref
 from lora_ref import LoraConfig
 from lora_ref.calibration.preprocess import preprocess_loraga
-from lora_ref.core.options import LoraGAConfig
 from lora_ref.init.lora_ga import lora_ga
+from lora_ref.init.options import LoraGAConfig
 from spec_tests import agree, close
 
 SHAPES = [(2, 5), (5, 2), (4, 4), (3, 7), (8, 6), (12, 16)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref.core.formula import add_in_place
+from lora_ref.fast.sums import add_in_place
 from spec_tests import close
 
 

@@ -524,7 +524,7 @@ def test_a_model_is_adapted_rightly_or_left_alone(name: str, tmp_path_factory: A
         return model
     layer = model.layers()["0"]
     A, B = layer.factors("default")
-    left, whole = layer.base_weight.detach(), layer.original_weight()
+    left, whole = layer.base_weight.detach(), layer.unmerged_weight
     assert finite(A, B)
     s = layer.scaling["default"]
     if name in ("True", "orthogonal", "mica"):

@@ -54,7 +54,7 @@ def second(model: PeftModel, name: str = "second", r: int = 3) -> None:
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """The base weights."""
-    return {name: layer.original_weight().clone() for name, layer in model.layers().items()}
+    return {name: layer.unmerged_weight.clone() for name, layer in model.layers().items()}
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

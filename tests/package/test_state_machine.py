@@ -27,10 +27,10 @@ from models import Conv1D, Experts, Snapshot
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref.core import inject
+from lora_ref.core import model as inject
 from lora_ref.core.adapter_modules import AdapterModule
+from lora_ref.core.layer import InitialUpdate as Taken
 from lora_ref.core.layer import LoraLayer
-from lora_ref.core.weights import Taken, WeightKeeper
 from spec_tests import agree, close
 
 # -- the network and the same in NumPy -----------------------------------------------------------
@@ -159,10 +159,10 @@ PLACES: dict[str, tuple[Any, str]] = {
     "build": (LoraLayer, "build"),
     "delta": (LoraLayer, "delta"),
     "put_weight": (LoraLayer, "put_weight"),
-    "take": (WeightKeeper, "take"),
+    "take": (LoraLayer, "take"),
     "taken": (Taken, "__init__"),
     "missing": (Taken, "delta"),
-    "give back": (WeightKeeper, "give_back"),
+    "give back": (LoraLayer, "give_back"),
     "set": (AdapterModule, "set_adapter"),
     "delete": (AdapterModule, "delete_adapter"),
     "rename": (AdapterModule, "rename_adapter"),
@@ -719,7 +719,7 @@ class AdaptedModel(RuleBasedStateMachine):
             assert set(layer.adapters()) == set(here)
             assert layer.active_adapters == [n for n in ref.active if n in here]
             assert layer.merged_adapters == [n for n in ref.merged if n in here]
-            assert layer.disable_adapters is ref.disabled and layer.sample_adapters is None
+            assert layer.disable_adapters is ref.disabled and layer.adapter_names is None
             assert layer.scaling.keys() == set(here)
             for n in here:
                 s = ref.adapters[n].parts[where].s

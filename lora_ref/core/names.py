@@ -1,23 +1,138 @@
-"""What becomes of every module: the decision that injection follows and `explain` prints.
+"""Which modules, with which rank and alpha: pure functions on names.
 
     modules_to_save  ->  exclude_modules  ->  target_modules        the first that matches wins
 
-Pure functions on names: what is known of the model comes in as a `ModelNames`.
+A name is a module's dotted path in the base model, "model.layers.0.self_attn.q_proj". A list of targets holds names
+or ends of names, taken literally. A string is a regular expression.
 """
 
 import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..api.default_targets import ARCHITECTURES
-from . import patterns
-from .config import LoraConfig, TaskType
+from .config import LoraConfig, Pattern, TaskType
 from .scaling import scaling
+
+
+def ends_at_dot(item: str, name: str) -> bool:
+    """Is item the name, or a dotted end of it? The literal rule for lists.
+
+    >>> [ends_at_dot("q_proj", name) for name in ("q_proj", "attn.q_proj", "attn.xq_proj")]
+    [True, True, False]
+    """
+    return name == item or name.endswith("." + item)
+
+
+class Rule:
+    """One option of module names, a list or a string. It records which items matched."""
+
+    def __init__(self, option: str, value: Iterable[str] | str | None, pattern_type: type[Pattern] = Pattern):
+        self.option = option
+        self.pattern = pattern_type.compile_all([value], option)[0] if isinstance(value, str) else None
+        self.items = [value] if isinstance(value, str) else list(value or [])
+        self.used: set[str] = set()
+        self._exact = set(self.items)
+
+    def match(self, name: str) -> str | None:
+        """The item that matches name (its full name first), or None."""
+        if not self.items:
+            return None
+        if self.pattern:
+            if not self.pattern.fullmatch(name):
+                return None
+            self.used.add(self.pattern.text)
+            return self.pattern.text
+        # the dotted ends of a name are few; the items may be hundreds
+        start, first = 0, None
+        while start >= 0:
+            end = name[start:]
+            if end in self._exact:
+                self.used.add(end)
+                first = first or end
+            start = name.find(".", start) + 1 or -1
+        return first
+
+    def ancestor(self, name: str) -> str | None:
+        """The item that matches name or a parent of it."""
+        while name and self.items:
+            if hit := self.match(name):
+                return hit
+            name = name.rpartition(".")[0]
+        return None
+
+    @property
+    def unused(self) -> list[str]:
+        return [item for item in self.items if item not in self.used]
+
+
+def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
+    """The target_modules for these names and no other known one.
+
+    It is the list, or a regular expression where the list would also match longer names with the same end.
+
+    >>> exactly(["fc"], ["fc", "act"]), exactly(["fc", "act.0"], ["fc", "act.0", "block.fc"])
+    (['fc'], 'fc|act\\\\.0')
+    """
+    rule, names = Rule("target_modules", wanted), set(wanted)
+    if any(name not in names and rule.match(name) for name in known):
+        return "|".join(map(re.escape, wanted))
+    return list(wanted)
+
+
+def layer_index(name: str, lists: Iterable[Pattern]) -> int | None:
+    """The index of the layer that a module is in, or None. `lists` come from `layer_lists`.
+
+    >>> any_list, layers = layer_lists(None), layer_lists("layers")
+    >>> layer_index("model.layers.3.experts.5.up", any_list)  # the first number counts
+    3
+    >>> layer_index("layers.3.up", any_list), layer_index("layers.3.up", layers)
+    (None, 3)
+    """
+    found = (match for pattern in lists if (match := pattern.match(name)))
+    return next((int(match["lora_ref_index"]) for match in found), None)
+
+
+def layer_lists(layers_pattern: Iterable[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Pattern]:
+    """Patterns of a list of layers in a name, followed by the layer's index.
+
+    Without layers_pattern: any number that follows two name segments ("model.layers.3.mlp");
+    with it: the number after a segment of that name, at the root too.
+    """
+    names = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
+    if not names:
+        return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
+    return pattern_type.compile_all(names, "layers_pattern", r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\.")
+
+
+class PatternDict:
+    """rank_pattern or alpha_pattern: {pattern: value}, the first match wins. It records which keys matched.
+
+    A key must reach the end of the name and may start at any dot; "^" ties it to the start.
+    """
+
+    def __init__(self, option: str, values: Mapping[str, Any], pattern_type: type[Pattern] = Pattern):
+        self.option, self.values = option, values
+        self.patterns = pattern_type.compile_all(values, option, r"(.*\.)?({})$")
+        self.used: set[str] = set()
+
+    def key(self, name: str) -> str | None:
+        """The first key that matches name, or None."""
+        for pattern in self.patterns:
+            if pattern.match(name):
+                self.used.add(pattern.text)
+                return pattern.text
+        return None
+
+    @property
+    def unused(self) -> list[str]:
+        return [key for key in self.values if key not in self.used]
 
 
 @dataclass(frozen=True)
 class ModelNames:
-    """All that targeting knows of a model: names in order of traversal, and what stands behind them."""
+    """What targeting knows of a model: names in order of traversal, and their kinds."""
 
     kinds: dict[str, str]  # module name -> "linear", "embedding", "conv" or "" (anything else)
     parameters: tuple[str, ...] = ()  # "<module>.<parameter>"
@@ -54,41 +169,11 @@ class Targeting:
         """The modules (or parameters) that this happens to."""
         return [m.name for m in self.matches if m.action == action]
 
-    def table(self) -> Any:
-        """A `rich` table of the decisions, and a line for each rule that matched nothing."""
-        from rich.table import Table
-        from rich.text import Text
 
-        unused = [f"{option} '{item}' matched nothing" for option, items in self.unused.items() for item in items]
-        table = Table(
-            title="What is adapted, and why",
-            caption=Text("\n".join(unused)) if unused else None,
-            caption_justify="left",
-        )
-        for heading in ("module", "", "rule"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("r", "alpha", "s"):
-            table.add_column(heading, justify="right")
-        for m in self.matches:
-            numbers = ("", "", "") if m.r is None else (str(m.r), f"{m.lora_alpha:g}", f"{m.scaling:.4g}")
-            table.add_row(Text(m.name), m.action, Text(m.rule), *numbers, style=None if m.action else "dim")
-        return table
+def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str] | None = None) -> Targeting:
+    """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
-    __rich__ = table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
-
-
-def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
-    """Decide for every module whether it is adapted, saved whole or left, by which rule, with which r, alpha, s.
-
-    Never fails because of a match: errors are `check`'s.
+    `defaults` are the target_modules of each architecture, for target_modules=None. `check` raises the errors.
 
     Raises:
         ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
@@ -101,14 +186,14 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
     layers.0.up        no target matches None
     head        save   modules_to_save 'head' None
     """
-    targets = _targets(names, config)
-    target, exclude = patterns.Rule("target_modules", targets), patterns.Rule("exclude_modules", config.exclude_modules)
-    heads = saved_heads(config)
-    save = patterns.Rule("modules_to_save", [*(config.modules_to_save or []), *heads])
-    parameter = patterns.Rule("target_parameters", config.target_parameters)
-    ranks = patterns.PatternDict("rank_pattern", config.rank_pattern)
-    alphas = patterns.PatternDict("alpha_pattern", config.alpha_pattern)
-    lists = patterns.layer_lists(config.layers_pattern)
+    targets, pattern_type, heads = _targets(names, config, defaults or {}), config.pattern_type, saved_heads(config)
+    target = Rule("target_modules", targets, pattern_type)
+    exclude = Rule("exclude_modules", config.exclude_modules, pattern_type)
+    save = Rule("modules_to_save", [*(config.modules_to_save or []), *heads])
+    parameter = Rule("target_parameters", config.target_parameters)
+    ranks = PatternDict("rank_pattern", config.rank_pattern, pattern_type)
+    alphas = PatternDict("alpha_pattern", config.alpha_pattern, pattern_type)
+    lists = layer_lists(config.layers_pattern, pattern_type)
     wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else wanted
 
@@ -131,7 +216,7 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
         if (hit := target.match(name)) is None:
             return Match(name, "", "no target matches")
         if wanted and hit != name and isinstance(targets, list):
-            index = patterns.layer_index(name, lists)
+            index = layer_index(name, lists)
             if index not in wanted:
                 where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
                 return Match(name, "", f"target_modules '{hit}', but {where}")
@@ -142,7 +227,7 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
         if (hit := parameter.match(name)) is not None:
             matches.append(adapted(name, "adapt parameter", f"target_parameters '{hit}'"))
     # what the user did not spell out needs no warning
-    rules: list[patterns.Rule | patterns.PatternDict] = [exclude, save, parameter, ranks, alphas]
+    rules: list[Rule | PatternDict] = [exclude, save, parameter, ranks, alphas]
     if targets is config.target_modules:
         rules.insert(0, target)
     unused = {rule.option: [x for x in rule.unused if not (rule is save and x in heads)] for rule in rules}
@@ -150,25 +235,25 @@ def resolve(names: ModelNames, config: LoraConfig) -> Targeting:
 
 
 def saved_heads(config: LoraConfig) -> list[str]:
-    """The names under which transformers' classifiers keep the head that a task needs trained."""
+    """The names of the heads of transformers' classifiers, which a task trains in full."""
     return ["classifier", "score"] if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
 
 
-def _targets(names: ModelNames, config: LoraConfig) -> list[str] | str:
-    """target_modules with "all-linear" and None spelt out."""
+def _targets(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str]) -> list[str] | str:
+    """target_modules, with "all-linear" and None replaced by names."""
     targets = config.target_modules
     if targets is None and config.target_parameters:
         return []
     if targets is None:
-        if names.model_type not in ARCHITECTURES:
+        if names.model_type is None or names.model_type not in defaults:
             raise ValueError(
                 f"Please specify target_modules: it is None, and there is no default for model_type="
                 f"{names.model_type!r}; for every linear layer say target_modules='all-linear'"
             )
-        return ARCHITECTURES[names.model_type]
+        return defaults[names.model_type]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
-        return patterns.exactly(linear, names.kinds)
+        return exactly(linear, names.kinds)
     return targets
 
 
