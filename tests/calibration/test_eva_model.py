@@ -650,3 +650,10 @@ def test_names_are_those_of_the_base_model():
     targets = model.peft_config["default"].target_modules
     assert set(targets) <= set(kinds)
     assert set(targets) == set(ranks(model))
+
+
+def test_whitening_what_does_not_vary_is_refused_by_the_layer_s_name():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(["0"], rho=1.0, whiten=True))
+    batches = [torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0], [4.0, 0, 0, 0]])] * 2  # along one direction alone
+    with pytest.raises(ValueError, match=r"^0: EvaConfig\(whiten=True\): the inputs vary in fewer than r=2"):
+        initialize_lora_eva_weights(model, batches, forward_fn=lambda m, x: m(x), show_progress_bar=False)

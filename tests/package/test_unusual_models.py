@@ -1,15 +1,11 @@
 """Models whose modules are shared, read past their forward, computed, or of a class of their own."""
 
-import dataclasses
-import json
-
 import pytest
 import torch
 from models import llama, randomise
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref.safe.atomic import transaction
 from spec_tests import agree, distance
 
 
@@ -134,35 +130,3 @@ def test_one_name_may_stand_for_a_list_of_one():
     model.merge_adapter("default")
     model.unmerge_adapter()
     assert isinstance(model.merge_and_unload(adapter_names="default"), nn.Sequential)
-
-
-def test_a_configuration_is_made_from_what_to_dict_says(tmp_path):
-    config = LoraConfig(r=4, target_modules=["q"], rank_pattern={"q": 2})
-    assert LoraConfig(**config.to_dict()) == config == dataclasses.replace(config)
-    config.save_pretrained(tmp_path / "new")
-    assert LoraConfig.from_pretrained(tmp_path / "new") == config
-    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-
-
-def test_a_misspelt_option_is_an_error_when_it_is_set_too():
-    config = LoraConfig()
-    with pytest.raises(AttributeError, match="did you mean 'lora_alpha'"):
-        config.lora_alhpa = 32
-    config.r = -1  # a bad value is found when it is used
-    with pytest.raises(ValueError, match="r=-1"):
-        get_peft_model(nn.Sequential(nn.Linear(2, 2)), config)
-
-
-def test_an_inner_transaction_leaves_undoing_to_the_outer_one():
-    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(ValueError, match="late"), transaction(net):
-        with transaction(net[0]):
-            net[0].weight.requires_grad_(False)
-        net[1] = nn.Identity()
-        raise ValueError("late")
-    assert net[0].weight.requires_grad
-    assert isinstance(net[1], nn.ReLU)
-    with pytest.raises(ValueError, match="inside"), transaction(net[0]), transaction(net):
-        net[1] = nn.Identity()  # not covered by the outer one
-        raise ValueError("inside")
-    assert isinstance(net[1], nn.ReLU)
