@@ -37,7 +37,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "inference_mode": (NOT_BOOL, "True or False"),
     "init_lora_weights": (
         [None, 0, 1, "gausian", "", "pissa_niter_", "pissa_niter_-1", "pissa_niter_1.5", "pissa_niter_²", [], np.True_],
-        "True, False, 'pissa_niter_<n>', 'gaussian', 'orthogonal', 'pissa'",
+        "one of True, False, 'gaussian', 'orthogonal', 'pissa', .*'pissa_niter_<n>'",
     ),
     "task_type": (["LM", "causal_lm", "", 1, True, []], "one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM"),
     "eva_config": ([5, "x", True, [], LoftQConfig()], "a EvaConfig, a dict or None"),

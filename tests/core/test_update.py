@@ -43,10 +43,3 @@ def test_a_scaling_leaves_room_for_dropout():
     for s in (51.0, -51.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="numbers up to 1e\\+02 allow 50 at most"):
             check_scaling(s, largest=100.0)
-
-
-def test_an_adapted_layer_with_and_without_a_bias_by_hand() -> None:
-    factors = decomposition.Factors(np.array([[1.0, 1.0]]), np.array([[1.0], [0.0]]))
-    x, W, b = np.array([1.0, 2.0]), np.eye(2), np.array([10.0, 20.0])
-    assert decomposition.adapted_forward(x, W, b, factors, 0.5).tolist() == [12.5, 22.0]
-    assert decomposition.adapted_forward(x, W, None, factors, 0.5).tolist() == [2.5, 2.0]
