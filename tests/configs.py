@@ -1,4 +1,4 @@
-"""Configurations at random."""
+"""Configurations, regular expressions and names of modules at random."""
 
 from hypothesis import strategies as st
 
@@ -32,3 +32,12 @@ configs = st.fixed_dictionaries(
         "revision": st.none() | names,
     },
 ).map(lambda options: LoraConfig(**options))
+
+patterns = st.sampled_from(
+    [
+        *("q", "a.q", "^a", "^a.*", r"a\.q", "a|b", ".*", "", "[ab]", "a$", "(a)q", "^q|b"),
+        *("0", r"\d", ".", "a+", "b?q", "a{2}", "a{"),
+    ]
+)
+segments = st.sampled_from(["a", "b", "ab", "ba", "q", "aq", "0", "1"])
+module_names = st.lists(segments, min_size=1, max_size=4).map(".".join)

@@ -72,6 +72,18 @@ class UpAndDown(nn.Module):
         return (torch.tanh(x.unsqueeze(-3) @ up) @ down).sum(-3)
 
 
+class Twice(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.block = nn.Sequential(self.a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.a(x))
+
+
 class ScaledEmbedding(nn.Embedding):
     """Gemma's: the rows are multiplied by a constant."""
 

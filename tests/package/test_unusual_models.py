@@ -2,23 +2,11 @@
 
 import pytest
 import torch
-from models import llama, randomise
-from torch import Tensor, nn
+from models import Twice, llama, randomise
+from torch import nn
 
 from lora_ref import LoraConfig, get_peft_model
 from spec_tests import agree, distance
-
-
-class Twice(nn.Module):
-    """One linear layer under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-        self.block = nn.Sequential(self.a)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.a(x))
 
 
 def test_a_shared_module_is_adapted_wherever_it_is_held_where_peft_adapts_the_first_place_only():
@@ -38,45 +26,6 @@ def test_a_shared_module_is_adapted_wherever_it_is_held_where_peft_adapts_the_fi
     assert net.block[0] is net.a is layer
 
 
-def test_a_shared_module_is_not_called_tied(recwarn):
-    get_peft_model(Twice(), LoraConfig(r=2, target_modules=["a"]))
-    assert not [w for w in recwarn if "tied" in str(w.message)]
-
-
-def test_a_linear_layer_with_a_forward_of_its_own_is_warned_about():
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(2 * x)
-
-    with pytest.warns(UserWarning, match="Doubled has a forward of its own"):
-        get_peft_model(nn.Sequential(Doubled(3, 3)), LoraConfig(r=2, target_modules=["0"]))
-
-
-@pytest.mark.parametrize("base", [nn.Embedding, nn.Conv1d])
-def test_an_embedding_or_convolution_with_a_forward_of_its_own_is_refused(base):
-    class Own(base):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.long() if base is nn.Embedding else nn.functional.pad(x, (2, 0)))
-
-    net = nn.Sequential(Own(*((5, 3) if base is nn.Embedding else (3, 3, 3))))
-    with pytest.raises(ValueError, match="0: Own computes its output in a forward of its own"):
-        get_peft_model(net, LoraConfig(r=1, target_modules=["0"]))
-
-
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
-def test_a_weight_that_is_computed_from_others_is_refused(wrap):
-    net = nn.Sequential(wrap(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=r"0: .*its weight is computed from other parameters"):
-        get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
-
-
-def test_the_projection_of_an_attention_is_not_saved_by_itself():
-    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    config = LoraConfig(r=2, target_modules=["linear1"], modules_to_save=["out_proj"])
-    with pytest.raises(ValueError, match="save the attention whole"):
-        get_peft_model(net, config)
-
-
 def test_samples_of_a_batch_are_told_apart_in_a_saved_layer_that_the_fast_path_would_bypass():
     torch.manual_seed(0)
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2)).double().eval()
@@ -89,12 +38,6 @@ def test_samples_of_a_batch_are_told_apart_in_a_saved_layer_that_the_fast_path_w
         agree(y[1], base[1])
         agree(y[0], model(x)[0])
         assert distance(y[0], base[0]) > 0.01
-
-
-def test_an_encoder_that_makes_nested_tensors_is_warned_about():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
-    with pytest.warns(UserWarning, match="enable_nested_tensor=False"):
-        get_peft_model(encoder, LoraConfig(r=2, target_modules=["linear1"]))
 
 
 def test_beams_multiply_the_adapter_names():

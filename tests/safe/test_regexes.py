@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+from configs import module_names, patterns
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,15 +16,9 @@ from lora_ref.safe import regexes
 from lora_ref.safe.regexes import Clock, Pattern
 from spec_tests import agree
 
-keys = st.sampled_from(
-    ["q", "a.q", "^a", "^a.*", r"a\.q", "a|b", ".*", "", "[ab]", "a$", "(a)q", "^q|b", "0", r"\d", ".", "a+",
-     "b?q", "a{2}", "a{"]
-)  # fmt: skip
-name_of = st.lists(st.sampled_from(["a", "b", "ab", "ba", "q", "aq", "0", "1"]), min_size=1, max_size=4).map(".".join)
-
 
 @pytest.mark.parametrize("kind", [Pattern, config.Pattern])
-@given(pattern=keys, name=name_of)
+@given(pattern=patterns, name=module_names)
 def test_a_string_is_refullmatch(kind: type, pattern: str, name: str) -> None:
     assert (kind(pattern).fullmatch(name) is None) is (re.fullmatch(pattern, name) is None)
 
