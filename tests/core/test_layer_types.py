@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +15,9 @@ from models import Conv1D, ScaledEmbedding, Stacks, adapt
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref import init as inits
 from lora_ref.core.adapter_modules import modules_without_factors as frame
 from lora_ref.core.layer_types import LoraLayer, is_conv1d_of_transformers
 from spec_tests import agree, close, distance
-
-FALSE_ALARM = 1e-6  # how often numbers that follow a law may be taken for some that do not
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -467,29 +463,6 @@ def test_a_new_adapter_drops_only_while_its_layer_trains() -> None:
 # -- scaling -------------------------------------------------------------------------------------
 
 
-def test_the_scaling_of_a_layer() -> None:
-    """S1, S3: alpha / r, with rsLoRA alpha / sqrt(r); defaults, zero, negative."""
-    found = {}
-    for key in [(8, 8, False), (8, 8, True), (4, 2, False), (4, 2, True), (4, 0, False), (4, -2, True)]:
-        r, alpha, use_rslora = key
-        found[key] = adapt(nn.Linear(9, 9), r=r, lora_alpha=alpha, use_rslora=use_rslora)[1].scaling["default"]
-    assert list(found.values()) == [1, 8 / math.sqrt(8), 0.5, 1, 0, -1]
-    default = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"])).layers()["0"]
-    assert default.r["default"] == 8 and default.scaling["default"] == 1
-
-
-def test_rank_and_alpha_patterns_are_independent() -> None:
-    """S2: a larger rank alone lowers s."""
-    net = nn.ModuleDict({name: nn.Linear(9, 9) for name in "abcd"})
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=list("abcd"), rank_pattern={"b": 8, "d": 2}, alpha_pattern={"c": 2, "d": 6}
-    )
-    layers = get_peft_model(net, config).layers()
-    assert {n: (x.r["default"], x.scaling["default"]) for n, x in layers.items()} == {
-        "a": (4, 2), "b": (8, 1), "c": (4, 0.5), "d": (2, 3)
-    }  # fmt: skip
-
-
 def test_set_scale_scale_and_unscale() -> None:
     """S4."""
     model, layer = adapt(nn.Linear(4, 4), r=2, lora_alpha=3)
@@ -503,167 +476,6 @@ def test_set_scale_scale_and_unscale() -> None:
     assert layer.scaling["default"] == 7.5
     layer.unscale_layer()
     assert layer.scaling == {"default": 1.5, "other": 4}
-
-
-@given(st.floats(-4, 4), st.floats(-4, 4))
-@settings(deadline=None, max_examples=20)
-def test_the_branch_is_proportional_to_the_scaling(alpha: float, factor: float) -> None:
-    """S5, and alpha = 0 and < 0."""
-    torch.manual_seed(0)
-    base = nn.Linear(4, 4).double()
-    model, layer = adapt(base, r=2, lora_alpha=1.0)
-    x = torch.randn(3, 4).double()
-    unit = (model(x) - base(x)) * 2
-    layer.initial_scaling["default"] = alpha
-    model.set_scale("default", factor)
-    # both differences cancel: what was summed is as large as the base's output
-    agree(model(x) - base(x), alpha * factor * unit, size=max(1, abs(alpha * factor)) * base(x).abs().max().item())
-
-
-# -- initialisations -----------------------------------------------------------------------------
-
-KINDS = {
-    "Linear": (lambda: nn.Linear(40, 30), 40),
-    "Conv1D": (lambda: Conv1D(30, 40), 40),
-    "Conv2d": (lambda: nn.Conv2d(10, 30, (2, 3)), 60),
-    "Embedding": (lambda: nn.Embedding(40, 30), 40),
-}
-
-
-def draws(kind: str, init: bool | str, r: int = 8, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """All the numbers in A and in B of n adapters."""
-    torch.manual_seed(0)
-    pairs = []
-    for _ in range(n):
-        base = KINDS[kind][0]()
-        _, layer = adapt(base, r=r, init_lora_weights=init)
-        pairs.append([array(p).ravel() for p in layer.adapter_parameters("default")])
-    A, B = (np.concatenate(x).astype(np.float64) for x in zip(*pairs, strict=True))
-    return A, B
-
-
-def assert_uniform(x: np.ndarray, bound: float) -> None:
-    """U(-bound, bound): within 6 standard deviations of each estimate, and the bound is reached, not crossed."""
-    n = x.size
-    assert abs(x).max() <= bound * (1 + 2**-23)
-    assert abs(x).max() >= bound * (1 - 40 / n)  # else an event of probability exp(-40)
-    assert abs(x.mean()) < 6 * bound / math.sqrt(3 * n)
-    assert abs(x.var() - bound**2 / 3) < 6 * bound**2 * math.sqrt((1 / 5 - 1 / 9) / n)
-
-
-def assert_normal(x: np.ndarray, std: float) -> None:
-    n = x.size
-    assert abs(x.mean()) < 6 * std / math.sqrt(n)
-    assert abs(x.var() - std**2) < 6 * std**2 * math.sqrt(2 / n)
-    assert scipy.stats.kstest(x / std, "norm").pvalue > FALSE_ALARM
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d"])
-def test_inits_of_linear_layers_and_convolutions(kind: str) -> None:
-    fan_in, r = KINDS[kind][1], 8
-    A, B = draws(kind, True)
-    assert_uniform(A, 1 / math.sqrt(fan_in))  # I1
-    assert not B.any()
-    A, B = draws(kind, "gaussian")
-    assert_normal(A, 1 / r)  # I3: the standard deviation, not the variance
-    assert not B.any()
-    A, B = draws(kind, False)
-    assert_uniform(A, 1 / math.sqrt(fan_in))  # I4
-    assert_uniform(B, 1 / math.sqrt(r))
-
-
-def test_inits_of_embeddings() -> None:
-    for init in (True, "gaussian"):  # I2, I3
-        A, B = draws("Embedding", init)
-        assert not A.any()
-        assert_normal(B, 1)
-    for x in draws("Embedding", False):  # I4
-        assert_normal(x, 1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("init", [True, "gaussian", "GAUSSIAN"])
-def test_the_start_is_exactly_the_base(kind: str, init: Any) -> None:
-    """I6, I7."""
-    base = KINDS[kind][0]()
-    W = base.weight.detach().clone()
-    x = (
-        torch.randint(40, (5,))
-        if kind == "Embedding"
-        else torch.randn(2, 10, 4, 4)
-        if kind == "Conv2d"
-        else W.new_ones(40)
-    )
-    y = base(x)
-    model, layer = adapt(base, init_lora_weights=init)
-    assert not layer.delta("default").any()
-    assert torch.equal(model(x), y) and torch.equal(base.weight, W)
-    model.merge_adapter()
-    assert torch.equal(base.weight, W)
-
-
-def test_numpy_and_torch_draw_from_the_same_laws() -> None:
-    """One function for both libraries; two-sample Kolmogorov-Smirnov of every factor."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    for value in (True, False, "gaussian", "orthogonal"):
-        for method in inits.METHODS[value].kinds.values():
-            in_numpy = method(np.zeros((30, 40)), 8, 1.0, rng=rng)
-            in_torch = method(torch.zeros(30, 40, dtype=torch.float64), 8, 1.0, rng=generator)
-            for a, b in zip(in_numpy[:2], in_torch[:2], strict=True):
-                assert a.shape == tuple(b.shape) and isinstance(a, np.ndarray) and isinstance(b, Tensor)
-                assert a.dtype == np.float64 and b.dtype == torch.float32  # T1: drawn in torch's default dtype
-                assert scipy.stats.ks_2samp(a.ravel(), b.numpy().ravel()).pvalue > FALSE_ALARM
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_orthogonal(dtype: torch.dtype) -> None:
-    """G1, G2: B A = 0 with both non-zero, each of rank r / 2; the base is untouched."""
-    torch.manual_seed(0)
-    for r in (2, 8, 16):
-        base = nn.Linear(60, 50).to(dtype)
-        W = base.weight.detach().clone()
-        _, layer = adapt(base, r=r, init_lora_weights="orthogonal")
-        A, B = (array(p).astype(np.float64) for p in layer.adapter_parameters("default"))
-        # in float32; QR of r by r numbers leaves rows orthogonal to 8 r^2 roundings (Higham, 19.4, with 8 for his c)
-        size = np.outer(np.linalg.norm(B, axis=1), np.linalg.norm(A, axis=0))
-        close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size, dtype=torch.float32)
-        for factor in (A, B):
-            assert np.linalg.matrix_rank(factor, tol=1e-3) == r // 2
-        assert torch.equal(base.weight, W)
-
-
-@pytest.mark.parametrize("r", [2, 8, 32])
-def test_orthogonal_in_numpy(r: int) -> None:
-    """In float64 B A is zero to its roundings, and the entries have standard deviation sqrt(1/2) / 10 for any r."""
-    rng = np.random.default_rng(0)
-    pairs = [inits.orthogonal(np.zeros((50, 60)), r, rng=rng)[:2] for _ in range(100)]
-    for A, B in pairs:
-        size = np.outer(np.linalg.norm(B, axis=1), np.linalg.norm(A, axis=0))
-        close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size)  # as above
-    for factors, n in ((np.stack([A for A, _ in pairs]), 60), (np.stack([B for _, B in pairs]), 50)):
-        independent = 100 * n * r // 2  # normal numbers behind the entries
-        assert abs(factors.var() - 0.005) < 6 * 0.005 * math.sqrt(2 / independent)
-
-
-def test_orthogonal_needs_an_even_rank_and_a_linear_layer() -> None:
-    with pytest.raises(ValueError, match=r"^m: init_lora_weights='orthogonal' needs an even rank, r=3 is odd"):
-        adapt(nn.Linear(4, 4), r=3, init_lora_weights="orthogonal")
-    for module in (nn.Conv1d(4, 4, 1), nn.Embedding(4, 4)):
-        with pytest.raises(ValueError, match=r"^m: init_lora_weights='orthogonal' is not available for"):
-            adapt(module, r=2, init_lora_weights="orthogonal")
-
-
-@pytest.mark.parametrize("init", ["gausian", "", "pissa_niter_", "pissa_niter_-1", "pissa_niter_x", 1, None, 0.5])
-def test_only_documented_inits_are_accepted(init: Any) -> None:
-    with pytest.raises(ValueError, match=r"init_lora_weights=.*must be True, False, .*'gaussian'"):
-        LoraConfig(init_lora_weights=init)
-
-
-def test_a_rank_beyond_the_layer_is_allowed_for_random_inits() -> None:
-    """D8: the tensors are just taller."""
-    for init in (True, False, "gaussian"):
-        _, layer = adapt(nn.Linear(3, 2), r=7, init_lora_weights=init)
-        assert [tuple(p.shape) for p in layer.adapter_parameters("default")] == [(7, 3), (2, 7)]
 
 
 # -- modules whose parent reads the weight itself --------------------------------------------------
