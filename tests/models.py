@@ -138,6 +138,11 @@ def bert(**options: Any) -> Any:
     ).double()
 
 
+def stored(layer: LoraLayer, adapter: str = "default") -> list[nn.Parameter]:
+    """A and B of an adapter, in the shapes of the adapter file."""
+    return [parameter for name, parameter in layer.adapter_parameters() if name == adapter]
+
+
 class Snapshot:
     """All that an operation could change of a model. Two snapshots are equal where nothing has changed.
 

@@ -2,9 +2,10 @@
 
 import re
 import warnings
+from collections import OrderedDict
 
 import pytest
-from models import Twice
+from models import Twice, adapt
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
@@ -138,3 +139,27 @@ def test_an_encoder_that_makes_nested_tensors_is_warned_about():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
     with pytest.warns(UserWarning, match="enable_nested_tensor=False"):
         get_peft_model(encoder, LoraConfig(r=2, target_modules=["linear1"]))
+
+
+def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^m: r=3 must be divisible by the convolution's groups=2"):
+        adapt(nn.Conv1d(4, 4, 1, groups=2), r=3)
+
+
+def test_an_embedding_that_rewrites_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^m: an embedding with max_norm"):
+        adapt(nn.Embedding(4, 3, max_norm=1.0))
+
+
+def test_multihead_attention_is_refused_where_it_would_never_run() -> None:
+    net = nn.Sequential(OrderedDict(attn=nn.MultiheadAttention(8, 2), fc=nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"^attn\.out_proj: nn\.MultiheadAttention reads out_proj\.weight"):
+        get_peft_model(net, LoraConfig(target_modules="all-linear"))
+    assert type(net.attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    model = get_peft_model(net, LoraConfig(target_modules="all-linear", exclude_modules=["out_proj"]))
+    assert list(model.layers()) == ["fc"]
+
+
+def test_unsupported_modules_are_named() -> None:
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"^m: LSTM cannot be adapted; Linear, Conv1D"):
+        adapt(nn.LSTM(3, 3))
