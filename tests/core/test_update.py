@@ -1,4 +1,4 @@
-"""The pure functions, as laws: on NumPy arrays (the oracle) and on torch tensors alike."""
+"""Experts in one packed factor, and the room that a scaling leaves. The suite has s and s B A."""
 
 import math
 
@@ -9,12 +9,9 @@ from hypothesis import strategies as st
 from models import factors
 
 from lora_ref.core import update as decomposition
-from lora_ref.core.scaling import check_scaling, scaling
-
-U64 = 2.0**-53  # unit roundoff of float64
+from lora_ref.core.scaling import check_scaling
 
 sizes = st.integers(1, 7)
-batches = st.sampled_from([(), (3,)])
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -28,14 +25,6 @@ def test_packing_experts_loses_nothing(seed, n_experts, n_out, n_in, r):
     back = decomposition.unpack_experts(*packed, n_experts)
     assert np.array_equal(back[0], A)
     assert np.array_equal(back[1], B)
-
-
-@given(st.integers(1, 10**6), st.floats(-1e6, 1e6))
-def test_rslora_is_louder_by_the_root_of_the_rank(r, alpha):
-    want = math.sqrt(r) * scaling(r, alpha)
-    # two roots, two quotients and a product; a subnormal quotient is off by half of 2^-1074
-    bound = 5 * U64 * abs(want) + (1 + math.sqrt(r)) * 2.0**-1074
-    assert abs(scaling(r, alpha, use_rslora=True) - want) <= bound
 
 
 def test_a_scaling_leaves_room_for_dropout():
