@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import install_import_hook
 
 # `Float[Array, "out in"]` in these modules' signatures is checked, shapes and all, at every call. Not in
-# `lora_ref.core.scaling`: it has to answer a rank of the wrong type with its own ValueError, not with beartype's.
-CHECKED = ("core.update", "numerics", "api.combination", "init")
+# `lora_ref.core.scaling` and `lora_ref.init.options`: these have errors of their own for a value of the wrong type.
+INITS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa", "residual")
+CHECKED = ("core.update", "numerics", "api.combination", *(f"init.{name}" for name in INITS))
 install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,6 +72,18 @@ class UpAndDown(nn.Module):
         return (torch.tanh(x.unsqueeze(-3) @ up) @ down).sum(-3)
 
 
+class Twice(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.block = nn.Sequential(self.a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.a(x))
+
+
 class ScaledEmbedding(nn.Embedding):
     """Gemma's: the rows are multiplied by a constant."""
 
@@ -95,6 +108,123 @@ def randomise(model: nn.Module, scale: float = 0.5) -> nn.Module:
     return model
 
 
-def parameters_of(layer: Any, adapter: str) -> list[nn.Parameter]:
-    """The parameters of one adapter of an adapted layer, as they are stored."""
-    return [parameter for owner, parameter in layer.adapter_parameters() if owner == adapter]
+VOCABULARY = 32
+WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+def gpt2(**options: Any) -> Any:
+    """transformers' GPT-2 of two blocks with random weights, in float64."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"vocab_size": VOCABULARY, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 24}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return GPT2LMHeadModel(GPT2Config(**shape | ends | options)).double()
+
+
+def llama(**options: Any) -> Any:
+    """transformers' Llama of two blocks with random weights, in float64. Its norms and its loss are float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**WIDTHS | shape | options)).double()
+
+
+def bert(**options: Any) -> Any:
+    """transformers' BERT of two blocks with random weights and three classes, in float64."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(**WIDTHS | {"vocab_size": VOCABULARY, "num_labels": 3} | options)
+    ).double()
+
+
+def stored(layer: LoraLayer, adapter: str = "default") -> list[nn.Parameter]:
+    """A and B of an adapter, in the shapes of the adapter file."""
+    return [parameter for name, parameter in layer.adapter_parameters() if name == adapter]
+
+
+class Snapshot:
+    """All that an operation could change of a model. Two snapshots are equal where nothing has changed.
+
+    Modules and parameters are compared by identity, numbers by their bytes, flags and other attributes by value.
+
+    >>> model, layer = adapt(nn.Linear(2, 2))
+    >>> before = Snapshot(model)
+    >>> Snapshot(model) == before
+    True
+    >>> layer.scaling["default"] = 2.0
+    >>> Snapshot(model) == before
+    False
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        self.alive = (*tensors.values(), *(t.grad for t in tensors.values()))  # so that no identity is used again
+        seen: dict[int, str] = {}
+        self.tensors = {name: (tensor_of(t), tensor_of(t.grad), t.requires_grad) for name, t in tensors.items()}
+        self.attributes = {
+            name: {
+                key: plain(value, seen)
+                for key, value in vars(module).items()
+                if key not in ("_parameters", "_buffers", "_modules")
+            }
+            for name, module in self.modules.items()
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Snapshot)
+            and {name: id(m) for name, m in self.modules.items()} == {n: id(m) for n, m in other.modules.items()}
+            and self.tensors == other.tensors
+            and self.attributes == other.attributes
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def tensor_of(tensor: Tensor | None) -> tuple[Any, ...]:
+    """Which tensor it is, where its numbers are, and their bytes."""
+    if tensor is None or tensor.is_meta:
+        return (id(tensor),)
+    numbers = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return id(tensor), tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), numbers
+
+
+def plain(value: Any, seen: dict[int, str]) -> Any:
+    """A value that does not change when the attribute does: containers are copied, objects replaced by attributes."""
+    if isinstance(value, Tensor):
+        return tensor_of(value)
+    if isinstance(value, nn.Module) or callable(value):
+        return id(value)
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)  # NaN is NaN
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = f"number {len(seen)}"
+    if isinstance(value, dict):
+        return [(plain(k, seen), plain(v, seen)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [plain(v, seen) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if not hasattr(value, "__dict__"):
+        return id(value)
+    return [type(value).__name__, *((key, plain(v, seen)) for key, v in vars(value).items())]
+
+
+def factors(seed: int, batch: tuple[int, ...], n_out: int, n_in: int, r: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal A (*batch, r, in) and B (*batch, out, r) in float64."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((*batch, r, n_in)), rng.standard_normal((*batch, n_out, r))
+
+
+def decomposing(n_out: int, n_in: int, r: int) -> int:
+    """Roundings of `svd_of_product`: QR of B and of A, and SVD of what is between.
+
+    A decomposition of m by n numbers has 8 m n (Higham, Accuracy and Stability, 19.4, with 8 for his constant c).
+    """
+    return 8 * (n_out * r + n_in * r + min(n_out, r) * min(n_in, r)) + r

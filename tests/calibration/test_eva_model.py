@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
+from models import VOCABULARY, Snapshot, gpt2
 from torch import nn
 
 import lora_ref
@@ -91,25 +91,6 @@ def factors(model):
 
 def ranks(model):
     return {name: layer.r["default"] for name, layer in model.layers().items()}
-
-
-def snapshot(model):
-    """All that a failed call must not change, and the objects too."""
-    state = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
-    modules = [(name, id(m), m.training, dict(m._forward_pre_hooks)) for name, m in model.named_modules()]
-    wrappers = [(x.active_adapters[:], x.disable_adapters, dict(getattr(x, "r", {}))) for x in model.wrappers()]
-    return state, modules, wrappers, {n: c.to_dict() for n, c in model.peft_config.items()}, model.active_adapters
-
-
-def assert_unchanged(model, before):
-    state, *rest = before
-    now, *rest_now = snapshot(model)
-    assert rest_now == rest
-    assert now.keys() == state.keys()
-    for name, (p, value, trains) in state.items():
-        assert now[name][0] is p
-        assert torch.equal(p, value)
-        assert p.requires_grad is trains
 
 
 # -- what is learnt ----------------------------------------------------------------------------
@@ -518,20 +499,20 @@ def test_a_failure_leaves_the_model_as_it_was(where, error, monkeypatch):
             original(self, *args, **kwargs)
 
         monkeypatch.setattr(lora_ref.LoraLayer, "add_adapter", add_adapter)
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(error), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_lora_eva_weights(model, loader(), forward_fn=forward, **QUIET)
-    assert_unchanged(model, before)
+    assert Snapshot(model) == before
 
 
 def test_what_is_refused():
     def refused(message, settings, data=None, error=ValueError, **options):
         model = get_peft_model(block(), settings)
-        before = snapshot(model)
+        before = Snapshot(model)
         with pytest.raises(error, match=message):
             initialize_lora_eva_weights(model, tokens() if data is None else data, **QUIET | options)
-        assert_unchanged(model, before)
+        assert Snapshot(model) == before
 
     refused("init_lora_weights=True: must be 'eva'", LoraConfig(target_modules=["q"]))
     refused(r"q: round\(r \* rho\) = round\(7 \* 2\) = 14 components are more than its 12", config(r=7))
@@ -595,17 +576,16 @@ def test_the_global_generator_is_not_used():
 # -- against PEFT ------------------------------------------------------------------------------
 
 
-def gpt2():
+def seeded_gpt2():
     torch.manual_seed(0)
-    settings = transformers.GPT2Config(vocab_size=60, n_positions=32, n_embd=16, n_layer=2, n_head=2, use_cache=False)
-    return transformers.GPT2LMHeadModel(settings).double()
+    return gpt2(use_cache=False)
 
 
 def sentences(n=8):
     g = torch.Generator().manual_seed(1)
     data = []
     for _ in range(n):
-        ids = torch.randint(0, 60, (16, 12), generator=g)
+        ids = torch.randint(0, VOCABULARY, (16, 12), generator=g)
         mask = (torch.arange(12) < torch.randint(6, 13, (16, 1), generator=g)).long()
         data.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
     return data
@@ -614,9 +594,9 @@ def sentences(n=8):
 def test_agrees_with_peft_on_a_gpt2_of_conv1d_layers():
     options = {"r": 3, "target_modules": ["c_attn", "c_fc"], "init_lora_weights": "eva"}
     data = sentences()
-    theirs = peft.get_peft_model(gpt2(), peft.LoraConfig(eva_config=peft.EvaConfig(rho=1.0, tau=0.9), **options))
+    theirs = peft.get_peft_model(seeded_gpt2(), peft.LoraConfig(eva_config=peft.EvaConfig(rho=1.0, tau=0.9), **options))
     peft.initialize_lora_eva_weights(theirs, data, show_progress_bar=False)
-    ours = get_peft_model(gpt2(), LoraConfig(eva_config=EvaConfig(rho=1.0, tau=0.9), **options))
+    ours = get_peft_model(seeded_gpt2(), LoraConfig(eva_config=EvaConfig(rho=1.0, tau=0.9), **options))
     before = outputs(ours, data[:1])[0].logits
     initialize_lora_eva_weights(ours, data, **QUIET)
     assert torch.equal(outputs(ours, data[:1])[0].logits, before)
@@ -670,3 +650,10 @@ def test_names_are_those_of_the_base_model():
     targets = model.peft_config["default"].target_modules
     assert set(targets) <= set(kinds)
     assert set(targets) == set(ranks(model))
+
+
+def test_whitening_what_does_not_vary_is_refused_by_the_layer_s_name():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(["0"], rho=1.0, whiten=True))
+    batches = [torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0], [4.0, 0, 0, 0]])] * 2  # along one direction alone
+    with pytest.raises(ValueError, match=r"^0: EvaConfig\(whiten=True\): the inputs vary in fewer than r=2"):
+        initialize_lora_eva_weights(model, batches, forward_fn=lambda m, x: m(x), show_progress_bar=False)

@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_ref import CordaConfig, LoftQConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, init
@@ -608,10 +608,9 @@ def test_a_folder_does_not_know_of_set_scale_or_of_other_adapters(value: str, tm
     agree(theirs(X), wanted[1])
 
 
-def llama(tied: bool) -> nn.Module:
+def seeded_llama(tied: bool) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)).double().eval()
+    return llama(num_hidden_layers=1, tie_word_embeddings=tied).eval()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -624,31 +623,31 @@ def test_the_head_of_a_language_model_is_saved_with_its_weight(
     tokens = torch.tensor([[1, 2, 3, 4]])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*its weight is tied")
-        model = get_peft_model(llama(tied), config(value, target_modules=["lm_head", "q_proj"]))
+        model = get_peft_model(seeded_llama(tied), config(value, target_modules=["lm_head", "q_proj"]))
         train(model)
-        wanted, original = model(tokens).logits, llama(tied)(tokens).logits
+        wanted, original = model(tokens).logits, seeded_llama(tied)(tokens).logits
         model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
-        loaded = PeftModel.from_pretrained(llama(tied), tmp_path)
+        loaded = PeftModel.from_pretrained(seeded_llama(tied), tmp_path)
     agree(loaded(tokens).logits, wanted)
     with loaded.disable_adapter():
         agree(loaded(tokens).logits, original)
     if value != "loftq" or not tied:  # there PEFT gives LoftQ's weight to the input embedding, too
-        theirs = peft.PeftModel.from_pretrained(llama(tied), tmp_path)
+        theirs = peft.PeftModel.from_pretrained(seeded_llama(tied), tmp_path)
         agree(theirs(tokens).logits, wanted)
 
 
 @pytest.mark.parametrize("value", ["pissa", "olora"])
 def test_the_head_unconverted_is_what_peft_writes(value: str, tmp_path: Path) -> None:
-    model = get_peft_model(llama(False).float(), config(value, target_modules=["lm_head"]))
+    model = get_peft_model(seeded_llama(False).float(), config(value, target_modules=["lm_head"]))
     train(model)
     model.save_pretrained(tmp_path, convert=False)
     tokens = torch.tensor([[1, 2, 3, 4]])
-    theirs = peft.PeftModel.from_pretrained(llama(False).float(), tmp_path)  # which decomposes no float64
+    theirs = peft.PeftModel.from_pretrained(seeded_llama(False).float(), tmp_path)  # which decomposes no float64
     agree(theirs.double()(tokens).logits, model.double()(tokens).logits)
     with pytest.raises(
         ValueError, match=r"lm_head.*is a base weight that the initialisation of an adapter has changed"
     ):
-        PeftModel.from_pretrained(llama(False), tmp_path)
+        PeftModel.from_pretrained(seeded_llama(False), tmp_path)
 
 
 # -- what else is done with models -------------------------------------------------------------

@@ -871,3 +871,13 @@ def test_what_is_assumed_where_nothing_is_said(tmp_path: Any) -> None:
 def test_a_model_that_is_being_made_has_no_attributes() -> None:
     """As when it is unpickled: to ask the base model, which is not there yet, would not end."""
     assert not hasattr(PeftModel.__new__(PeftModel), "base_model")
+
+
+def test_copies_of_an_adapted_model_do_not_ask_for_what_is_not_there_yet() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    x = torch.ones(1, 4)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    bare = type(model.base_model).__new__(type(model.base_model))
+    nn.Module.__init__(bare)
+    with pytest.raises(AttributeError, match="model"):
+        bare.model  # noqa: B018

@@ -76,6 +76,10 @@ def small(value: float = 1.0) -> PeftModel:
     return model
 
 
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -392,3 +396,11 @@ def test_a_module_that_is_held_twice_hides_none_of_those_after_it(tmp_path: Path
     model.save_pretrained(tmp_path)
     again, x = load(nn.Sequential(shared, shared, net[2].base_layer), tmp_path), torch.ones(1, 4)
     assert torch.equal(again(x), model(x))
+
+
+def test_a_tensor_that_is_not_expected_is_refused_where_biases_are_saved_too(tmp_path: Path) -> None:
+    path = tmp_path / WEIGHTS
+    get_peft_model(two_layers(), LoraConfig(r=2, target_modules=["0"], bias="all")).save_pretrained(tmp_path)
+    safetensors.torch.save_file({**safetensors.torch.load_file(path), "base_model.model.9.bias": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"9\.bias: is not expected"):
+        PeftModel.from_pretrained(two_layers(), tmp_path)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from models import Snapshot
 from torch import nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -75,25 +76,6 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_adapter() -> PeftModel:
     return get_peft_model(net(), LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False), "a")
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """All that a failed load might have changed; compared by `same`."""
-    state: list[Any] = [(name, id(m), type(m), m.training) for name, m in model.named_modules()]
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        state.append((name, id(tensor), tensor.requires_grad, tensor.data_ptr(), tensor.detach().clone()))
-    state.append(sorted((name, str(type(p))) for m in model.modules() for name, p in vars(m).items()))
-    if isinstance(model, PeftModel):
-        state.append((list(model.active_adapters), {k: repr(v) for k, v in model.peft_config.items()}))
-    return [*state, torch.get_rng_state()]
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 # -- the cases -----------------------------------------------------------------------------------
@@ -429,16 +411,17 @@ def test_a_damaged_folder_is_refused_and_nothing_changes(
         (lambda m: PeftModel.from_pretrained(m, folder), net()),
         (lambda m: m.load_adapter(folder, "b"), with_adapter()),
     ):
-        before, memory, started = snapshot(model), peak_memory(), time.perf_counter()
+        before, drawn = Snapshot(model), torch.get_rng_state()
+        memory, started = peak_memory(), time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises((ValueError, OSError)) as caught:
                 load(model)
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 5
         assert peak_memory() - memory < 600e6
         message = str(caught.value)
         assert 20 < len(message) < 20_000 and " " in message and caught.type is not UnicodeDecodeError
-        assert same(before, snapshot(model))
+        assert Snapshot(model) == before and torch.equal(torch.get_rng_state(), drawn)
 
 
 def peak_memory() -> float:
@@ -458,10 +441,10 @@ def test_the_undamaged_folder_loads_on_both(valid: Path) -> None:
 @pytest.mark.parametrize("adapter", ["../b", "a/b", "a.b", "", ".", "..", "/tmp/x", "a\\b", "a\x00b", "__base__", "training", "keys", "a\nb", 5])  # fmt: skip
 def test_an_adapter_name_that_is_a_path_or_a_method_is_refused(adapter: Any, valid: Path) -> None:
     model = with_adapter()
-    before = snapshot(model)
+    before = Snapshot(model)
     with pytest.raises(ValueError, match="adapter name"):
         model.load_adapter(valid, adapter)
-    assert same(before, snapshot(model))
+    assert Snapshot(model) == before
 
 
 @pytest.mark.parametrize("pattern", ["(a|aa)+Z", "(?:a{1,9}){1,99}(a|aa)+Z"])
@@ -469,10 +452,10 @@ def test_slow_patterns_end_within_seconds_at_the_real_limit(pattern: str, valid:
     folder = tmp_path / "adapter"
     shutil.copytree(valid, folder)
     on_config(target_modules=pattern)(folder)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="too slow"):
         PeftModel.from_pretrained(net(), folder)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 # -- random damage: exactly what the bytes say, or nothing ---------------------------------------
@@ -521,13 +504,13 @@ def test_random_damage_loads_exactly_or_not_at_all(
     shutil.copytree(valid, folder, dirs_exist_ok=True)
     (folder / file).write_bytes(mutate((valid / file).read_bytes(), changes))
     model = net()
-    before = snapshot(model)
+    before = Snapshot(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             loaded = PeftModel.from_pretrained(model, folder)
         except (ValueError, OSError):
-            assert same(before, snapshot(model))
+            assert Snapshot(model) == before
         else:
             tensors = get_peft_model_state_dict(loaded)
             want = read(folder)

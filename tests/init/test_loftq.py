@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lora_ref.core.update import Factors
 from lora_ref.init.loftq import loftq
 from lora_ref.numerics.quantization import codebook, dequantize, quantize
 from spec_tests import close
@@ -211,3 +212,9 @@ def test_what_cannot_be_done_is_refused(options, said):
 def test_a_weight_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         loftq(np.array([[1.0, np.nan], [0.0, 1.0]]), 1)
+
+
+def test_only_a_quantised_start_says_that_it_is_not_exact() -> None:
+    W = np.random.default_rng(0).standard_normal((4, 4))
+    assert Factors(W, W).exact
+    assert not loftq(W, 1, 1.0, bits=4).exact

@@ -14,7 +14,7 @@ from lora_ref import numerics
 from lora_ref.init.mica import mica
 from lora_ref.init.olora import olora
 from lora_ref.init.pissa import pissa
-from spec_tests import close
+from spec_tests import agree, close
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SHAPES = [(1, 1), (1, 7), (7, 1), (6, 6), (20, 12), (12, 20), (300, 256)]
@@ -310,3 +310,10 @@ def test_olora_of_dependent_leading_columns(columns):
         A, B = float64(*made[:2])
         assert np.abs(B.T @ B - np.eye(4)).max() <= 64 * u
         assert (np.tril(A[:, :4], -1) == 0).all()
+
+
+def test_pissa_has_a_scaling_of_one_by_default() -> None:
+    W = np.diag([4.0, 1.0])
+    A, B, residual, _ = pissa(W, 1)
+    agree(B @ A, np.diag([4.0, 0.0]))
+    agree(residual, np.diag([0.0, 1.0]))

@@ -32,7 +32,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import parameters_of
+from models import stored
 from torch import Tensor, nn
 
 from lora_ref import LoftQConfig, LoraConfig, PeftModel, get_peft_model, numerics
@@ -413,7 +413,7 @@ def test_a_step_is_the_formula_and_overflows_only_where_that_does(case: Any, dat
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused, "applies", applies)
             y = model(x)
-            grads = torch.autograd.grad(y, [x, *parameters_of(model.layers()["0"], "default")], g)
+            grads = torch.autograd.grad(y, [x, *stored(model.layers()["0"], "default")], g)
         got.append([y.detach(), *grads])
     w, b, a, B, X, G = exact(W, model.layers()["0"].base_layer.bias, A, B, x, g)
     S, r, n = Long(abs(s)), A.shape[0], max(W.shape)

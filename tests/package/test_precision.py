@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Conv1D, parameters_of
+from models import Conv1D, gpt2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +73,7 @@ def test_the_dtype_of_a_and_b(dtype: torch.dtype, autocast: bool) -> None:
     """T1: the base's; float32 for half precisions, unless told not to; rounded to the base's dtype at the start."""
     model = adapted(dtype, autocast)
     want = torch.float32 if autocast and dtype.itemsize < 4 else dtype
-    factors = [p for layer in model.layers().values() for p in parameters_of(layer, "default")]
+    factors = [p for layer in model.layers().values() for p in layer.adapter_parameters("default")]
     assert len(factors) == 8
     for p in factors:
         assert p.dtype == want
@@ -173,7 +173,7 @@ def test_autocast(merged: bool) -> None:
         half.float().square().sum().backward()
         for layer in model.layers().values():
             assert layer.base_weight.grad is None
-            for p in parameters_of(layer, "default"):
+            for p in layer.adapter_parameters("default"):
                 assert p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any()
 
 
@@ -255,7 +255,7 @@ def test_a_model_that_moves_while_merged(dtype: torch.dtype, disabled: bool) -> 
 def test_a_merge_that_is_not_finite_changes_nothing(value: float, where: str) -> None:
     model = adapted()
     before = bits(model)
-    factor = parameters_of(model.layers()[where], "default")[0]
+    factor = next(model.layers()[where].adapter_parameters("default"))
     with torch.no_grad():
         factor.view(-1)[0] = value
     for merge in (model.merge_adapter, lambda: copy.deepcopy(model).merge_and_unload()):
@@ -367,14 +367,6 @@ def test_checkpointing_of_a_plain_model(use_reentrant: bool) -> None:
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
-def tiny_gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=13, n_positions=8)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    return transformers.GPT2LMHeadModel(config).double()
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False])
 def test_checkpointing_of_gpt2(use_reentrant: bool, before: bool) -> None:
@@ -382,7 +374,9 @@ def test_checkpointing_of_gpt2(use_reentrant: bool, before: bool) -> None:
 
     ... as long as transformers' own enable_input_require_grads is called when it is switched on afterwards.
     """
-    net: Any = tiny_gpt2()
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     if before:
         net.gradient_checkpointing_enable(**options)
@@ -443,7 +437,7 @@ def test_a_copy_is_another_model_in_the_same_state(state: str, how: Callable[[An
     copied.unmerge_adapter()
     assert_same_bits(bits(copied), before)
     with torch.no_grad():
-        parameters_of(copied.layers()["lin"], "default")[0].zero_()
+        next(copied.layers()["lin"].adapter_parameters("default")).zero_()
     copied.set_adapter([])
     assert model.active_adapters == ["default"] and model.get_base_model() is base
     model.enable_adapter_layers()

@@ -23,7 +23,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models import Conv1D, Experts, parameters_of
+from models import Conv1D, Experts, stored
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
@@ -322,7 +322,7 @@ class AdaptedModel(RuleBasedStateMachine):
     def read(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """{layer: A and B of an adapter}."""
         return {
-            n: tuple(p.detach().numpy().copy() for p in parameters_of(layer, name))  # type: ignore[misc]
+            n: tuple(p.detach().numpy().copy() for p in stored(layer, name))  # type: ignore[misc]
             for n, layer in self.places(name).items()
         }
 
@@ -426,7 +426,7 @@ class AdaptedModel(RuleBasedStateMachine):
         if name in self.ref.merged or self.ref.disabled:
             return
         layer = data.draw(st.sampled_from(list(self.places(name).values())))
-        factors = list(parameters_of(layer, name))
+        factors = list(stored(layer, name))
         kept = [f.detach().clone() for f in factors]
         with torch.no_grad():
             for f in factors:
@@ -742,7 +742,7 @@ class AdaptedModel(RuleBasedStateMachine):
         ref, trains = self.ref, set()
         if ref.trainable:
             for name in ref.active:
-                trains |= {id(p) for w in self.model.wrappers() for p in parameters_of(w, name)}
+                trains |= {id(p) for w in self.model.wrappers() for p in stored(w, name)}
                 trains |= {id(self.base_parameters()[b]) for b in ref.adapters[name].biases}
         for n, p in self.model.named_parameters():
             assert p.requires_grad is (id(p) in trains), n

@@ -12,10 +12,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import UpAndDown, randomise
+from models import UpAndDown, bert, llama, randomise
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -60,18 +59,6 @@ class Zoo(nn.Module):
         return self.head(self.norm(x)) + sum(maps) / 10
 
 
-def llama(tied: bool = False) -> nn.Module:
-    shape = {"hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=9, num_hidden_layers=2, **shape)
-    config.tie_word_embeddings = tied
-    return LlamaForCausalLM(config)
-
-
-def bert() -> nn.Module:
-    shape = {"hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=9, num_labels=3, **shape))
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (Zoo, {"target_modules": ["up", "head"]}),
     "transposed storage": (Zoo, {"target_modules": ["down"]}),
@@ -105,7 +92,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama head": (llama, {"task_type": "CAUSAL_LM", "target_modules": ["lm_head"]}),
     "llama full name": (llama, {"target_modules": ["model.embed_tokens"]}),
     "llama regex": (llama, {"target_modules": r"model\.embed_tokens|.*q_proj"}),
-    "llama tied": (lambda: llama(tied=True), {"target_modules": ["embed_tokens"]}),
+    "llama tied": (lambda: llama(tie_word_embeddings=True), {"target_modules": ["embed_tokens"]}),
     "llama saved head": (llama, {"target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens"]}),
     "bert": (bert, {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "bias": "lora_only"}),
 }

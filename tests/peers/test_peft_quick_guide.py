@@ -11,15 +11,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from models import VOCABULARY, bert, gpt2, llama
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -30,9 +25,6 @@ import lora_ref
 from spec_tests import agree, distance
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # fan_in_fan_out, generation without a pad token
-
-VOCABULARY = 32
-WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -45,21 +37,6 @@ def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for cls in (LlamaRMSNorm, T5LayerNorm):
         monkeypatch.setattr(cls, "forward", norm)
-
-
-def gpt2() -> GPT2LMHeadModel:
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    shape = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 24}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **shape, **ends)).double()
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, pad_token_id=0, **WIDTHS)
-    return LlamaForCausalLM(config).double()
-
-
-def bert() -> BertForSequenceClassification:
-    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=3, **WIDTHS)).double()
 
 
 def t5() -> T5ForConditionalGeneration:

@@ -20,6 +20,7 @@ from torch import nn
 
 import lora_ref
 from lora_ref import LoraConfig, PeftModel, get_peft_model
+from lora_ref.safe.atomic import transaction
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +210,64 @@ def test_ctrl_c_at_any_line_changes_nothing_or_comes_after_all_is_done(name: str
         assert stopped or now == done
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert interrupts
+
+
+# -- transactions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_transaction_that_fails_leaves_the_tree_as_it_was(error):
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net.notes = {"a": [1]}
+    handle = net[0].register_forward_hook(lambda *args: None)
+    hooks, weight, data = net[0]._forward_hooks, net[0].weight, net[0].weight.data
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(error), transaction(net):
+        net.notes["b"] = 2
+        net[0].weight.requires_grad_(False)
+        net[0].weight.data = torch.zeros(2, 2)
+        net[1].running_mean = torch.ones(2)
+        net.register_buffer("extra", torch.ones(1))
+        net[0]._forward_hooks.clear()
+        net[1] = nn.Identity()
+        raise error
+    assert isinstance(net[1], nn.BatchNorm1d)
+    assert net.notes == {"a": [1]}
+    assert net[0].weight is weight
+    assert weight.requires_grad
+    assert weight.data_ptr() == data.data_ptr()
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net[0]._forward_hooks is hooks
+    handle.remove()
+    assert not hooks  # the handle still reaches the dict
+
+
+def test_a_transaction_of_a_few_modules_gives_back_the_flags_of_parameters_in_others():
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(KeyboardInterrupt), transaction(net, modules=lambda: [net], flags=[other.weight]):
+        net.left = other.weight.requires_grad_(False)
+        raise KeyboardInterrupt
+    assert other.weight.requires_grad and not hasattr(net, "left")
+
+
+def test_a_transaction_that_succeeds_keeps_its_changes():
+    net = nn.Sequential(nn.Linear(2, 2))
+    with transaction(net):
+        net[0] = nn.ReLU()
+    assert isinstance(net[0], nn.ReLU)
+
+
+def test_an_inner_transaction_leaves_undoing_to_the_outer_one():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(ValueError, match="late"), transaction(net):
+        with transaction(net[0]):
+            net[0].weight.requires_grad_(False)
+        net[1] = nn.Identity()
+        raise ValueError("late")
+    assert net[0].weight.requires_grad
+    assert isinstance(net[1], nn.ReLU)
+    with pytest.raises(ValueError, match="inside"), transaction(net[0]), transaction(net):
+        net[1] = nn.Identity()  # not covered by the outer one
+        raise ValueError("inside")
+    assert isinstance(net[1], nn.ReLU)

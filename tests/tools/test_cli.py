@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch import nn
 
+from lora_ref import LoraConfig, get_peft_model
 from lora_ref.tools import cli
 
 
@@ -82,7 +87,7 @@ def test_interrupt_is_130(monkeypatch, capsys):
 
 def test_a_closed_pipe_is_quiet():
     code = (
-        "import sys; from lora_ref import cli\n"
+        "import sys; from lora_ref.tools import cli\n"
         "cli.run_inspect = lambda options: print('line\\n' * 100_000)\n"
         "sys.exit(cli.main(['inspect', 'anywhere']))"
     )
@@ -131,3 +136,23 @@ def test_a_file_in_the_way_is_an_error(capsys, tmp_path):
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
     assert one_sentence(capsys.readouterr().err)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_every_seed_below_two_to_the_32_is_taken() -> None:
+    assert cli.seed("4294967295") == 2**32 - 1
+    for text in ("4294967296", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="below 2\\*\\*32"):
+            cli.seed(text)
+
+
+def test_the_demo_has_peft_s_alpha_by_default() -> None:
+    assert cli.parser().parse_args(["demo"]).lora_alpha == LoraConfig(target_modules=["a"]).lora_alpha
+
+
+def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    net = nn.Sequential(nn.Linear(4, 4))
+    get_peft_model(net, LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert b"?" in written.getvalue()

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ref.tools import cli
-from lora_ref.tools.inspect import contents
-from lora_ref.tools.spectrum import bar, block_diagonal, singular_values
+from lora_ref.tools.inspect import contents, run
 from spec_tests import agree
 
 
@@ -205,16 +204,9 @@ def test_names_cannot_steer_the_terminal(tmp_path, capsys):
     assert "[bold]q" in printed.out and "[bold]extra" in printed.out
 
 
-@pytest.mark.parametrize(("out", "r", "n"), [(20, 4, 12), (3, 4, 12), (20, 6, 5), (2, 9, 3), (1, 1, 1)])
-def test_singular_values_for_any_shape(out, r, n):
-    rng = np.random.default_rng(0)
-    A, B = rng.normal(size=(r, n)), rng.normal(size=(out, r))
-    got = singular_values(A, B, -0.5)
-    assert got.shape == (min(out, r, n),)
-    same_spectrum(got.tolist(), explicit(torch.tensor(A), torch.tensor(B), -0.5))
-
-
-def test_bars_and_blocks():
-    assert bar([1.0] * 100) == "█" * 16
-    assert bar([]) == ""
-    assert np.array_equal(block_diagonal(np.ones((4, 2)), 1), np.ones((4, 2)))
+def test_inspect_prints_a_table_unless_asked_for_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(write(tmp_path, r=2, target_modules=["q_proj"]))
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(capsys.readouterr().out)
+    run(tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["config"]["r"] == 2

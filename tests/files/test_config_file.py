@@ -1,0 +1,36 @@
+"""adapter_config.json: what is written is what is read."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from configs import configs
+from hypothesis import given
+from torch import nn
+
+from lora_ref import LoraConfig, PeftModel, get_peft_model
+from lora_ref.files import config_file
+
+
+@given(config=configs)
+def test_json_gives_an_equal_config_back(config: LoraConfig) -> None:
+    text = config_file.dumps(config)
+    assert config_file.from_dict(json.loads(text)) == config
+    assert text == config_file.dumps(config_file.from_dict(json.loads(text)))
+    assert json.loads(text)["peft_type"] == "LORA" and list(json.loads(text)) == sorted(json.loads(text))
+
+
+def test_a_configuration_is_made_from_what_to_dict_says(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q"], rank_pattern={"q": 2})
+    assert LoraConfig(**config.to_dict()) == config == dataclasses.replace(config)
+    config.save_pretrained(tmp_path / "new")
+    assert LoraConfig.from_pretrained(tmp_path / "new") == config
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_configuration_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    monkeypatch.setattr("lora_ref.files.config_file.MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="larger than 100 bytes"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
