@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 BUNDLED = {
     "lora_ref": "spec_tests.adapters.lora_ref_torch:LoraRefTorch",
     "lora_ref_numpy": "spec_tests.adapters.lora_ref_numpy:LoraRefNumpy",
+    "plain": "spec_tests.reference.plain:Plain",
     "peft": "spec_tests.adapters.peft_:Peft",
     "loralib": "spec_tests.adapters.loralib_:Loralib",
     "minlora": "spec_tests.adapters.parametrized:Parametrized",
