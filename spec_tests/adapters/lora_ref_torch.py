@@ -8,8 +8,17 @@ from torch import nn
 
 import lora_ref
 
-from ..contract import CLAIMS, LayerSpec
-from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
+from ..contract import CLAIMS, LayerSpec, LayerState
+from .peft_style import PeftStyle, PeftStyleModel, configuration, to_numpy, to_torch
+
+
+class LoraRefModel(PeftStyleModel):
+    def read(self, module: str, adapter: str = "default") -> LayerState:
+        """W is the weight beside s B A while the adapter is active: W - D0 where its init subtracts D0 (PiSSA)."""
+        state, layer = super().read(module, adapter), self.module(module)
+        if layer.disable_adapters or layer.merged_adapters or not hasattr(layer, "residual"):
+            return state  # without `residual`, the weight of the layer is W - D0 itself
+        return state._replace(W=to_numpy(layer.residual(adapter)).reshape(state.W.shape))
 
 
 class LoraRefTorch(PeftStyle):
@@ -17,6 +26,7 @@ class LoraRefTorch(PeftStyle):
 
     name = "lora_ref"
     library = lora_ref
+    model_class = LoraRefModel
     claims = frozenset(CLAIMS)
 
     def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
