@@ -29,7 +29,9 @@ PROFILES = {"quick": 10, "default": 40, "deep": 400}  # examples of each require
 HERE = Path(__file__).parent
 BUNDLED = {
     "lora_ref": "spec_tests.adapters.lora_ref_torch:LoraRefTorch",
+    "lora_ref_core": "spec_tests.adapters.lora_ref_core:LoraRefCore",
     "lora_ref_numpy": "spec_tests.adapters.lora_ref_numpy:LoraRefNumpy",
+    "plain": "spec_tests.reference.plain:Plain",
     "peft": "spec_tests.adapters.peft_:Peft",
     "loralib": "spec_tests.adapters.loralib_:Loralib",
     "minlora": "spec_tests.adapters.parametrized:Parametrized",

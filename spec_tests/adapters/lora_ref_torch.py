@@ -8,16 +8,17 @@ from torch import nn
 
 import lora_ref
 
-from ..contract import CLAIMS, Array, LayerSpec
+from ..contract import CLAIMS, LayerSpec, LayerState
 from .peft_style import PeftStyle, PeftStyleModel, configuration, to_numpy, to_torch
 
 
 class LoraRefModel(PeftStyleModel):
-    """Starts that take D0 out of the weight leave the weight alone: the layer subtracts D0 x."""
-
-    def frozen_weight(self, module: str, layer: Any, adapter: str) -> Array:
-        starts = layer.part("lora_initial", adapter) is not None and not layer.merged
-        return to_numpy(layer.residual(adapter)) if starts else super().frozen_weight(module, layer, adapter)
+    def read(self, module: str, adapter: str = "default") -> LayerState:
+        """W is the weight beside s B A while the adapter is active: W - D0 where its init subtracts D0 (PiSSA)."""
+        state, layer = super().read(module, adapter), self.module(module)
+        if layer.disable_adapters or layer.merged_adapters:
+            return state
+        return state._replace(W=to_numpy(layer.residual(adapter)).reshape(state.W.shape))
 
 
 class LoraRefTorch(PeftStyle):

@@ -169,16 +169,28 @@ class PeftStyleModel(Model):
         self.kinds = {name: module.kind for name, module in spec.modules.items()}
         self.net = net or Chain({n: base_module(m.kind, m.W, m.b, spec.dtype) for n, m in spec.modules.items()})
         torch.manual_seed(spec.seed)
+        self.peft = self.adapted_net(folder)
+
+    def adapted_net(self, folder: Path | None) -> Any:
+        """The network with the adapter "default", of the configuration or of a folder."""
         if folder is None:
-            self.peft = library.get_peft_model(self.net, self.config(spec.config))
-        else:
-            self.peft = library.PeftModel.from_pretrained(self.net, folder)
+            return self.library.get_peft_model(self.net, self.config(self.spec.config))
+        return self.library.PeftModel.from_pretrained(self.net, folder)
+
+    @property
+    def lora_model(self) -> Any:
+        """PEFT's LoraModel: its `model` is the network."""
+        return self.peft.base_model
+
+    def output(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """The output for a batch with one adapter for each sample."""
+        return self.peft(x, adapter_names=adapter_names)
 
     def config(self, options: Mapping[str, Any]) -> Any:
         return configuration(self.library, options)
 
     def module(self, name: str) -> nn.Module:
-        return self.peft.base_model.model.get_submodule(name)
+        return self.lora_model.model.get_submodule(name)
 
     def adapted(self, adapter: str = "default") -> dict[str, tuple[int, float]]:
         found = {}
@@ -194,16 +206,12 @@ class PeftStyleModel(Model):
             return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
-    def frozen_weight(self, module: str, layer: nn.Module, adapter: str) -> Array:
-        """The weight that the factors are added to."""
-        return logical(self.kinds[module], bare(layer).weight)
-
     def read(self, module: str, adapter: str = "default") -> LayerState:
         layer = self.module(module)
         base = bare(layer)
         A, B = map(to_numpy, self.factors(layer, adapter))
         b = getattr(base, "bias", None)
-        W = self.frozen_weight(module, layer, adapter)
+        W = logical(self.kinds[module], base.weight)
         return LayerState(W, None if b is None else to_numpy(b), A, B, float(layer.scaling[adapter]))
 
     def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:
@@ -217,7 +225,7 @@ class PeftStyleModel(Model):
         torch.manual_seed(seed)
         given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype)
         with torch.no_grad():
-            y = self.peft(given) if adapter_names is None else self.peft(given, adapter_names=list(adapter_names))
+            y = self.peft(given) if adapter_names is None else self.output(given, list(adapter_names))
         self.peft.eval()
         return to_numpy(y)
 
@@ -252,7 +260,7 @@ class PeftStyleModel(Model):
             target.bias.data = to_torch(b, self.spec.dtype)
 
     def base(self) -> dict[str, tuple[Array, Array | None]]:
-        return self.plain(self.peft.base_model.model)
+        return self.plain(self.lora_model.model)
 
     def plain(self, net: nn.Module) -> dict[str, tuple[Array, Array | None]]:
         found = {}
@@ -280,7 +288,7 @@ class PeftStyleModel(Model):
         if len(adapters) == 1:
             self.peft.set_adapter(adapters[0])
         else:
-            self.peft.base_model.set_adapter(list(adapters))
+            self.lora_model.set_adapter(list(adapters))
 
     def active(self) -> list[str]:
         return list(self.peft.active_adapters)

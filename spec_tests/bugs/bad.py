@@ -10,8 +10,8 @@ import numpy as np
 
 from ..contract import CLAIMS, Array, Implementation, Layer, LayerSpec, LayerState, Model, ModelSpec
 from ..engine import OUTCOMES, examine
+from ..reference.plain import Plain, PlainLayer
 from ..registry import load
-from .plain import Plain, PlainLayer
 
 # -- refused before any requirement is tried ---------------------------------------------------
 

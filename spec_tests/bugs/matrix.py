@@ -25,10 +25,10 @@ from typing import Any
 
 from .. import engine, smoke
 from ..contract import Implementation
+from ..reference.plain import Plain
 from ..registry import Requirement, load
 from . import bad, redundant
 from .harmless import VARIANTS
-from .plain import Plain
 from .seeded import ALL, Bug, broken, compiled, source
 
 FILE = Path(__file__).with_name("kill_matrix.json")

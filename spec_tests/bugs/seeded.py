@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..contract import Implementation
+from ..reference import plain
 
-SOURCE = Path(__file__).with_name("plain.py")
+SOURCE = Path(plain.__file__)
 GITHUB = "https://github.com/"
 PEFT = "huggingface/peft/"
 
@@ -49,8 +50,8 @@ def planted(bug: Bug) -> str:
 
 def compiled(name: str, text: Any, **names: Any) -> types.ModuleType:
     """A module of this source (text or syntax tree) in the place of `plain`."""
-    module = types.ModuleType(f"{__package__}.planted_{name}")
-    module.__package__ = __package__
+    module = types.ModuleType(f"{plain.__package__}.planted_{name}")
+    module.__package__ = plain.__package__
     module.__dict__.update(names)
     sys.modules[module.__name__] = module  # dataclasses look there
     exec(compile(text, f"<plain.py, {name}>", "exec"), module.__dict__)

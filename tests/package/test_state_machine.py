@@ -23,7 +23,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models import Conv1D, Experts, stored
+from models import Conv1D, Experts, Snapshot, stored
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
@@ -208,30 +208,6 @@ FAULTS = st.none() | st.builds(
 )
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that an operation could change: objects by identity, numbers by their bytes."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    wrappers = {name: m for name, m in modules.items() if isinstance(m, AdapterModule)}
-    plain = ("active_adapters", "disable_adapters", "adapter_names", "merged_adapters")
-    tables = ("r", "lora_alpha", "scaling", "initial_scaling", "train_B")
-    aside = [p for w in wrappers.values() for p in vars(w).get("set_aside", [])]
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | {f"aside {i}": p for i, p in enumerate(aside)}
-    tensors |= dict(model.named_buffers(remove_duplicate=False))  # the initial updates
-    return {
-        "modules": [(name, id(m), m.training, len(m._forward_pre_hooks)) for name, m in modules.items()],
-        "tensors": {n: (id(p), p.detach().numpy().tobytes(), p.requires_grad) for n, p in tensors.items()},
-        "state": {n: copy.deepcopy([vars(w).get(a) for a in plain + tables]) for n, w in wrappers.items()},
-        "configs": {name: (id(c), copy.deepcopy(vars(c))) for name, c in model.peft_config.items()},
-        "order": list(model.peft_config),
-        "active": list(model.active_adapters),
-        "alive": (modules, tensors),  # so that no identity is given to another object
-    }
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return all(a[key] == b[key] for key in a if key != "alive")
-
-
 # -- the machine ---------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(["default", "a", "ab", "lin", "lora_A", "head", "weight", "w 1"])
@@ -330,7 +306,7 @@ class AdaptedModel(RuleBasedStateMachine):
         self, operation: Callable[[], Any], refused: bool = False, fault: Fault | None = None, error: Any = ValueError
     ) -> bool:
         """Run it. Refused, or hit by a fault: everything must be as before. Else true."""
-        before = snapshot(self.model)
+        before = Snapshot(self.model)
         try:
             if fault is None:
                 operation()
@@ -345,7 +321,7 @@ class AdaptedModel(RuleBasedStateMachine):
         else:
             assert not refused and not (fault and fault.fired)
             return True
-        assert same(before, snapshot(self.model))
+        assert Snapshot(self.model) == before
         return False
 
     def some(self, data: st.DataObject, unique: bool = True) -> list[str]:
@@ -458,7 +434,7 @@ class AdaptedModel(RuleBasedStateMachine):
     def disable_block(
         self, data: st.DataObject, inside: str, unmerge: bool, leave_by: Any, name: str, options: dict[str, Any]
     ) -> None:
-        before, ref = snapshot(self.model), self.ref
+        before, ref = Snapshot(self.model), self.ref
         known = list(ref.adapters)
         some = data.draw(st.sampled_from(known)) if known else None
         changed = False
@@ -502,7 +478,7 @@ class AdaptedModel(RuleBasedStateMachine):
                     raise leave_by("on the way out")
         except (Crash, KeyboardInterrupt):
             assert leave_by
-        assert changed or same(before, snapshot(self.model))
+        assert changed or Snapshot(self.model) == before
 
     @rule(fault=st.builds(Fault, st.just("enable"), st.integers(1, 4), st.booleans(), st.just(KeyboardInterrupt)))
     def disable_block_that_cannot_start(self, fault: Fault) -> None:
@@ -512,9 +488,9 @@ class AdaptedModel(RuleBasedStateMachine):
 
         if fault.call > len(self.model.wrappers()):
             return  # that call would be on the way out
-        before = snapshot(self.model)
+        before = Snapshot(self.model)
         self.attempt(enter, fault=fault)
-        assert same(before, snapshot(self.model))
+        assert Snapshot(self.model) == before
 
     @rule()
     def train(self) -> None:
@@ -544,9 +520,9 @@ class AdaptedModel(RuleBasedStateMachine):
     @rule(data=st.data(), convert=st.booleans())
     def save(self, data: st.DataObject, convert: bool) -> None:
         name = self.one(data)
-        before = snapshot(self.model)
+        before = Snapshot(self.model)
         self.model.save_pretrained(self.folder.name, selected_adapters=[name], convert=convert)
-        assert same(before, snapshot(self.model))
+        assert Snapshot(self.model) == before
         adapter = copy.deepcopy(self.ref.adapters[name])
         for part in adapter.parts.values():
             if part.start and convert:
@@ -657,9 +633,9 @@ class AdaptedModel(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from([copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]))
     def go_on_with_a_copy(self, how: Callable[[Any], Any]) -> None:
-        before = snapshot(self.model)
+        before = Snapshot(self.model)
         copied = how(self.model)
-        assert same(before, snapshot(self.model))
+        assert Snapshot(self.model) == before
         mine = {id(p) for p in self.model.parameters()}
         assert not any(id(p) in mine for p in copied.parameters())
         self.model, self.net = copied, copied.get_base_model()

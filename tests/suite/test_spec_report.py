@@ -215,6 +215,8 @@ def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture
 def test_the_command_passes_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", IMPL, "--only", "SCALE-001", "--profile", "quick"]) == 0
     assert "claims 1 of 1, passes 1 of 1" in capsys.readouterr().out
+    assert main(["check", "plain", "--only", "SCALE-001", "--profile", "quick"]) == 0
+    assert "plain: claims 1 of 1, passes 1 of 1" in capsys.readouterr().out
     assert main(["check", "--list"]) == 0
     shown = capsys.readouterr().out
     assert all(id in shown for id in load())

@@ -7,6 +7,8 @@ the work of `make test-all`. `make test` takes a sample, and sees that the commi
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 
@@ -17,9 +19,9 @@ from hypothesis import HealthCheck, Phase, settings
 import spec_tests.contract
 from spec_tests import smoke
 from spec_tests.bugs import bad, harmless, matrix, redundant, removal, seeded
-from spec_tests.bugs.plain import Plain
-from spec_tests.engine import run
+from spec_tests.engine import find, run
 from spec_tests.generate import DTYPES, MERGEABLE, layers
+from spec_tests.reference.plain import Plain
 from spec_tests.registry import load
 
 COMMITTED = matrix.committed()
@@ -81,10 +83,15 @@ def test_a_requirement_that_does_not_reach_a_bug_is_not_failed_by_it(bug):
 
 
 def test_the_sound_implementation_passes_everything():
-    assert Plain.claims == spec_tests.contract.CLAIMS.keys()
-    assert {(result.id, result.outcome) for result in run("plain", Plain(), profile="quick")} == {
-        (id, "PASS") for id in load()
-    }
+    assert type(find("plain")[1]) is Plain and Plain.claims == spec_tests.contract.CLAIMS.keys()
+    assert [(result.id, result.outcome) for result in run("plain", profile="quick")] == [(id, "PASS") for id in load()]
+
+
+def test_the_sound_implementation_shares_no_code_with_what_the_suite_tests():
+    code = "import sys; from spec_tests import find; find('plain'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = set(done.stdout.split())
+    assert "spec_tests.reference.plain" in names and not names & {"lora_ref", "torch"}
 
 
 @pytest.mark.deep

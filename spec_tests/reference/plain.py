@@ -1,8 +1,29 @@
-"""LoRA in NumPy, whole and small: what the seeded bugs are planted into.
+"""LoRA in NumPy, in one file. It passes every requirement of the suite.
 
-It is written to be read and to be broken, apart from every library that the suite judges. Numbers are held in float64
-and rounded to the dtype where a framework would round them. Weights are held as they would be stored (an embedding's
-and a transposed layer's on their side), factors in their logical orientation.
+    y = W x + b + s B A x        s = lora_alpha / r; with use_rslora, s = lora_alpha / sqrt(r)
+
+W (out, in) and b (out,) belong to a layer and stay frozen. A (r, in) and B (out, r) are the factors of one adapter.
+
+How to read it. Begin with `Site.forward` and `Site.branch`: they are the formula. Then read from the top:
+
+    start         the first A and B, for each value of init_lora_weights
+    Site          one layer of any kind: adapters by name, forward, merge, unmerge, gradients
+    PlainLayer    a Site with one adapter, as `contract.Layer` wants it
+    checked       the options of a configuration, and which values are refused
+    targets       which modules get an adapter, and with which r and lora_alpha
+    PlainModel    several Sites: switch, merge, combine, save and load, as `contract.Model` wants it
+    Plain         the class that `lora-ref check plain` tries
+
+Three conventions hold everywhere:
+
+- Arrays are float64. `rounded` gives the value that the dtype of the layer would store.
+- `Site.W` is stored as a framework stores it: the weight of an embedding and of a transposed layer is (in, out).
+  `Site.side` converts between this and (out, in). A and B are never transposed.
+- No init changes `Site.W`. Where an init subtracts from the weight, as PiSSA does, `Adapter.moved` is what it
+  subtracts. `Site.shifted` subtracts it while the adapter is active.
+
+The file needs NumPy, the normal quantiles of SciPy, and the classes of `contract`. It shares no code with a library
+that the suite tests. `spec_tests.bugs.seeded` replaces single lines of it by faults.
 """
 
 from __future__ import annotations
@@ -29,7 +50,10 @@ NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def rounded(x: Any, dtype: str) -> Array:
-    """x as the dtype has it, to nearest, ties to even."""
+    """x, rounded to the nearest number of the dtype, ties to even.
+
+    NumPy has no bfloat16. A bfloat16 is the upper 16 bits of a float32.
+    """
     if dtype != "bfloat16":
         return np.asarray(x).astype(dtype).astype(np.float64)
     bits = np.asarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
@@ -38,14 +62,38 @@ def rounded(x: Any, dtype: str) -> Array:
 
 
 def turned(W: Array) -> Array:
+    """W^T, for each expert where there are several."""
     return np.swapaxes(W, -1, -2)
 
 
-# -- where A and B start -----------------------------------------------------------------------
+# -- the first A and B -------------------------------------------------------------------------
 
 
 def start(init: bool | str, W: Array, kind: str, r: int, s: float, options: Any, rng: Any) -> tuple[Array, Array]:
-    """A and B for the logical weight W. What W loses by it is decided in `Site.add`."""
+    """A (r, in) and B (out, r) for the weight W (out, in), of an adapter with scaling s.
+
+    True          A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0
+    False         A ~ U(-1/sqrt(in), 1/sqrt(in)), B ~ U(-1/sqrt(r), 1/sqrt(r))
+    "gaussian"    A ~ N(0, 1/r^2), B = 0
+    "orthogonal"  B A = 0: A = Q_even^T X^T / 10, B = Y Q_odd / 10, with rows of one orthogonal Q, and Gaussian X and Y
+    "mica"        A = 0, B = the left singular vectors of the r smallest singular values of W
+    "olora"       B = the first r columns of Q, A = the first r rows of R, where W = Q R
+    "pissa"       s B A = the sum of the r leading singular triples of W
+    "loftq"       likewise of W - Q, where Q is W quantised; each further iteration quantises W - s B A
+    "corda"       s B A = r singular triples of W C, times C^-1, where C is the covariance of the inputs
+    "eva"         A = the r leading principal components of the inputs, B = 0
+    "lora_ga"     B = left, A = the next r right singular vectors of the gradient dy^T x, times out^(1/4) / 16
+
+    In an embedding True and "gaussian" are A = 0, B ~ N(0, 1), and False draws both from N(0, 1). In a convolution
+    `in` is the number of channels times the size of the kernel.
+
+    Args:
+        s: the scaling. B A is divided by it, so that s B A is what the list says.
+        options: the data of "corda", "eva" and "lora_ga"; the bits and iterations of "loftq", which enters its Q here.
+
+    Raises:
+        ValueError: the init does not exist for this kind of layer, this r or this s.
+    """
     kernel = W.shape[2:] if MESH.get(kind) else ()
     experts = W.shape[:1] if kind == "experts" else ()
     out, n_in = W.shape[len(experts) : len(experts) + 2]
@@ -103,7 +151,7 @@ def start(init: bool | str, W: Array, kind: str, r: int, s: float, options: Any,
 
 
 def sketched(W: Array, r: int, iterations: int, rng: Any) -> Any:
-    """The first singular triples by subspace iterations on a random start of a few columns more."""
+    """The leading singular triples (U, S, V^T), by subspace iteration from r + 4 random columns."""
     Q = np.linalg.qr(W @ rng.standard_normal((W.shape[1], min(r + 4, *W.shape))))[0]
     for _ in range(iterations):
         Q = np.linalg.qr(W @ (W.T @ Q))[0]
@@ -112,7 +160,12 @@ def sketched(W: Array, r: int, iterations: int, rng: Any) -> Any:
 
 
 def quantised(W: Array, bits: int) -> Array:
-    """NormalFloat in blocks of 64."""
+    """W in NormalFloat: each number becomes its block's largest absolute value, times the nearest code.
+
+    A block is 64 numbers in a row. The 2^bits codes are normal quantiles, scaled to [-1, 1], with 0 among them.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
+    """
     n, offset = 2**bits, 0.9677083
     high, low = norm.ppf(np.linspace(offset, 0.5, n // 2 + 1)[:-1]), norm.ppf(np.linspace(offset, 0.5, n // 2)[:-1])
     codes = np.sort([*high, 0.0, *-low]) / max(high)
@@ -123,6 +176,11 @@ def quantised(W: Array, bits: int) -> Array:
 
 
 def corda(W: Array, options: Any, r: int, s: float) -> tuple[Array, Array]:
+    """s B A = U S V^T C^-1 over r triples of W C, the largest ("ipm") or the smallest ("kpm").
+
+    C (in, in) is the mean of X^T X over the inputs X (tokens, in), each divided by its largest absolute value. A
+    multiple of the mean of its diagonal is added until C^-1 is accurate.
+    """
     C = np.zeros((W.shape[1], W.shape[1]))
     for X in options["inputs"]:
         X = X / (abs(X).max() or 1.0)
@@ -141,7 +199,10 @@ def corda(W: Array, options: Any, r: int, s: float) -> tuple[Array, Array]:
 
 
 def components(options: Any, r: int) -> Array:
-    """The principal components of all inputs."""
+    """The r leading principal components of all inputs, as rows (r, in).
+
+    "whiten" divides each by the square root of its singular value.
+    """
     X = np.concatenate([x.reshape(-1, x.shape[-1]) for x in options["inputs"]])
     _, S, Vt = np.linalg.svd(X - X.mean(0), full_matrices=False)
     return Vt[:r] / S[:r, None] ** 0.5 if options.get("whiten") else Vt[:r]
@@ -152,7 +213,14 @@ def components(options: Any, r: int) -> Array:
 
 @dataclasses.dataclass
 class Adapter:
-    """What one adapter has in one layer; `moved`: what its start took out of the weight, as that is stored."""
+    """One adapter in one layer.
+
+    Attributes:
+        A, B: (r, in) and (out, r).
+        s, first_s: the scaling now, and as the configuration gives it.
+        started: A and B before training.
+        moved: what its init subtracts from the weight, in the orientation of `Site.W`; None where it subtracts nothing.
+    """
 
     A: Array
     B: Array
@@ -167,7 +235,15 @@ class Adapter:
 
 
 class Site:
-    """A layer of any kind, with adapters by name, or with copies of itself by name (modules_to_save)."""
+    """A layer of any kind, with adapters by name.
+
+    Attributes:
+        W, b: the frozen weight as it is stored, and the bias.
+        fine: the dtype of A and B, which is at least float32.
+        copies: {adapter: [W, b]}: trained copies of the layer itself (modules_to_save).
+        merged: the names of the merged adapters.
+        held: the weight with their updates in it. `W` stays as it is, so unmerging is exact.
+    """
 
     def __init__(self, kind: str, W: Array, b: Array | None, dtype: str, geometry: LayerSpec | None = None) -> None:
         self.kind, self.dtype, self.geometry = kind, dtype, geometry
@@ -182,11 +258,11 @@ class Site:
         self.held = self.W
 
     def side(self, W: Array) -> Array:
-        """Logical to stored orientation, and back."""
+        """A weight from (out, in) to the stored orientation, or from there to (out, in)."""
         return W.T if self.kind in ON_ITS_SIDE else W
 
     def add(self, name: str, r: int, alpha: float, config: Mapping[str, Any], options: Any, rng: Any) -> Adapter:
-        """The adapter, not yet in place."""
+        """A new adapter for this layer. The caller enters it in `adapters`."""
         s = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         init, options = config.get("init_lora_weights", True), dict(options or {})
         A, B = (rounded(v, self.fine) for v in start(init, self.side(self.W), self.kind, r, s, options, rng))
@@ -194,7 +270,7 @@ class Site:
         made = Adapter(A, B, r, alpha, s, s, dropout, init, (A, B))
         if "Q" in options:
             Q = rounded(self.side(options["Q"]), self.dtype)
-            U, S, Vt = np.linalg.svd(self.side(self.W - Q), full_matrices=False)  # what the rounded Q leaves
+            U, S, Vt = np.linalg.svd(self.side(self.W - Q), full_matrices=False)  # W - Q, with Q as the dtype stores it
             root = (S[:r] / s) ** 0.5
             made.A, made.B = (rounded(v, self.fine) for v in (root[:, None] * Vt[:r], U[:, :r] * root))
             made.moved = self.W - Q
@@ -203,22 +279,28 @@ class Site:
         return made
 
     def delta(self, adapter: Adapter) -> Array:
-        """s B A as it is stored."""
+        """s B A in the orientation of `W`."""
         if MESH.get(self.kind):
             return adapter.s * np.tensordot(adapter.B, adapter.A, 1)
         return adapter.s * self.side(adapter.B @ adapter.A)
 
     def shifted(self, names: Iterable[str]) -> Array:
-        """The weight without what these adapters' starts took out of it."""
+        """W minus what the inits of these adapters subtract."""
         moved = [m for n in names if n in self.adapters and (m := self.adapters[n].moved) is not None]
         return rounded(self.W - np.sum(moved, 0), self.dtype) if moved else self.W
 
     def weight(self) -> Array:
-        """What the base layer uses, as it is stored."""
+        """The weight of the base layer now, in the orientation of `W`."""
         return self.held if self.merged else self.shifted(self.active)
 
     def forward(self, x: Array, names: Sequence[str] | None = None, rng: Any = None) -> Array:
-        """rng: training mode, in which dropout draws from it."""
+        """y = W x + b, plus s B A x for each of the named adapters that is not merged.
+
+        Args:
+            x: (*tokens, in); integers (*tokens,) for an embedding; (batch, in, *size) for a convolution.
+            names: the adapters; None: the active ones.
+            rng: draws the dropout. None: evaluation.
+        """
         if names is None:
             names = self.active if self.enabled else []
         W, b = self.held if self.merged and self.enabled else self.shifted(names), self.b
@@ -231,7 +313,7 @@ class Site:
         return rounded(y, self.dtype)
 
     def plain(self, x: Array, W: Array, b: Array | None) -> Array:
-        """The base layer with a weight as it is stored."""
+        """W x + b, for W in the stored orientation."""
         bias = 0.0 if b is None else b
         if self.kind == "norm":
             return W * x + bias
@@ -242,6 +324,7 @@ class Site:
         return x @ (W if self.kind == "transposed" else turned(W)) + bias
 
     def branch(self, x: Array, adapter: Adapter, rng: Any) -> Array:
+        """s B A x, with dropout on x where rng is given."""
         A, B, p = adapter.A, adapter.B, adapter.dropout
         if self.kind == "embedding":
             return adapter.s * (A.T[x] @ B.T)
@@ -252,11 +335,12 @@ class Site:
         return adapter.s * (x @ turned(A) @ turned(B))
 
     def dropped(self, x: Array, p: float, rng: Any) -> Array:
+        """Each number of x is 0 with probability p, else x / (1 - p)."""
         x = x * (rng.random(x.shape) >= p) / (1 - p) if p < 1 else 0 * x
         return x
 
     def windows(self, x: Array, kernel: Sequence[int]) -> Array:
-        """(batch, in, *size) -> (batch, in, *places, *kernel)."""
+        """All parts of x under the kernel: (batch, in, *size) to (batch, in, *places, *kernel)."""
         g, d = self.geometry, len(kernel)
         assert g is not None
         x = np.pad(x, [(0, 0), (0, 0), *[(g.padding, g.padding)] * d])
@@ -265,12 +349,18 @@ class Site:
         return sliding_window_view(x, span, tuple(range(2, 2 + d)))[every]
 
     def convolved(self, x: Array, W: Array) -> Array:
-        """(batch, *places, out)."""
+        """The convolution of x with W (out, in, *kernel): (batch, *places, out)."""
         seen, d = self.windows(x, W.shape[2:]), W.ndim - 2
         return np.tensordot(seen, W, ([1, *range(2 + d, 2 + 2 * d)], list(range(1, 2 + d))))
 
     def merge(self, names: Sequence[str], safe: bool) -> tuple[Array, list[str]]:
-        """The weight with these adapters merged too, and their names; not yet in place."""
+        """The weight with the updates of these adapters added, and the names of all merged adapters.
+
+        The layer does not change: the caller enters both in `held` and `merged`.
+
+        Raises:
+            ValueError: safe, and the weight has NaN or infinite numbers.
+        """
         new = [name for name in names if name in self.adapters and name not in self.merged]
         if not new:
             return self.held, self.merged
@@ -286,7 +376,12 @@ class Site:
         self.merged = []
 
     def grad(self, x: Array, dy: Array, rng: Any = None) -> dict[str, Array | None]:
-        """Of the adapter "default", and of x. rng: training mode."""
+        """The gradients of L with respect to x, and to A and B of the adapter "default", from dy = dL/dy.
+
+            dL/dA = s B^T (dy x^T)        dL/dB = s (dy x^T) A^T        dL/dx = (W + s B A)^T dy
+
+        rng: draws the same dropout mask as `forward`. A and B have no gradient while they are merged or disabled.
+        """
         W, acting = self.side(self.weight() if self.enabled else self.W), self.enabled and not self.merged
         adapter = self.adapters["default"]
         A, B = adapter.A, adapter.B
@@ -315,7 +410,7 @@ class Site:
             dA, dB = turned(B) @ dW, dW @ turned(A)
         if self.geometry is not None and self.geometry.padding_idx is not None:
             dA[:, self.geometry.padding_idx] = 0
-        if mask is not None:  # what goes around the branch goes around the mask
+        if mask is not None:  # the mask acts on the branch, not on W x
             around = self.back(x, dy, W) if MESH.get(self.kind) else dy @ W
             dx = around + mask * (dx - around)
         frozen = adapter.init == "mica"
@@ -335,11 +430,13 @@ class Site:
         return dx[:, :, *[slice(g.padding, n - g.padding) for n in dx.shape[2:]]]
 
     def state(self, name: str) -> LayerState:
+        """The weight, bias, factors and scaling, in logical orientation."""
         a = self.adapters[name]
         b = None if self.b is None else self.b.copy()
         return LayerState(self.side(self.weight()).copy(), b, a.A.copy(), a.B.copy(), float(a.s))
 
     def write(self, name: str, A: Array, B: Array) -> None:
+        """Set A and B. ValueError: another shape."""
         adapter = self.adapters[name]
         if A.shape != adapter.A.shape or B.shape != adapter.B.shape:
             raise ValueError(f"A and B are {adapter.A.shape} and {adapter.B.shape}")
@@ -368,6 +465,7 @@ class PlainLayer(Layer):
         return self.site.forward(x, rng=self.drawn(seed) if train else None)
 
     def drawn(self, seed: int) -> np.random.Generator:
+        """The generator of a dropout mask."""
         return np.random.default_rng(seed)
 
     def write(self, A: Array, B: Array) -> None:
@@ -408,10 +506,10 @@ ALSO_READ = {"peft_type", "base_model_name_or_path", "revision", "peft_version",
 
 
 def checked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with all its defaults.
+    """The configuration with the default of each option that it lacks.
 
     Raises:
-        ValueError: an option that does not exist or cannot have this value.
+        ValueError: an option that does not exist, a value that it cannot have, or two options that exclude each other.
     """
     if unknown := config.keys() - OPTIONS.keys():
         raise ValueError(f"there is no option {', '.join(sorted(unknown))}")
@@ -447,18 +545,23 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ends(name: str, items: Iterable[str]) -> bool:
+    """Is the name one of these, or does it end in "." and one of these?"""
     return any(name == item or name.endswith("." + item) for item in items)
 
 
 def named(name: str, rule: str | Iterable[str] | None) -> bool:
-    """Does a list or an expression name this module?"""
+    """Does the rule name this module? A string is a regular expression for the full name; for a list see `ends`."""
     if isinstance(rule, str):
         return re.fullmatch(rule, name) is not None
     return ends(name, rule or [])
 
 
 def in_layer(name: str, c: Mapping[str, Any]) -> bool:
-    """layers_to_transform."""
+    """Is the module in one of the layers of layers_to_transform?
+
+    Its layer is the number in its name, after layers_pattern where there is one. A target that is the full name of the
+    module needs no number.
+    """
     wanted = c["layers_to_transform"]
     if wanted is None or wanted == [] or name in c["target_modules"]:
         return True
@@ -471,7 +574,10 @@ def in_layer(name: str, c: Mapping[str, Any]) -> bool:
 
 
 def looked_up(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """rank_pattern and alpha_pattern."""
+    """The value of the first key of rank_pattern or alpha_pattern that matches; without one, the default.
+
+    A key is a regular expression for the name, or for its end after a dot.
+    """
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -479,7 +585,7 @@ def looked_up(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any
 
 
 def saved(names: Iterable[str], c: Mapping[str, Any]) -> list[str]:
-    """The modules of modules_to_save, and what lies in them."""
+    """The modules that modules_to_save names, and the modules inside them."""
     parts = {name: name.split(".") for name in names}
     return [
         n
@@ -489,7 +595,14 @@ def saved(names: Iterable[str], c: Mapping[str, Any]) -> list[str]:
 
 
 def targets(kinds: Mapping[str, str], c: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
-    """{module: (r, alpha)}."""
+    """{module: (r, lora_alpha)} of the modules that get an adapter.
+
+    Args:
+        kinds: {module: kind} of the model.
+
+    Raises:
+        ValueError: no module is named, or one that cannot be adapted.
+    """
     rule, found, keep = c["target_modules"], [], saved(kinds, c)
     containers = {".".join(n.split(".")[:i]) for n in kinds for i in range(1, n.count(".") + 1)}
     for name in [*kinds, *sorted(containers - kinds.keys())]:
@@ -520,7 +633,13 @@ def targets(kinds: Mapping[str, str], c: Mapping[str, Any]) -> dict[str, tuple[i
 
 
 class PlainModel(Model):
-    """Modules one after the other, with adapters by name."""
+    """A chain of layers with named adapters: the output of each is the input of the next.
+
+    Attributes:
+        sites: {module: its Site}.
+        configs: {adapter: its configuration, with all options}.
+        trains: the adapters whose parameters train.
+    """
 
     def __init__(self, spec: ModelSpec, empty: bool = False) -> None:
         self.dtype, self.rng = spec.dtype, np.random.default_rng(spec.seed)
@@ -546,7 +665,7 @@ class PlainModel(Model):
             raise ValueError("corda needs inputs")
         options = {"bits": loftq.get("loftq_bits", 4), "iterations": loftq.get("loftq_iter", 1)}
         if str(c["init_lora_weights"]).lower() in ("eva", "lora_ga"):
-            c["init_lora_weights"] = True  # until there are data
+            c["init_lora_weights"] = True  # `look` reads the data later
         found = targets(self.kinds(), c)
         made = {n: self.sites[n].add(adapter, r, alpha, c, options, self.rng) for n, (r, alpha) in found.items()}
         for name, one in made.items():
@@ -557,6 +676,7 @@ class PlainModel(Model):
         self.configs[adapter] = c
 
     def known(self, adapters: Iterable[str]) -> list[str]:
+        """The same names. ValueError: one that does not exist."""
         adapters = list(adapters)
         for adapter in adapters:
             if adapter not in self.configs:
@@ -595,7 +715,7 @@ class PlainModel(Model):
         return np.concatenate(rows)
 
     def biased(self, adapter: str) -> list[str]:
-        """The modules whose bias an adapter trains."""
+        """The modules whose bias trains with this adapter: none, all, or those that it adapts."""
         mode = self.configs[adapter]["bias"]
         there = [name for name, site in self.sites.items() if site.b is not None and mode != "none"]
         return [name for name in there if mode == "all" or adapter in self.sites[name].adapters]
@@ -694,7 +814,13 @@ class PlainModel(Model):
         self.configs[name] = {**c, "rank_pattern": ranks, "alpha_pattern": ranks}
 
     def look(self, batches: Sequence[Array]) -> None:
-        """EVA: ranks go to the directions that explain most of a layer's inputs."""
+        """EVA: A is made of principal components of the layer's inputs, and the ranks are distributed anew.
+
+        The first rho r components of each layer are candidates. As many are chosen as the ranks sum to, by their share
+        of the variance in their layer. A layer without a chosen component loses its adapter.
+
+        Source: EVA, arXiv 2410.07170.
+        """
         c = self.configs["default"]
         eva = {"rho": 1.0, "whiten": False, "adjust_scaling_factors": True} | c["eva_config"]
         here = {name: site for name, site in self.sites.items() if "default" in site.adapters and site.kind in LINEAR}
@@ -742,7 +868,17 @@ class PlainModel(Model):
     # -- files
 
     def converted(self, adapter: str) -> dict[str, Any]:
-        """The configuration as it is written: a start that changes W is written as twice the rank on the original W."""
+        """The configuration for a file.
+
+        Where an init subtracts s B0 A0 from W, the file has twice the rank, and fits the original W:
+
+            W - s B0 A0 + s B A  =  W + s [B | -B0] [A; A0]
+
+        lora_alpha grows with the rank, so that s stays.
+
+        Raises:
+            ValueError: LoftQ, which subtracts W - Q and not a product.
+        """
         c = dict(self.configs[adapter])
         mine = [site.adapters[adapter] for site in self.sites.values() if adapter in site.adapters]
         if any(a.init == "loftq" for a in mine):
@@ -755,7 +891,10 @@ class PlainModel(Model):
         return c
 
     def tensors(self, adapter: str, embeddings: bool) -> dict[str, Array]:
-        """{key: tensor} of the file."""
+        """{key: tensor} of the file, under PEFT's names.
+
+        embeddings: with the base weights of adapted embeddings and of lm_head.
+        """
         found: dict[str, Any] = {}
         for name, site in self.sites.items():
             place = f"base_model.model.{name}"
@@ -778,6 +917,7 @@ class PlainModel(Model):
         return found
 
     def embeddings(self, adapter: str) -> bool:
+        """Does the file have the base weights of embeddings, where the caller does not say?"""
         return bool({"embed_tokens", "lm_head"} & set(self.configs[adapter]["target_modules"] or []))
 
     def save(self, folder: Path, **options: Any) -> None:
@@ -803,7 +943,7 @@ class PlainModel(Model):
         config = {k: v for k, v in given.items() if k in OPTIONS and (v is not None or OPTIONS[k] is None)}
         tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
         if config.get("init_lora_weights") not in (True, False):
-            config["init_lora_weights"] = True  # the numbers of the file count, not how they started
+            config["init_lora_weights"] = True  # the file replaces the first A and B
         before, rng = dict(self.configs), self.rng
         self.add(adapter, config)
         try:
@@ -816,7 +956,11 @@ class PlainModel(Model):
             raise
 
     def fill(self, adapter: str, tensors: Mapping[str, Array]) -> None:
-        """Give an adapter the numbers of a file."""
+        """Set the tensors of an adapter to those of a file.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, of another shape, or not finite.
+        """
         want = self.tensors(adapter, any(key.endswith(".base_layer.weight") for key in tensors))
         if want.keys() != tensors.keys():
             wrong = sorted(want.keys() ^ tensors.keys())
@@ -842,7 +986,15 @@ class PlainModel(Model):
 
 
 def combined(site: Site, pairs: Sequence[tuple[float, Adapter]], how: str) -> Adapter:
-    """add_weighted_adapter in one layer; s = 1."""
+    """A new adapter with s = 1 for the sum of w_i s_i B_i A_i over the pairs (w_i, adapter i).
+
+    "cat"       the factors side by side; exact, and the rank is the sum of the ranks
+    "svd"       the best approximation of the sum by a product of the largest rank
+    "linear"    A and B are the sums of the A_i and of the B_i, each times sqrt(|w_i s_i|); the sign is in A
+
+    Raises:
+        ValueError: "linear", and the ranks differ.
+    """
     if how == "cat":
         A, B = np.concatenate([w * a.s * a.A for w, a in pairs]), np.concatenate([a.B for _, a in pairs], 1)
     elif how == "linear":
@@ -861,7 +1013,7 @@ def combined(site: Site, pairs: Sequence[tuple[float, Adapter]], how: str) -> Ad
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], dtype: str) -> None:
-    """A safetensors file: the length of a JSON header, the header, the numbers."""
+    """Write a safetensors file: 8 bytes for the length of the header, the header in JSON, the numbers."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for key, value in tensors.items():
@@ -874,6 +1026,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], dtype: str) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
+    """{key: float64 array} of a safetensors file. ValueError: it is cut off, or has another dtype than `NUMPY`."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 + length:
@@ -893,7 +1046,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
 
 
 class Plain(Implementation):
-    """Claims everything that the contract has."""
+    """The reference under the name that `lora-ref check` knows. It claims everything in the contract."""
 
     name = "plain"
     claims = frozenset(CLAIMS)
