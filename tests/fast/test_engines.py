@@ -23,6 +23,8 @@ from written_out import (
     EVENTS,
     MODES,
     N_IN,
+    RAW,
+    WORDS,
     Mode,
     adapted,
     assert_formula,
@@ -46,7 +48,6 @@ from spec_tests import agree, close, distance
 accelerate = pytest.importorskip("accelerate")
 
 EVALUATED = ("two in evaluation", "a mixed batch")
-KINDS = (*CALLED, "embedding", "parameter")
 
 # -- offloading ------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ def test_an_offloaded_model_computes_the_same(kind: str, how: str, mode: str, tm
 
 
 @pytest.mark.parametrize("how", OFFLOADED)
-@pytest.mark.parametrize("kind", ["embedding", "parameter"])
+@pytest.mark.parametrize("kind", ["embedding", *RAW])
 def test_offloaded_factors_that_no_module_computes_with(kind: str, how: str, tmp_path: Path) -> None:
     """An embedding's factors are parameters, and a raw parameter's are multiplied with each other."""
     mode, x = MODES["two in evaluation"], input_of(kind)
@@ -109,7 +110,7 @@ def test_offloaded_factors_that_no_module_computes_with(kind: str, how: str, tmp
     OFFLOADED[how](model, tmp_path)
     assert_offloaded(model)
     for _ in range(2):
-        right_or_refused(lambda: model(x), lambda y: agree(y, want), lambda: None)
+        right_or_refused(lambda: model(x), lambda y: agree(y, want), lambda: None, WORDS[kind])
 
 
 @pytest.mark.parametrize("mode", EVALUATED)
@@ -186,7 +187,7 @@ def test_what_reads_offloaded_weights_is_right_or_refused(kind: str, how: str, w
     OFFLOADED[how](model, tmp_path)
 
     def unchanged() -> None:
-        right_or_refused(lambda: model(x), lambda y: agree(y, want), lambda: None)
+        right_or_refused(lambda: model(x), lambda y: agree(y, want), lambda: None, WORDS[kind])
 
     right_or_refused(lambda: SAME_OUTPUT[what](model), lambda done: agree(done(x), want), unchanged)
 
@@ -201,6 +202,10 @@ def disabled(model: Any, x: Tensor) -> Tensor:
         return model(x)
 
 
+def unloaded(model: Any, x: Tensor) -> Tensor:
+    return model.unload()(x)
+
+
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "embedding"])
 def test_a_merged_model_that_is_offloaded(kind: str, how: str, tmp_path: Path) -> None:
@@ -210,17 +215,16 @@ def test_a_merged_model_that_is_offloaded(kind: str, how: str, tmp_path: Path) -
     want = plain(x).detach()
     with plain.disable_adapter():
         base = plain(x).detach()
-    for i, (method, right) in enumerate(((lambda model, x: model(x), want), (unmerged, want), (disabled, base))):
+    for method, right in ((unmerged, want), (disabled, base), (unloaded, base)):
         model = adapted(kind, mode)
         model.merge_adapter()
-        OFFLOADED[how](model, tmp_path / str(i))
-        if method in (unmerged, disabled):
-            right_or_refused(
-                functools.partial(method, model, x),
-                lambda y, right=right: agree(y, right),
-                lambda model=model: agree(model(x), want),
-            )
+        OFFLOADED[how](model, tmp_path / method.__name__)
         agree(model(x), want)
+        right_or_refused(
+            functools.partial(method, model, x),
+            lambda y, right=right: agree(y, right),
+            lambda model=model: agree(model(x), want),
+        )
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
@@ -278,7 +282,7 @@ def test_an_offloaded_model_whose_start_changed_its_weight(how: str, init: str, 
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", "parameter"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", *RAW])
 def test_saving_an_offloaded_adapter_is_right_or_refused(kind: str, how: str, tmp_path: Path) -> None:
     mode = MODES["one in evaluation"]
     model = adapted(kind, mode)
@@ -426,7 +430,7 @@ def test_factors_that_are_units_of_fsdp_are_cast_when_they_are_called(how: str, 
     else:
         from torch.distributed.fsdp import MixedPrecision
 
-        policy = MixedPrecision(param_dtype=torch.bfloat16)
+        policy = MixedPrecision(param_dtype=torch.bfloat16, cast_forward_inputs=True)
         y = by_fsdp1(model, group, "original" in how, mixed_precision=policy)(x)
     assert torch.equal(y.double(), want)
 
@@ -446,16 +450,22 @@ def test_what_reads_sharded_factors_is_right_or_refused(how: str, what: str, gro
             getattr(model, what),
             lambda done: agree((done or model)(x), want),
             lambda: agree(model(x).detach(), want),
-            names="sharded",
+            "sharded",
         )
 
 
-@pytest.mark.parametrize("how", ["FSDP2, factors"])
-def test_sharded_factors_of_a_raw_parameter(how: str, group: Any) -> None:
-    mode, x = MODES["one in training"], input_of("parameter")
-    want = trained(adapted("parameter", mode), x)
-    model = SHARDED[how](adapted("parameter", mode), group)
-    right_or_refused(lambda: trained(model, x), lambda got: agree(got, want), lambda: None)
+@pytest.mark.parametrize("how", ["FSDP1", "FSDP1 with the original parameters", "FSDP2, factors"])
+@pytest.mark.parametrize("kind", RAW)
+def test_sharded_factors_of_a_raw_parameter(kind: str, how: str, group: Any) -> None:
+    mode, x = MODES["one in training"], input_of(kind)
+    want = trained(adapted(kind, mode), x)
+    called, model = (SHARDED[how](adapted(kind, mode), group) for _ in range(2))
+
+    def right(y: Tensor) -> None:
+        agree(y, want["y of step 0"])
+        agree(trained(model, x), want)
+
+    right_or_refused(lambda: called(x).detach(), right, lambda: None, "parameter")
 
 
 # -- weights in a narrower dtype -------------------------------------------------------------------
@@ -627,7 +637,7 @@ def test_a_merged_model_that_is_quantised() -> None:
     model = quantized(plain)
     merged = layer_of(model).get_base_layer()(x)
     assert torch.equal(model(x), merged)
-    for method in (unmerged, disabled):
+    for method in (unmerged, disabled, unloaded):
         with pytest.raises(ValueError, match="proj"):
             method(model, x)
         assert torch.equal(model(x), merged)
@@ -641,7 +651,7 @@ def test_quantised_factors_of_a_raw_parameter() -> None:
     base = layer.get_base_layer()(x)
     want = x @ (layer.get_base_layer().weight + layer.scaling["default"] * B @ A).T
     assert distance(base, want) > 0.1
-    right_or_refused(lambda: model(x), lambda y: bounded(distance(y, want), 0.05), lambda: None)
+    right_or_refused(lambda: model(x), lambda y: bounded(distance(y, want), 0.05), lambda: None, "parameter")
 
 
 def bounded(value: float, largest: float) -> None:
@@ -662,8 +672,7 @@ def hooked(kind: str, part: str, event: str, mode: str, p: float = 0.0) -> tuple
     return model, chosen, {f"{place} {hook.side}": hook.function}
 
 
-@pytest.mark.parametrize("event", ["forward hook", "forward pre-hook"])
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("part, event", [("lora_A", "forward hook"), ("lora_B", "forward pre-hook")])
 def test_compiled_with_a_hook(part: str, event: str) -> None:
     torch._dynamo.reset()
     model, mode, at = hooked("linear", part, event, "two in training")

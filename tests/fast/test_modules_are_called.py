@@ -25,6 +25,8 @@ from written_out import (
     CALLED,
     EVENTS,
     MODES,
+    RAW,
+    WORDS,
     Function,
     Mode,
     adapted,
@@ -51,6 +53,7 @@ peft = pytest.importorskip("peft")
 
 # -- hooks -----------------------------------------------------------------------------------------
 
+MOST = ("one in training", "two in training", "two in evaluation", "a mixed batch")
 PLACES = ("lora_dropout", "lora_A", "lora_B", "base_layer", "layer")
 
 
@@ -67,7 +70,7 @@ def both_libraries(kind: str, mode: str, p: float) -> list[Any]:
 
 def hooked() -> list[tuple[str, str, str, str]]:
     """(kind, part, event, mode): all of them for a linear layer, and the plain hooks for the others."""
-    cases = [("linear", part, event, mode) for part in PLACES for event in EVENTS for mode in MODES]
+    cases = [("linear", part, event, mode) for part in PLACES for event in EVENTS for mode in MOST]
     plain = [event for event in EVENTS if "all modules" not in event and "kwargs" not in event]
     for kind in CALLED[1:]:
         cases += [
@@ -76,7 +79,7 @@ def hooked() -> list[tuple[str, str, str, str]]:
             for event in plain
             for mode in ("two in training", "a mixed batch")
         ]
-    return cases + [("embedding", part, "forward hook", mode) for part in PLACES[-2:] for mode in MODES]
+    return cases + [("embedding", part, "forward hook", mode) for part in PLACES[-2:] for mode in MOST]
 
 
 @pytest.mark.parametrize("kind, part, event, mode", hooked())
@@ -92,6 +95,20 @@ def test_a_hook_counts(kind: str, part: str, event: str, mode: str) -> None:
     for model in libraries:
         with attached(hook, module_at(layer_of(model), place)):
             assert_formula(kind, model, chosen, {f"{place} {hook.side}": hook.function}, p=p)
+
+
+@pytest.mark.parametrize("event", ["forward hook", "forward pre-hook", "backward pre-hook"])
+@pytest.mark.parametrize("part", ["base_layer", "layer"])
+@pytest.mark.parametrize("kind", CALLED)
+def test_a_hook_counts_in_a_merged_model(kind: str, part: str, event: str) -> None:
+    mode, hook = MODES["two in training"], EVENTS[event]
+    model = adapted(kind, mode)
+    layer = layer_of(model)
+    model.merge_adapter()
+    trained = {"weight": layer.get_base_layer().weight.requires_grad_()}
+    with attached(hook, module_at(layer, part)):
+        at = {f"{part} {hook.side}": hook.function}
+        assert_formula(kind, model, Mode((), training=True), at, trained=trained)
 
 
 @pytest.mark.parametrize("event", ["forward hook", "forward pre-hook", "backward pre-hook"])
@@ -150,15 +167,22 @@ def test_hooks_on_all_modules_see_each_of_them(kind: str, event: str) -> None:
     assert {id(module_at(layer, part)) for part in parts} <= {id(module) for module in seen}
 
 
+def recorded(inputs: list[Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    inputs.append(args[0].detach())
+
+
 @pytest.mark.parametrize("kind", CALLED)
 def test_modules_are_called_once_where_their_adapter_acts_with_the_samples_that_have_it(kind: str) -> None:
     mode = MODES["a mixed batch"]
-    model, x = adapted(kind, mode, p=0.25), input_of(kind)
-    layer, inputs = layer_of(model), {}
+    model, merged, x = adapted(kind, mode, p=0.25), adapted(kind, mode, p=0.25), input_of(kind)
+    merged.merge_adapter()
+    inputs: dict[str, list[Tensor]] = {}
     parts = [place_of(part, name) for name in mode.names for part in PLACES[:3]]
     for part in parts:
         inputs[part] = seen = []
-        module_at(layer, part).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach()))
+        for each in (model, merged):
+            record = functools.partial(recorded, seen)
+            module_at(layer_of(each), part).register_forward_pre_hook(record)
 
     def shapes() -> dict[str, list[int]]:
         found = {part: [len(v) for v in seen] for part, seen in inputs.items()}
@@ -166,7 +190,7 @@ def test_modules_are_called_once_where_their_adapter_acts_with_the_samples_that_
             seen.clear()
         return found
 
-    none = {part: [] for part in parts}
+    none: dict[str, list[int]] = {part: [] for part in parts}
     model(x)
     assert shapes() == {part: [BATCH] for part in parts}
     model(x, adapter_names=list(mode.rows))
@@ -176,29 +200,30 @@ def test_modules_are_called_once_where_their_adapter_acts_with_the_samples_that_
     assert shapes() == {part: [len(mode.rows_of(part.split(".")[1]))] for part in parts}
     with model.disable_adapter():
         model(x)
+    merged(x)
     assert shapes() == none
     model.set_adapter("other")
     model(x)
     assert shapes() == {part: [BATCH] if part.endswith("other") else [] for part in parts}
-    model.merge_adapter()
-    shapes()
-    model(x)
-    assert shapes() == none
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("mode", ["one in training", "two in evaluation"])
-def test_a_hook_on_the_factors_of_a_raw_parameter_counts_or_is_refused(mode: str, part: str) -> None:
-    """Twice the output of A, or of B, is twice the update. (PEFT has twice the factor and does not see it.)"""
+@pytest.mark.parametrize("kind", RAW)
+def test_a_hook_on_the_factors_of_a_raw_parameter_counts_or_is_refused(kind: str, mode: str, part: str) -> None:
+    """Twice the output of A, or of B, is twice the update. (PEFT ignores such a hook.)"""
     chosen = MODES[mode]
-    model = adapted("parameter", chosen)
-    layer, x = layer_of(model), input_of("parameter")
-    assert_formula("parameter", model, chosen)
+    model = adapted(kind, chosen)
+    layer, x = layer_of(model), input_of(kind)
+    assert_formula(kind, model, chosen)
     place = f"{part}.{chosen.last}"
     module_at(layer, place).register_forward_hook(lambda module, args, y: 2 * y)
     weights = {place: lambda: 2 * module_at(layer, place).weight}
     right_or_refused(
-        lambda: model(x), lambda y: assert_formula("parameter", model, chosen, weights=weights), lambda: None
+        lambda: model(x),
+        lambda y: assert_formula(kind, model, chosen, weights=weights),
+        lambda: None,
+        WORDS[kind],
     )
 
 
@@ -230,6 +255,21 @@ def patched(old: nn.Module) -> nn.Module:
     return old
 
 
+class Doubling(Tensor):
+    """A weight of a class of its own: twice the product."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * y.as_subclass(Tensor) if func in (F.linear, F.conv2d) else y
+
+
+def doubling(old: Any) -> nn.Module:
+    """A plain layer around such a weight."""
+    old.weight = nn.Parameter(old.weight.detach().as_subclass(Doubling))
+    return old
+
+
 def with_bias(old: Any) -> nn.Module:
     """A plain layer that adds a constant."""
     old.register_parameter("bias", nn.Parameter(torch.linspace(1, 2, old.weight.shape[0]).double()))
@@ -242,6 +282,7 @@ REPLACED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "a sequence": lambda old: nn.Sequential(old, nn.Tanh()),
     "a wrapper": Wrapper,
     "a bias": with_bias,
+    "a weight of another class": doubling,
 }
 
 
@@ -258,7 +299,10 @@ def replaced(
     if what == "a bias":
         trained["bias"] = new.bias
         function = lambda v: v + new.bias.view(-1, *(1,) * (v.ndim - 2) if kind == "conv2d" else ())  # noqa: E731
-    return model, {f"{place} out": function}, {place: lambda: weight}, trained
+    elif what == "a weight of another class":
+        trained[f"{part[-1]} of {mode.last}"] = weight = new.weight
+        function = lambda v: 2 * v  # noqa: E731
+    return model, {f"{place} out": function}, {place: lambda: weight.as_subclass(Tensor)}, trained
 
 
 @pytest.mark.parametrize("mode", ["one in training", "two in evaluation", "a mixed batch"])
@@ -450,7 +494,7 @@ def step(trained: Mapping[str, nn.Parameter]) -> None:
             parameter -= 0.1 * parameter.grad
 
 
-@pytest.mark.parametrize("mode", ["one in training", "two in evaluation", "a mixed batch"])
+@pytest.mark.parametrize("mode", ["one in training", "a mixed batch"])
 @pytest.mark.parametrize("what", COMPUTED)
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "base_layer"])
 @pytest.mark.parametrize("kind", CALLED)
@@ -466,7 +510,7 @@ def test_a_computed_weight_trains(kind: str, part: str, what: str, mode: str) ->
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-@pytest.mark.parametrize("kind", [*CALLED, "parameter"])
+@pytest.mark.parametrize("kind", [*CALLED, *RAW])
 def test_a_pruned_factor_that_is_made_plain_again(kind: str, part: str) -> None:
     mode = MODES["one in training"]
     model, weights, trained = computed(kind, mode, part, "pruned")
@@ -481,11 +525,12 @@ def test_a_pruned_factor_that_is_made_plain_again(kind: str, part: str) -> None:
 
 @pytest.mark.parametrize("what", COMPUTED)
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_a_computed_factor_of_a_raw_parameter_trains(part: str, what: str) -> None:
+@pytest.mark.parametrize("kind", RAW)
+def test_a_computed_factor_of_a_raw_parameter_trains(kind: str, part: str, what: str) -> None:
     mode = MODES["one in training"]
-    model, weights, trained = computed("parameter", mode, part, what)
+    model, weights, trained = computed(kind, mode, part, what)
     for _ in range(3):
-        assert_formula("parameter", model, mode, weights=weights, trained=trained)
+        assert_formula(kind, model, mode, weights=weights, trained=trained)
         step(trained)
 
 
@@ -549,10 +594,6 @@ def test_setting_computed_factors(part: str, what: str) -> None:
 
 # -- two devices -----------------------------------------------------------------------------------
 
-#: The word for the layer that the error has.
-WORDS = {"linear": "linear", "conv1d": "linear|conv1d", "conv2d": "conv", "embedding": "embedding"}
-WORDS["parameter"] = "parameter"
-
 
 def holders(kind: str, layer: Any, name: str, sides: str) -> list[nn.Module]:
     """The modules that hold A, B or both of one adapter."""
@@ -584,20 +625,23 @@ def moved(kind: str, mode: Mode, what: str) -> tuple[Any, Tensor]:
 MOVED = ("the factors", "A", "B", "the base", "the input", "the model")
 
 
-@pytest.mark.parametrize("mode", ["one in training", "two in training", "two in evaluation", "a mixed batch"])
-@pytest.mark.parametrize("what", MOVED)
-@pytest.mark.parametrize("kind", [*CALLED, "embedding", "parameter"])
+def mixtures() -> list[tuple[str, str, str]]:
+    """(kind, what, mode). The module of a raw parameter has inputs of any kind, and no adapter for each sample."""
+    modes = ("one in training", "two in evaluation", "a mixed batch")
+    cases = [(kind, what, mode) for kind in (*CALLED, "embedding") for what in MOVED for mode in modes]
+    return cases + [(kind, what, mode) for kind in RAW for what in MOVED[:4] for mode in modes[:2]]
+
+
+@pytest.mark.parametrize("kind, what, mode", mixtures())
 def test_two_devices_are_an_error(kind: str, what: str, mode: str) -> None:
     chosen = MODES[mode]
-    if kind == "parameter" and (chosen.rows or what in ("the input", "the model")):
-        pytest.skip("the module of a raw parameter has inputs of any kind, and no adapter for each sample")
     model, x = moved(kind, chosen, what)
     with pytest.raises(ValueError, match=f"(?i)({WORDS[kind]})") as raised:
         call_of(model, chosen)(x)
     assert "meta" in str(raised.value) and "cpu" in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", [*CALLED, "embedding", "parameter"])
+@pytest.mark.parametrize("kind", [*CALLED, "embedding", *RAW])
 def test_one_device_that_holds_no_numbers_has_shapes(kind: str) -> None:
     for mode in (MODES["one in training"], MODES["two in evaluation"]):
         model, x = adapted(kind, mode), input_of(kind)
@@ -606,7 +650,7 @@ def test_one_device_that_holds_no_numbers_has_shapes(kind: str) -> None:
         assert (got.device.type, got.shape, got.dtype) == ("meta", want.shape, want.dtype)
 
 
-@pytest.mark.parametrize("kind", [*CALLED, "parameter"])
+@pytest.mark.parametrize("kind", [*CALLED, *RAW])
 def test_an_adapter_that_does_not_act_may_be_on_another_device(kind: str) -> None:
     mode = MODES["two in evaluation"]
     model, x = moved(kind, mode, "AB")
@@ -616,14 +660,14 @@ def test_an_adapter_that_does_not_act_may_be_on_another_device(kind: str) -> Non
     model.set_adapter("default")
     alone = Mode(("default",), training=False)
     assert_formula(kind, model, alone)
-    if kind != "parameter":
+    if kind not in RAW:
         assert_formula(kind, model, Mode(("default",), training=False, rows=("default", "__base__") * 2))
     model.merge_adapter()
     agree(model(x), adapted(kind, alone)(x))
 
 
 @pytest.mark.parametrize("what", ["the factors", "A", "B", "the base"])
-@pytest.mark.parametrize("kind", [*CALLED, "embedding", "parameter"])
+@pytest.mark.parametrize("kind", [*CALLED, "embedding", *RAW])
 def test_two_devices_are_not_merged(kind: str, what: str) -> None:
     for how in ("merge_adapter", "merge_and_unload"):
         model, _ = moved(kind, MODES["two in evaluation"], what)
