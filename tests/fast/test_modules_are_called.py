@@ -1,4 +1,4 @@
-"""lora_A, lora_B, lora_dropout and the base layer are called, so that all that is attached to them counts.
+"""lora_A, lora_B, lora_dropout and the base layer are called, so that what is attached to them acts.
 
 The expected numbers are those of `written_out.formula`, which calls no module of the layer. They are PEFT's, too, where
 PEFT calls the same modules.
@@ -53,7 +53,8 @@ peft = pytest.importorskip("peft")
 
 # -- hooks -----------------------------------------------------------------------------------------
 
-MOST = ("one in training", "two in training", "two in evaluation", "a mixed batch")
+#: The modes without "one in evaluation".
+FOUR = ("one in training", "two in training", "two in evaluation", "a mixed batch")
 PLACES = ("lora_dropout", "lora_A", "lora_B", "base_layer", "layer")
 
 
@@ -70,7 +71,7 @@ def both_libraries(kind: str, mode: str, p: float) -> list[Any]:
 
 def hooked() -> list[tuple[str, str, str, str]]:
     """(kind, part, event, mode): all of them for a linear layer, and the plain hooks for the others."""
-    cases = [("linear", part, event, mode) for part in PLACES for event in EVENTS for mode in MOST]
+    cases = [("linear", part, event, mode) for part in PLACES for event in EVENTS for mode in FOUR]
     plain = [event for event in EVENTS if "all modules" not in event and "kwargs" not in event]
     for kind in CALLED[1:]:
         cases += [
@@ -79,11 +80,11 @@ def hooked() -> list[tuple[str, str, str, str]]:
             for event in plain
             for mode in ("two in training", "a mixed batch")
         ]
-    return cases + [("embedding", part, "forward hook", mode) for part in PLACES[-2:] for mode in MOST]
+    return cases + [("embedding", part, "forward hook", mode) for part in PLACES[-2:] for mode in FOUR]
 
 
 @pytest.mark.parametrize("kind, part, event, mode", hooked())
-def test_a_hook_counts(kind: str, part: str, event: str, mode: str) -> None:
+def test_a_hook_acts(kind: str, part: str, event: str, mode: str) -> None:
     chosen, hook = MODES[mode], EVENTS[event]
     place = place_of(part, chosen.last)
     # an unhooked layer may draw its own masks; an embedding has no dropout
@@ -100,7 +101,7 @@ def test_a_hook_counts(kind: str, part: str, event: str, mode: str) -> None:
 @pytest.mark.parametrize("event", ["forward hook", "forward pre-hook", "backward pre-hook"])
 @pytest.mark.parametrize("part", ["base_layer", "layer"])
 @pytest.mark.parametrize("kind", CALLED)
-def test_a_hook_counts_in_a_merged_model(kind: str, part: str, event: str) -> None:
+def test_a_hook_acts_in_a_merged_model(kind: str, part: str, event: str) -> None:
     mode, hook = MODES["two in training"], EVENTS[event]
     model = adapted(kind, mode)
     layer = layer_of(model)
@@ -113,9 +114,9 @@ def test_a_hook_counts_in_a_merged_model(kind: str, part: str, event: str) -> No
 
 @pytest.mark.parametrize("event", ["forward hook", "forward pre-hook", "backward pre-hook"])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "base_layer"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_a_hook_counts_in_every_precision(kind: str, dtype: torch.dtype, part: str, event: str) -> None:
+def test_a_hook_acts_in_every_precision(kind: str, dtype: torch.dtype, part: str, event: str) -> None:
     """The factors of a half-precision base are float32, and the input of lora_A is, too."""
     mode, hook = MODES["two in training"], EVENTS[event]
     place = place_of(part, mode.last)
@@ -210,7 +211,7 @@ def test_modules_are_called_once_where_their_adapter_acts_with_the_samples_that_
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("mode", ["one in training", "two in evaluation"])
 @pytest.mark.parametrize("kind", RAW)
-def test_a_hook_on_the_factors_of_a_raw_parameter_counts_or_is_refused(kind: str, mode: str, part: str) -> None:
+def test_a_hook_on_the_factors_of_a_raw_parameter_acts_or_is_refused(kind: str, mode: str, part: str) -> None:
     """Twice the output of A, or of B, is twice the update. (PEFT ignores such a hook.)"""
     chosen = MODES[mode]
     model = adapted(kind, chosen)
