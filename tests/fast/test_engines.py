@@ -505,7 +505,7 @@ def cast_by_copies(model: nn.Module, stored: torch.dtype, computed: torch.dtype)
 @pytest.mark.parametrize("mode", ["one in training", *EVALUATED])
 @pytest.mark.parametrize("kind", CALLED)
 def test_weights_that_are_cast_by_copies_train(kind: str, mode: str) -> None:
-    """x is not rounded to the dtype in which A is stored. (PEFT rounds it.)"""
+    """x is not rounded to the dtype in which A is stored. (PEFT rounds it, and torch refuses the product.)"""
     chosen = MODES[mode]
     model = adapted(kind, chosen, torch.float32)
     cast_by_copies(model, torch.bfloat16, torch.float32)
