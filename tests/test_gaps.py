@@ -18,7 +18,7 @@ from torch import nn
 from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from lora_ref.api.combination import linear
 from lora_ref.calibration.eva import initialize_lora_eva_weights
-from lora_ref.calibration.hooks import inputs
+from lora_ref.calibration.hooks import record_inputs
 from lora_ref.core.inits import unzeroed
 from lora_ref.core.update import Factors, adapted_forward
 from lora_ref.init.loftq import loftq
@@ -165,7 +165,7 @@ def test_a_layer_is_watched_by_its_first_argument() -> None:
 
     seen = []
     layer = Scaled(2, 2)
-    with inputs({"a": layer}, lambda name, x: seen.append(x)):
+    with record_inputs({"a": layer}, lambda name, x: seen.append(x)):
         layer(x := torch.ones(1, 2), 3.0)
     assert seen[0] is x
 

@@ -1,6 +1,6 @@
-"""The inits that look at the weight, or at data: one paper, one function, one file.
+"""The inits that read the weight's numbers, or data: one paper, one function, one file.
 
-Importing this enters them into the table of `lora_ref.core.inits`. To add one, write the function and enter it there.
+The import of this package adds them to `METHODS` of `lora_ref.core.inits`. A new init is a function and an entry there.
 """
 
 from functools import partial
@@ -27,19 +27,25 @@ def _check_orthogonal(shape: tuple[int, ...], r: int, scaling: float) -> None:
 
 
 def _check_mica(shape: tuple[int, ...], r: int, scaling: float) -> None:
-    residual.check("mica", shape, r)  # any scaling will do: nothing is divided by it
+    residual.check_shape("mica", shape, r)  # it does not divide by the scaling
 
 
 METHODS.update(
     {
         "orthogonal": Method({"linear": orthogonal}, check=_check_orthogonal),
-        "pissa": Method({"linear": pissa}, True, True, check=partial(residual.check, "pissa"), number="niter"),
-        "olora": Method({"linear": olora}, True, True, check=partial(residual.check, "olora")),
-        "loftq": Method({"linear": loftq}, True, True, check=partial(residual.check, "loftq"), options=_loftq_options),
-        "corda": Method(
-            {"linear": corda.corda}, True, True, check=partial(residual.check, "corda"), prepare="preprocess_corda"
+        "pissa": Method({"linear": pissa}, True, True, check=partial(residual.check_shape, "pissa"), number="niter"),
+        "olora": Method({"linear": olora}, True, True, check=partial(residual.check_shape, "olora")),
+        "loftq": Method(
+            {"linear": loftq}, True, True, check=partial(residual.check_shape, "loftq"), options=_loftq_options
         ),
-        # until its pass over the data (`initialize_lora_eva_weights`) as True
+        "corda": Method(
+            {"linear": corda.corda},
+            True,
+            True,
+            check=partial(residual.check_shape, "corda"),
+            prepare="preprocess_corda",
+        ),
+        # `initialize_lora_eva_weights` sets A later
         "eva": Method({"linear": uniform}),
         "mica": Method(
             {"linear": mica, "embedding": mica},
@@ -47,6 +53,8 @@ METHODS.update(
             train_B=False,
             check=_check_mica,
         ),
-        "lora_ga": Method({"linear": lora_ga.lora_ga}, True, True, check=lora_ga.check, prepare="preprocess_loraga"),
+        "lora_ga": Method(
+            {"linear": lora_ga.lora_ga}, True, True, check=lora_ga.check_lora_ga, prepare="preprocess_loraga"
+        ),
     }
 )
