@@ -82,7 +82,7 @@ def test_interrupt_is_130(monkeypatch, capsys):
 
 def test_a_closed_pipe_is_quiet():
     code = (
-        "import sys; from lora_ref import cli\n"
+        "import sys; from lora_ref.tools import cli\n"
         "cli.run_inspect = lambda options: print('line\\n' * 100_000)\n"
         "sys.exit(cli.main(['inspect', 'anywhere']))"
     )

@@ -77,12 +77,12 @@ def test_a_configuration_that_is_too_large_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_inspect_prints_a_table_unless_asked_for_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_ref.tools.inspect import run
+    from lora_ref.tools.inspect import print_contents
 
-    run(saved(tmp_path))
+    print_contents(saved(tmp_path))
     with pytest.raises(json.JSONDecodeError):
         json.loads(capsys.readouterr().out)
-    run(tmp_path, as_json=True)
+    print_contents(tmp_path, as_json=True)
     assert json.loads(capsys.readouterr().out)["config"]["r"] == 2
 
 

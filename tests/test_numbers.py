@@ -41,7 +41,7 @@ from lora_ref.core.scaling import scaling
 from lora_ref.fast import linear as fused
 from lora_ref.init import corda, eva, lora_ga
 from lora_ref.numerics import pca, quantization
-from lora_ref.tools.inspect import contents
+from lora_ref.tools.inspect import read_contents
 from lora_ref.tools.spectrum import bar, singular_values
 from spec_tests import close
 
@@ -751,7 +751,7 @@ def test_a_spectrum_is_right_or_refused(tmp_path_factory: Any, data: Any) -> Any
     model.save_pretrained(folder)
     s = alpha / r
     a, b = exact(A, B)
-    made = refusal(lambda: contents(folder))
+    made = refusal(lambda: read_contents(folder))
     size = norm(b) * norm(a) * max(1, s)
     if isinstance(made, ValueError):
         assert size > top(torch.float64) / 64
@@ -892,7 +892,7 @@ def test_a_saved_adapter_that_is_not_finite_cannot_be_read(value: float, tmp_pat
     with pytest.warns(UserWarning, match="holds NaN or infinite numbers"):
         adapted(nn.Linear(3, 2), A, torch.zeros(2, 1), 1.0).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lora_A\.weight: holds NaN or infinite numbers"):
-        contents(tmp_path)
+        read_contents(tmp_path)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
