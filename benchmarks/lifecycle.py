@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_ref
-from lora_ref.core.formula import add_in_place
+from lora_ref.fast.sums import add_in_place
 
 from .measure import Bar, Case, Job
 from .steps import LIBRARIES

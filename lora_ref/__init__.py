@@ -8,25 +8,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import init as init  # enters its methods into the table of core.inits
-from .core.config import LoraConfig, TaskType
-from .core.config import LoraConfig as PeftConfig
-from .core.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .core.config import TaskType
+from .files.config_file import LoraConfig
+from .files.config_file import LoraConfig as PeftConfig
+from .init.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 if TYPE_CHECKING:
+    from .api.explain import explain
+    from .api.model import LoraModel
     from .api.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from .calibration.eva import initialize_lora_eva_weights
     from .calibration.preprocess import preprocess_corda, preprocess_loraga
-    from .core.inject import explain
     from .core.layer import LoraLayer
-    from .core.model import LoraModel
 
 __version__ = "0.1.0"
 
 _WITH_TORCH = {
     "LoraLayer": "core.layer",
-    "LoraModel": "core.model",
+    "LoraModel": "api.model",
     "PeftModel": "api.peft_model",
-    "explain": "core.inject",
+    "explain": "api.explain",
     "get_peft_model": "api.peft_model",
     "get_peft_model_state_dict": "api.peft_model",
     "initialize_lora_eva_weights": "calibration.eva",

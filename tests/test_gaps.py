@@ -23,7 +23,6 @@ from lora_ref.core.inits import unzeroed
 from lora_ref.core.update import Factors, adapted_forward
 from lora_ref.init.loftq import loftq
 from lora_ref.init.pissa import pissa
-from lora_ref.numerics.arrays import _drawing_device
 from lora_ref.safe.progress import progress_bar
 from lora_ref.safe.sharded import is_main_process
 from lora_ref.tools.cli import main, parser, seed

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.config import LoraConfig
-from ..core.model import LoraModel
-from ..files import adapter_folder as storage
-from ..files import adapter_tensors as slots
+from ..files import adapter_folder
+from ..files.adapter_tensors import adapter_tensors, assign
 from ..safe.atomic import transaction
+from .model import LoraModel
 
 
 class PeftModel(nn.Module):
@@ -40,9 +40,8 @@ class PeftModel(nn.Module):
         with transaction(model):
             self.base_model = LoraModel(model)
             self.training = model.training
-            with transaction(self):  # covers the new modules, too
-                self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
-                self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+            self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self._prepare_gradient_checkpointing()
 
     @classmethod
@@ -64,9 +63,8 @@ class PeftModel(nn.Module):
         with transaction(model):
             self.base_model = LoraModel(model)
             self.training = model.training
-            with transaction(self):  # covers the new modules, too
-                self.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
-                self.set_adapter(adapter_name, inference_mode=not is_trainable)
+            self.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+            self.set_adapter(adapter_name, inference_mode=not is_trainable)
         self._prepare_gradient_checkpointing()
         return self
 
@@ -98,7 +96,7 @@ class PeftModel(nn.Module):
         Differs from PEFT: a tensor that is missing or left over, or a shape that differs, is an error; a
             pickle (.bin) is not read; a name in use is not overwritten.
         """
-        storage.load_adapter(self.base_model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        adapter_folder.load_adapter(self.base_model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
 
     def save_pretrained(
         self,
@@ -125,14 +123,16 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")
-        selected = list(self.peft_config) if selected_adapters is None else self._named(selected_adapters)
-        for name, folder in storage.adapter_folders(self.base_model, Path(save_directory)):
+        selected = list(self.peft_config) if selected_adapters is None else self._names_or_active(selected_adapters)
+        for name, folder in adapter_folder.adapter_folders(self.base_model, Path(save_directory)):
             if name in selected:
-                storage.save_adapter(self.base_model, name, folder, save_embedding_layers, convert, is_main_process)
+                adapter_folder.save_adapter(
+                    self.base_model, name, folder, save_embedding_layers, convert, is_main_process
+                )
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward. With adapter_names, sample i uses adapter_names[i] ("__base__": none)."""
-        with self.sampled(adapter_names):
+        with self.mixed_batch(adapter_names):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -140,12 +140,12 @@ class PeftModel(nn.Module):
         base: Any = self.get_base_model()
         settings = kwargs.get("generation_config") or getattr(base, "generation_config", None)
         beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
-        with self.sampled(adapter_names and [name for name in adapter_names for _ in range(beams)]):
+        with self.mixed_batch(adapter_names and [name for name in adapter_names for _ in range(beams)]):
             return base.generate(*args, **kwargs)
 
-    def sampled(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
-        """See `LoraModel.sampled`."""
-        return self.base_model.sampled(adapter_names)
+    def mixed_batch(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
+        """See `LoraModel.mixed_batch`."""
+        return self.base_model.mixed_batch(adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(numbers that train, numbers in all), adapters included."""
@@ -198,13 +198,13 @@ def get_peft_model(
 
 def get_peft_model_state_dict(model: PeftModel, *, adapter_name: str = "default") -> dict[str, Tensor]:
     """{key as in the adapter file: live tensor} of one adapter."""
-    model.base_model._known(adapter_name)
-    return {key: slot.tensor.detach() for key, slot in slots.slots(model.base_model, adapter_name).items()}
+    model.base_model._check_known(adapter_name)
+    return {key: slot.tensor.detach() for key, slot in adapter_tensors(model.base_model, adapter_name).items()}
 
 
 def set_peft_model_state_dict(
     model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
 ) -> None:
     """The inverse of `get_peft_model_state_dict`: all tensors are checked before the first is written."""
-    model.base_model._known(adapter_name)
-    slots.assign(model.base_model, adapter_name, dict(peft_model_state_dict))
+    model.base_model._check_known(adapter_name)
+    assign(model.base_model, adapter_name, dict(peft_model_state_dict))

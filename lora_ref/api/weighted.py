@@ -5,13 +5,56 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from .. import numerics
-from ..core import patterns
-from ..core.config import LoraConfig
-from ..core.formula import at_least_float32
-from ..core.layer import LoraLayer
+from ..core import config as core
+from ..core.adapter_modules import ModulesToSave
+from ..core.layer import Init, LoraLayer
+from ..core.model import LoraModel, describe
+from ..core.names import exactly
 from ..core.scaling import check_rank
-from ..core.update import Factors
+from ..core.update import Factors, at_least_float32
+from ..files.config_file import LoraConfig
+from ..files.conversion import plain_factors
+from ..safe.atomic import transaction
 from .combination import COMBINATIONS
+
+
+def add_weighted_adapter(
+    model: LoraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+) -> None:
+    """A new adapter, inactive, with the weighted sum of the updates of others: see `lora_ref.api.combination`.
+
+    Its scaling is 1 whatever the parents' is, its init a plain one. The base weights do not change.
+
+    Args:
+        combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
+            the largest rank of the parents) or "linear" (the factors are added; equal ranks needed).
+
+    Raises:
+        ValueError: unknown adapters, not as many weights as adapters, unequal ranks ("linear"), or two parents that
+            save the same module.
+    """
+    model._check_name_is_free(adapter_name)
+    model._check_known(*adapters)
+    parents = {name: model.peft_config[name] for name in adapters}
+    layers = model.layers()
+    combined = combine(layers, adapters, weights, combination_type, svd_rank)
+    config = configure(layers, combined, list(parents.values()), describe(model.model).kinds)
+
+    def init(name: str) -> Init:
+        A, B = layers[name].packed(*combined[name][:2])
+        return lambda weight, r, scaling: Factors(A, B)
+
+    with transaction(model):
+        model.add_adapter(adapter_name, config, init=init)
+        for wrapper in model.wrappers():
+            if isinstance(wrapper, ModulesToSave) and adapter_name in wrapper.adapters():
+                parent = next(name for name in parents if name in wrapper.adapters())
+                wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[parent].state_dict())
 
 
 def combine(
@@ -38,12 +81,18 @@ def combine(
         raise ValueError(f"weights={list(weights)}: must be finite")
     combined = {}
     both = [(layer, name) for layer in layers.values() for name in adapters if name in layer.r]
-    largest = max((layer.r[name] * (2 if name in layer.lora_taken else 1) for layer, name in both), default=0)
+    largest = max(
+        (layer.r[name] * (2 if layer.part("lora_initial", name) else 1) for layer, name in both),
+        default=0,
+    )
     for where, layer in layers.items():
         parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
         if not parents:
             continue
-        As, Bs = zip(*(map(at_least_float32, layer.converted(name)) for name, _ in parents), strict=True)
+        As, Bs = zip(
+            *(map(at_least_float32, plain_factors(layer, name, layer.scaling[name])) for name, _ in parents),
+            strict=True,
+        )
         scales = [w * layer.scaling[name] for name, w in parents]
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
@@ -60,7 +109,7 @@ def combine(
 def configure(
     layers: Mapping[str, LoraLayer],
     combined: Mapping[str, Factors],
-    parents: Sequence[LoraConfig],
+    parents: Sequence[core.LoraConfig],
     modules: Collection[str],
 ) -> LoraConfig:
     """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
@@ -81,7 +130,7 @@ def configure(
     return LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=patterns.exactly([name for name in combined if layers[name].kind != "parameter"], modules),
+        target_modules=exactly([name for name in combined if layers[name].kind != "parameter"], modules),
         target_parameters=parameters or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..api.peft_model import PeftModel
-from ..core import inject, patterns
-from ..core.bias import biases
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer, adapter_dtype
-from ..core.model import LoraModel
-from ..core.options import EvaConfig
+from ..core.model import LoraModel, biases, describe, holders
+from ..core.names import exactly
 from ..core.update import Factors
 from ..init.eva import eva
+from ..init.options import EvaConfig
 from ..safe.atomic import transaction
 from .eva_statistics import ForwardFn, InputStatistics, RowsFn
 
@@ -79,7 +78,7 @@ def initialize_lora_eva_weights(
     if not isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}: a PeftModel is needed, see get_peft_model")
     base = model.base_model
-    base._known(adapter_name)
+    base._check_known(adapter_name)
     config = base.peft_config[adapter_name]
     if config.init_lora_weights != "eva":
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r}: must be 'eva' to be initialised with data")
@@ -113,7 +112,7 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
     Call it in a transaction.
     """
     layers = {name: layer for name, layer in model.layers().items() if adapter_name in layer.adapters()}
-    modules = inject.describe(model.model).kinds
+    modules = describe(model.model).kinds
     trained = biases(model.model, config.bias, adapter_name)
     for name, new in factors.items():
         layer, rank = layers[name], new.A.shape[0]
@@ -126,8 +125,7 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
             adapter_name,
             rank,
             adjusted_alpha(layer.lora_alpha[adapter_name], layer.r[adapter_name], rank, config),
-            config.use_rslora,
-            config.lora_dropout,
+            config,
             functools.partial(_return_factors, new),
             autocast_adapter_dtype=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
         )
@@ -141,7 +139,7 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     model.peft_config[adapter_name] = dataclasses.replace(
         config,
-        target_modules=patterns.exactly([name for name in layers if layers[name].kind != "parameter"], modules),
+        target_modules=exactly([name for name in layers if layers[name].kind != "parameter"], modules),
         rank_pattern={keys[name]: r for name, r in ranks.items() if r != config.r},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
         exclude_modules=None,  # the names in full replace these
@@ -166,7 +164,7 @@ def remove_adapter(model: nn.Module, layer: LoraLayer, adapter_name: str) -> Non
     """Delete an adapter of a layer. If it was the last, the base layer replaces the layer."""
     layer.delete_adapter(adapter_name)
     if not layer.adapters():
-        for parent, attribute in inject.holders(model)[id(layer.get_base_layer())]:
+        for parent, attribute in holders(model)[id(layer.get_base_layer())]:
             setattr(parent, attribute, layer.base_layer)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import LoraLayer
-from ..core.options import EvaConfig
 from ..init.eva import largest_rank, redistribute
+from ..init.options import EvaConfig
 from ..numerics import pca
 from ..safe.progress import progress_bar
 from . import hooks

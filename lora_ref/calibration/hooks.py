@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import numerics
-from ..safe.atomic import surely
+from ..safe.atomic import finish
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def record_inputs(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor
             handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
         yield
     finally:
-        surely(remove_hooks)
+        finish(remove_hooks)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def mean_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterato
         for key in sums:
             sums[key] /= passes[key]
     finally:
-        surely(restore)
+        finish(restore)
 
 
 @contextmanager
@@ -103,4 +103,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        surely(restore)
+        finish(restore)

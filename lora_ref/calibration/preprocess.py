@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core import inject
+from ..api.explain import explain
 from ..core.adapter_modules import AdapterModule
 from ..core.config import LoraConfig
 from ..core.layer_types import is_conv1d_of_transformers
-from ..core.options import CordaConfig, LoraGAConfig
 from ..core.update import Factors
 from ..init import corda, lora_ga
+from ..init.options import CordaConfig, LoraGAConfig
 from ..safe import refusals as checks
 from ..safe.atomic import transaction
 from ..safe.progress import steps
@@ -74,7 +74,7 @@ def preprocess_corda(
     Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are
         removed, after an exception too. No files are written: the directions are small and pickle with the model.
 
-    >>> from lora_ref.core.options import CordaConfig
+    >>> from lora_ref.init.options import CordaConfig
     >>> _ = torch.manual_seed(0)
     >>> net, data = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
     >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda", corda_config=CordaConfig("ipm"))
@@ -166,7 +166,7 @@ def _resolve_targets(model: nn.Module, config: LoraConfig, method: str) -> dict[
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r}: this prepares for {method!r}; set it so")
     if any(isinstance(module, AdapterModule) for module in model.modules()):
         raise ValueError("the model is adapted already: prepare the base model, before get_peft_model")
-    plan = inject.explain(model, config)
+    plan = explain(model, config)
     checks.check(model, config, plan, needs_data=False)
     return {m.name: (model.get_submodule(m.name), m.r) for m in plan.matches if m.action == "adapt" and m.r}
 

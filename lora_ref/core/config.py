@@ -1,33 +1,27 @@
-"""LoraConfig: what a user says. Everything is checked when the object is made.
+"""LoraConfig: what a user asks for. Every option is checked when the object is made.
 
 Options have PEFT's names, defaults and meaning, so that configurations move both ways.
 """
 
 import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
 import warnings
+from collections.abc import Collection, Iterable
 from enum import StrEnum
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from ..safe import regexes
-from .inits import method_of
-from .options import (
-    SUB_CONFIGS,
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    check_bools,
-    is_number,
-    name_list,
-    require,
-    strict,
-)
+from .inits import METHODS, method_of
 from .scaling import check_alpha, check_rank
+
+T = TypeVar("T")
 
 
 class TaskType(StrEnum):
-    """What the base model does; SEQ_CLS and TOKEN_CLS save the classification head with the adapter."""
+    """What the base model does. SEQ_CLS and TOKEN_CLS save the classification head with the adapter."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -35,6 +29,97 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """The hint for a misspelt name: '; did you mean ...?', or nothing.
+
+    >>> did_you_mean("lora_alhpa", ["lora_alpha", "r"])
+    "; did you mean 'lora_alpha'?"
+    """
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def strict(cls: type[T]) -> type[T]:
+    """A dataclass that refuses an unknown option, when it is made and when it is set, and names the nearest one."""
+    original: Any = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}")
+        original(self, *args, **kwargs)
+
+    __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+
+    def __setattr__(self: Any, name: str, value: object) -> None:
+        if name not in self.__dataclass_fields__:
+            known = list(self.__dataclass_fields__)
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}{did_you_mean(name, known)}")
+        object.__setattr__(self, name, value)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign]
+    return cls
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError that says what was given and what is allowed, unless ok."""
+    if not ok:
+        shown = repr(value)
+        raise ValueError(f"{name}={shown[:80]}{'...' if len(shown) > 80 else ''}: must be {allowed}")
+
+
+def is_number(x: object) -> bool:
+    """A finite int or float; True and False are no numbers."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
+
+
+def check_bools(config: object, *names: str) -> None:
+    """Raise ValueError unless these options are True or False."""
+    for name in names:
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+
+
+def name_list(option: str, value: Any) -> list[str]:
+    """A list of strings from any collection of strings, sets in sorted order."""
+    if isinstance(value, str):
+        raise TypeError(f"{option}={value!r}: must be a list of names; write [{value!r}]")
+    ok = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(x, str) and x for x in value)
+    require(ok, option, value, "a list of non-empty strings")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+class Pattern:
+    """A regular expression of an option. `safe.regexes` has one that ends in time.
+
+    >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj") is not None
+    True
+    """
+
+    def __init__(self, text: str, option: str = "pattern", template: str = "{}") -> None:
+        self.text, self.option = text, option
+        try:
+            re.compile(text)  # by itself: its brackets must not close those of the template
+            self.compiled = re.compile(template.replace("{}", text))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
+
+    def match(self, name: str) -> Any:
+        """`re.match`: from the start of the name."""
+        return self.compiled.match(name)
+
+    def fullmatch(self, name: str) -> Any:
+        """`re.fullmatch`: the whole name."""
+        return self.compiled.fullmatch(name)
+
+    @classmethod
+    def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list["Pattern"]:
+        """The patterns of one option; ValueError for one that cannot be compiled."""
+        return [cls(text, option, template) for text in texts]
 
 
 @strict
@@ -55,7 +140,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: {regular expression: value}; it must reach the end of a module's
             name and may start at any dot; the first that matches wins.
         target_parameters: raw parameters to adapt, "experts.gate_up_proj"; 2-D or 3-D.
-        modules_to_save: modules trained whole, a copy for each adapter.
+        modules_to_save: modules trained in full, a copy for each adapter.
         lora_dropout: probability in [0, 1] on the input of A, in training only.
         bias: "none", "all" or "lora_only": which biases of the BASE model train as well.
         fan_in_fan_out: recorded only; how a layer stores its weight is read off the layer.
@@ -98,13 +183,15 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     task_type: TaskType | str | None = None
     inference_mode: bool = False
-    eva_config: EvaConfig | None = None
-    loftq_config: LoftQConfig | None = None
-    corda_config: CordaConfig | None = None
-    lora_ga_config: LoraGAConfig | None = None
+    eva_config: Any = None  # lora_ref.EvaConfig, a dict or None; the next three likewise
+    loftq_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     peft_type: str = "LORA"  # the only value there is: PEFT's files carry it
+
+    pattern_type: ClassVar[type[Pattern]] = Pattern
 
     def __post_init__(self) -> None:
         check_rank(self.r)
@@ -127,11 +214,11 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 require(value != "", name, value, "a non-empty string, a list or None")
-                regexes.check([value], name)
+                self.pattern_type.compile_all([value], name)
             elif value is not None:
                 setattr(self, name, name_list(name, value))
         if isinstance(self.layers_pattern, list):
-            regexes.check(self.layers_pattern, "layers_pattern")
+            self.pattern_type.compile_all(self.layers_pattern, "layers_pattern")
         for name in ("target_parameters", "modules_to_save"):
             if getattr(self, name) is not None:
                 setattr(self, name, name_list(name, getattr(self, name)))
@@ -149,7 +236,7 @@ class LoraConfig:
             for key, number in value.items():
                 require(isinstance(key, str), name, key, "a dict whose keys are strings")
                 check(number, f"{name}[{key[:80]!r}]")
-            regexes.check(value, name)
+            self.pattern_type.compile_all(value, name)
             setattr(self, name, dict(value))
         if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
             raise ValueError(
@@ -158,42 +245,24 @@ class LoraConfig:
             )
 
     def _check_init(self) -> None:
-        init = self.init_lora_weights
-        if isinstance(init, str):
-            self.init_lora_weights = init = init.lower()
-        method_of(init)
-        for name, cls in SUB_CONFIGS.items():
-            value = getattr(self, name)
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        chosen = method_of(self.init_lora_weights)
+        for name, method in METHODS.items():
+            option, cls = f"{name}_config", method.config
+            if cls is None:
+                continue
+            value = getattr(self, option)
             if isinstance(value, dict):
-                setattr(self, name, cls(**value) if value else None)
+                setattr(self, option, cls(**value) if value else None)
             else:
-                require(value is None or isinstance(value, cls), name, value, f"a {cls.__name__}, a dict or None")
-        if self.loftq_config is not None and init != "loftq":
+                require(value is None or isinstance(value, cls), option, value, f"a {cls.__name__}, a dict or None")
+        if self.loftq_config is not None and chosen != "loftq":
             warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=4)
-        if init == "loftq" and self.loftq_config is None:
+        if chosen == "loftq" and self.loftq_config is None:
             raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types, under PEFT's keys: see `lora_ref.files.config_file`."""
-        from ..files import config_file  # it reads and writes this class, so it cannot be imported above
-
-        return config_file.to_dict(self)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "LoraConfig":
-        """Read the adapter_config.json of a folder; ValueError or OSError if there is no valid one."""
-        from ..files import config_file
-
-        return config_file.read(Path(directory) / "adapter_config.json")
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write adapter_config.json into a folder."""
-        from ..files import config_file
-
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / "adapter_config.json").write_text(config_file.dumps(self), encoding="utf-8")
 
     def __repr__(self) -> str:
         default = {f.name: f.default if f.default is not dataclasses.MISSING else {} for f in dataclasses.fields(self)}
         said = {name: value for name, value in vars(self).items() if name in default and value != default[name]}
-        return f"LoraConfig({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in said.items())})"

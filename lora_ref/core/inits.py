@@ -108,7 +108,8 @@ class Method:
     check: Callable[[tuple[int, ...], int, float], None] | None = None  # of (shape, r, scaling): ValueError
     prepare: str = ""  # the public function that must see data before
     number: str = ""  # "<name>_<number>_<n>" passes n under this keyword: pissa_niter_4
-    options: Callable[[Any], dict[str, Any]] | None = None  # keywords from the LoraConfig
+    config: type | None = None  # the class of LoraConfig's option <name>_config
+    options: Callable[[Any], dict[str, Any]] | None = None  # that option -> keywords of the function
 
 
 METHODS: dict[bool | str, Method] = {
@@ -138,7 +139,7 @@ def method_of(init_lora_weights: bool | str) -> bool | str:
                     return name
     numbered = [repr(f"{name}_{method.number}_<n>") for name, method in METHODS.items() if method.number]
     allowed = ", ".join([*map(repr, METHODS), *numbered])
-    raise ValueError(f"init_lora_weights={str(init_lora_weights)[:80]!r}: must be one of {allowed}")
+    raise ValueError(f"init_lora_weights={repr(init_lora_weights)[:80]}: must be one of {allowed}")
 
 
 def find(init_lora_weights: bool | str, kind: str, layer: str = "this layer", **options: Any) -> Callable[..., Factors]:

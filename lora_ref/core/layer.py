@@ -1,117 +1,160 @@
-"""An adapted layer: the untouched base module plus a dict of named adapters.
+"""An adapted layer: the base module, and A and B for each named adapter.
 
-    y = base(x) + sum over active adapters of  s * B A dropout(x)
+    y = base(x) + sum over active adapters of  s B A dropout(x) - D0 x
 
-This class holds what all layers share. A layer type (`layers.py`, `parameters.py`) adds only how A
-and B look in storage (`build`, `factors`, `packed`, `stored`) and how a branch is computed (`add_branch`).
+D0 is 0 for most inits. PiSSA, OLoRA, CorDA and LoRA-GA start from an update s0 B0 A0 that is not 0, and LoftQ from a
+quantised weight W - D0. D0 is subtracted where the adapter acts, so the base weight W never changes. With the adapter
+disabled, deleted or replaced by another one, the layer is the base layer bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..safe.sharded import gathered
-from . import update as decomposition
-from .adapter_modules import on_demand, put
-from .formula import at_least_float32
+from .adapter_modules import AdapterModule, add_part, lazy_parts, unwrapped
+from .config import LoraConfig
+from .inits import METHODS, method_of
 from .scaling import check_scaling, scaling
-from .update import Factors
-from .weights import WeightKeeper
+from .update import Factors, at_least_float32, delta
 
-Init = Callable[[Tensor, int, float], Factors]
+Init = Callable[[Tensor, int, float], Factors]  # (W (out, in), r, s) -> A, B and the residual
 
 
-class LoraLayer(WeightKeeper):
-    """What every adapted layer has: the base, A and B for each adapter, their r, alpha and s.
+class InitialUpdate(nn.Module):
+    """D0 x, where D0 (out, in) = s0 B0 A0 or a dense matrix. Its buffers move, and are saved, with the model."""
 
-    `kind` is what the initialisations know it by; `weight_name` is the base parameter that an
-    update is added to by a merge.
+    D: Any
+    A: Any
+    B: Any
+
+    def __init__(self, A: Tensor | None = None, B: Tensor | None = None, s: float = 1.0, D: Tensor | None = None):
+        super().__init__()
+        self.scaling = s
+        for name, tensor in (("A", A), ("B", B), ("D", D)):
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+
+    def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if self.D is not None:
+            return F.linear(x.to(self.D.dtype), self.D)
+        return self.scaling * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """D0 in at least float32."""
+        if self.D is not None:
+            return at_least_float32(self.D)
+        return delta(at_least_float32(self.A), at_least_float32(self.B), self.scaling)
+
+
+class LoraLayer(AdapterModule):
+    """What all adapted layers share. A layer type (`layer_types`) adds how A, B and the weight are stored.
+
+    `kind` is the key of this layer type in the table of inits. `weight_name` is the base parameter that a merge adds
+    the update to.
 
     Differs from PEFT: an adapter without dropout has no entry in `lora_dropout`, where PEFT has an nn.Identity.
     """
 
     kind = "linear"
-    groups = 1  # how many pairs of factors share out the rank
+    weight_name = "weight"
+    groups = 1  # pairs of factors that share the rank
     by_adapter: tuple[str, ...] = (
-        *("lora_A", "lora_B", "lora_dropout", "lora_taken"),
+        *("lora_A", "lora_B", "lora_dropout", "lora_initial"),
         *("r", "lora_alpha", "scaling", "initial_scaling", "train_B"),
     )
 
+    lora_A: Any  # {adapter: module}, (*tokens, in) -> (*tokens, r)
+    lora_B: Any  # {adapter: module}, (*tokens, r) -> (*tokens, out)
+    lora_dropout = lazy_parts("lora_dropout")  # {adapter: module}, for adapters with dropout
+    lora_initial = lazy_parts("lora_initial")  # {adapter: D0}, for inits that change the base
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     initial_scaling: dict[str, float]
     train_B: dict[str, bool]
-    lora_A: Any  # {adapter: module}
-    lora_B: Any
-    lora_dropout = on_demand("lora_dropout")  # of the adapters that have any
+    merged_adapters: list[str]
+    # the weight that is not in use: the original one while merged, the merged one while merged and disabled.
+    # In a list, because nn.Module would register a bare Parameter
+    set_aside: list[nn.Parameter]
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self._modules.update(lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        self.have(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
+        super().__init__()
+        self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+        self.set_plain(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
+        self.set_plain(merged_adapters=[], set_aside=[], training=base_layer.training)
 
-    @property
-    def merged(self) -> bool:
-        """Is any adapter merged into the base weight?"""
-        return bool(self.merged_adapters)
+    # -- forward -----------------------------------------------------------------------------------
 
-    # -- storage: what a layer type must say ---------------------------------------------------
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        if self.adapter_names is not None:
+            return self.add_by_sample(y, x)
+        return self.add_branches(y, x, self.active_adapters)
 
-    def build(self, name: str, A: Tensor, B: Tensor) -> None:
-        """Make the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
-        put(self, "lora_A", name, linear_of(A))
-        put(self, "lora_B", name, linear_of(B))
+    def add_branches(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
+        """y + the branches of these adapters: summed in the wider dtype, rounded once to y's."""
+        total = y
+        for name in names:
+            if name not in self.merged_adapters:
+                total = total + self.branch(x, name)
+        return total.to(y.dtype)
 
-    def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
-        """A and B of one adapter in logical orientation."""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        """s B A dropout(x) - D0 x."""
+        lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+        dropout, initial = self.part("lora_dropout", name), self.part("lora_initial", name)
+        x = as_input_of(lora_A, x)
+        dropped = x if dropout is None else dropout(x)
+        z = self.scaling[name] * lora_B(lora_A(dropped))  # (*tokens, in) -> (*tokens, r) -> (*tokens, out)
+        return z if initial is None else z - initial(x)
 
-    def packed(self, A: Float[Tensor, "*batch r in"], B: Float[Tensor, "*batch out r"]) -> tuple[Tensor, Tensor]:
-        """The inverse of `factors`: A and B as `build` and the adapter file want them."""
-        return A, B
+    def add_by_sample(self, y: Tensor, x: Tensor) -> Tensor:
+        """y_i + the branch of sample i's own adapter."""
+        y = y.clone()
+        for name, rows in self.groups_of_batch(x):
+            if name in self.r:
+                y[rows] = self.add_branches(y[rows], x[rows], [name])
+        return y
 
-    def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        """y + s * B A dropout(x)."""
-        raise AttributeError(f"{type(self).__name__} has no branch")
-
-    # -- adapters ------------------------------------------------------------------------------
+    # -- adapters ----------------------------------------------------------------------------------
 
     def add_adapter(
         self,
         name: str,
         r: int,
         lora_alpha: float,
-        use_rslora: bool,
-        lora_dropout: float,
+        config: LoraConfig,
         init: Init,
         autocast_adapter_dtype: bool = True,
-        train_B: bool = True,
         rounded: bool = True,
     ) -> None:
-        """Add an adapter, inactive and frozen. A and B take the base weight's device and (if `rounded`) floating
-        dtype, and are then held in float32 where that is a half precision (unless told not to)."""
-        weight = self.base_weight
-        dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
-        s = fitting(scaling(r, lora_alpha, use_rslora), dtype)
-        A, B, residual, exact = init(self.logical_weight(), r, s)
+        """Add an adapter, inactive and frozen.
+
+        A and B get the base weight's device and (if `rounded`) its dtype. They are then held in float32 where that
+        is a half precision (unless told not to).
+        """
+        W = self.unmerged_weight.detach()
+        dtype = adapter_dtype(W.dtype, autocast_adapter_dtype)
+        s = checked_scaling(scaling(r, lora_alpha, config.use_rslora), dtype)
+        A, B, residual, exact = init(self.logical(W), r, s)
         # tensors without numbers yet (on "meta") get them, and a device, from a file
-        A, B = (x.to(x.device if x.is_meta else weight.device, weight.dtype if rounded else dtype) for x in (A, B))
-        A, B = A.to(dtype), B.to(dtype)
+        A, B = (x.to(x.device if x.is_meta else W.device, W.dtype if rounded else dtype).to(dtype) for x in (A, B))
         if residual is not None:
-            self.take(name, residual, (A, B, s) if exact else None)
+            dense = None if exact else at_least_float32(self.logical(W)) - at_least_float32(residual)
+            add_part(self, "lora_initial", name, InitialUpdate(A, B, s) if exact else InitialUpdate(D=dense))
         self.build(name, A, B)
-        if lora_dropout:
-            put(self, "lora_dropout", name, nn.Dropout(lora_dropout).train(self.training))
+        if config.lora_dropout and self.kind != "embedding":
+            add_part(self, "lora_dropout", name, nn.Dropout(config.lora_dropout).train(self.training))
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
-        self.train_B[name] = train_B
+        self.train_B[name] = METHODS[method_of(config.init_lora_weights)].train_B
 
     def adapters(self) -> list[str]:
-        """The names of the adapters that have a part here."""
         return list(self.r)
 
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
@@ -120,82 +163,141 @@ class LoraLayer(WeightKeeper):
             if not self.train_B[name]:
                 self.factors(name)[1].requires_grad_(False)
 
-    def converted(
-        self, name: str, s: float | None = None
-    ) -> tuple[Float[Tensor, "*batch q in"], Float[Tensor, "*batch out q"]]:
-        """A and B such that s * B @ A updates the ORIGINAL weight: where the initialisation took s0 * B0 @ A0
-        out of it, [A; A0] and [B | -s0/s B0], of twice the rank; else the factors as they are. s: default
-        the present scaling.
-
-        Raises:
-            ValueError: what was taken is of full rank (LoftQ), or s = 0.
-        """
-        A, B = (gathered(f.detach()) for f in self.factors(name))
-        if name not in self.lora_taken:
-            return A, B
-        taken, s = self.lora_taken[name], self.scaling[name] if s is None else s
-        if taken.A is None:
-            raise ValueError(f"adapter {name!r} works on a quantised base weight: it is no update of the original one")
-        if s == 0:
-            raise ValueError(f"adapter {name!r} has scaling 0: give it another one")
-        return torch.cat([A, taken.A.to(A)]), torch.cat([B, -(taken.scaling / s) * taken.B.to(B)], dim=1)
-
-    def delta(self, name: str) -> Tensor:
-        """s * B @ A in the shape of the stored base weight, in at least float32."""
-        A, B = (at_least_float32(x.detach()) for x in self.factors(name))
-        return self.stored(decomposition.delta(A, B, self.scaling[name]))
-
-    def dropped(self, x: Tensor, name: str) -> Tensor:
-        """dropout(x), as one adapter has it."""
-        return self.lora_dropout[name](x) if name in self.lora_dropout else x
-
     def set_scale(self, name: str, factor: float) -> None:
-        """s = factor * the scaling that the configuration gives; ValueError if the dtype cannot hold it."""
+        """s = factor * the scaling that the configuration gives. ValueError: s is not finite or too large."""
         self._rescale({name: factor * self.initial_scaling[name]})
 
     def scale_layer(self, factor: float) -> None:
-        """s *= factor for the active adapters; ValueError as from `set_scale`."""
+        """s *= factor for the active adapters. ValueError: as `set_scale`."""
         self._rescale({name: self.scaling[name] * factor for name in self.active_adapters})
 
     def unscale_layer(self, factor: float | None = None) -> None:
-        """s /= factor for the active adapters; None: back to the configured s. ValueError: as there, or for 0."""
+        """s /= factor for the active adapters; None: the configured s again. ValueError: as `set_scale`, or for 0."""
         if factor == 0:
             raise ValueError("factor=0: the scaling cannot be divided by it; give None for the configured one")
-        by = {
-            name: self.initial_scaling[name] if factor is None else self.scaling[name] / factor
-            for name in self.active_adapters
-        }
-        self._rescale(by)
+        now = self.initial_scaling if factor is None else {n: s / factor for n, s in self.scaling.items()}
+        self._rescale({name: now[name] for name in self.active_adapters})
 
     def _rescale(self, scalings: dict[str, float]) -> None:
-        self.scaling.update({name: fitting(s, self.base_weight.dtype) for name, s in scalings.items()})
+        self.scaling.update({name: checked_scaling(s, self.base_weight.dtype) for name, s in scalings.items()})
 
-    # -- forward -------------------------------------------------------------------------------
+    # -- storage: what a layer type must say -------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return self.add_missing(y, x, speaking=()).to(y.dtype)
-        if self.sample_adapters is not None:
-            return self._add_by_row(y, x)
-        return self._add(y, x, self.active_adapters)
+    def build(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Create the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
+        add_part(self, "lora_A", name, linear_of(A))
+        add_part(self, "lora_B", name, linear_of(B))
 
-    def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
-        total = y
+    def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
+        """A and B of one adapter in logical orientation."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def packed(self, A: Float[Tensor, "*batch r in"], B: Float[Tensor, "*batch out r"]) -> tuple[Tensor, Tensor]:
+        """The inverse of `factors`: A and B in the shapes of `build` and of the adapter file."""
+        return A, B
+
+    def logical(self, W: Tensor) -> Float[Tensor, "*batch out in"]:
+        """A weight as stored, seen as (out, in): the inverse of `stored`."""
+        return W
+
+    def stored(self, D: Float[Tensor, "*batch out in"]) -> Tensor:
+        """A logical update in the shape that the base weight is stored in."""
+        return D.reshape(self.base_weight.shape)
+
+    # -- the weight, and merging: W + s B A - D0 ---------------------------------------------------
+
+    @property
+    def base(self) -> nn.Module:
+        return self.base_layer
+
+    def get_base_layer(self) -> nn.Module:
+        """The module inside of nested wrappers."""
+        return unwrapped(self._modules["base_layer"])  # type: ignore[arg-type]
+
+    def inner_modules(self) -> Iterable[nn.Module]:
+        return [self._modules["base_layer"]]  # type: ignore[list-item]
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The base parameter that the update belongs to, as stored."""
+        return getattr(self.get_base_layer(), self.weight_name)
+
+    @property
+    def unmerged_weight(self) -> nn.Parameter:
+        """The base parameter as it was before any merge."""
+        return self.set_aside[0] if self.set_aside and not self.disable_adapters else self.base_weight
+
+    @property
+    def merged(self) -> bool:
+        """Is any adapter merged into the base weight?"""
+        return bool(self.merged_adapters)
+
+    def logical_weight(self) -> Float[Tensor, "*batch out in"]:
+        """The unmerged weight as (out, in)."""
+        return self.logical(self.unmerged_weight.detach())
+
+    def residual(self, name: str) -> Float[Tensor, "out in"]:
+        """W - D0, the frozen weight of the papers: at the start the adapted weight is residual + s B A."""
+        W, initial = self.logical_weight(), self.part("lora_initial", name)
+        return W if initial is None else (at_least_float32(W) - initial.matrix()).to(W.dtype)
+
+    def update(self, name: str) -> Tensor:
+        """s B A - D0 in the shape of the stored weight, in at least float32."""
+        A, B = map(at_least_float32, self.factors(name))
+        D, initial = delta(A, B, self.scaling[name]), self.part("lora_initial", name)
+        return self.stored(D if initial is None else D - initial.matrix())
+
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """W + the updates of these adapters, in W's dtype and storage. One rounding for the sum.
+
+        Differs from PEFT: there each update is rounded to W's dtype first.
+        """
+        W = self.base_weight.detach()
+        total = at_least_float32(W)
         for name in names:
-            if name not in self.merged_adapters:
-                total = self.add_branch(total, x, name)
-        if self.lora_taken:
-            total = self.add_missing(total, x, speaking=[*names, *self.merged_adapters])
-        return total.to(y.dtype)  # summed in the adapter's precision, rounded once
+            total = total + self.update(name)
+        return total.to(W.dtype)
 
-    def _add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
-        y = y.clone()
-        for name, rows in self.rows(x.shape[0]):
-            rows = rows.to(x.device)
-            if name in self.r or self.lora_taken:
-                y[rows] = self._add(y[rows], x[rows], [name] if name in self.r else [])
-        return y
+    def as_weight(self, weight: Tensor) -> nn.Parameter:
+        """A parameter that can replace the base's: on its device and in its dtype, which may have changed meanwhile."""
+        now = self.base_weight
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=now.requires_grad)
+        if weight.device != now.device or weight.dtype != now.dtype:
+            weight.data = weight.data.to(now)
+        return weight
+
+    def install_weight(self, weight: nn.Parameter, set_aside: list[nn.Parameter], merged_adapters: list[str]) -> None:
+        """Install a weight and the list of adapters merged into it. Assignments only, so it cannot fail half-way."""
+        setattr(self.get_base_layer(), self.weight_name, weight)
+        self.set_plain(set_aside=set_aside, merged_adapters=merged_adapters)
+
+    def unmerge(self) -> None:
+        """Install the weight that was there before merging, bit for bit."""
+        if self.set_aside:
+            self.install_weight(self.as_weight(self.unmerged_weight), set_aside=[], merged_adapters=[])
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if enabled is self.disable_adapters and self.set_aside:  # a merged weight is set aside while disabled
+            now, then = self.base_weight, self.as_weight(self.set_aside[0])
+            self.install_weight(then, [now], self.merged_adapters)
+        super().enable_adapters(enabled)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        super().rename_adapter(old, new)
+        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
+
+    def switches(self) -> dict[str, Any]:
+        weights = {"weight": self.base_weight, "set_aside": self.set_aside, "merged": self.merged_adapters}
+        return super().switches() | weights
+
+    def restore(self, switches: dict[str, Any], names: Mapping[str, str]) -> None:
+        self.unmerge()
+        super().restore(switches, names)
+        if all(name in names for name in switches["merged"]):
+            merged = [names[name] for name in switches["merged"]]
+            self.install_weight(self.as_weight(switches["weight"]), switches["set_aside"], merged)
 
     def __repr__(self) -> str:
         def state(name: str) -> str:
@@ -207,12 +309,35 @@ class LoraLayer(WeightKeeper):
         return f"lora.{type(self).__name__}({'; '.join([repr(self.base_layer), *map(state, self.r), *off])})"
 
 
+def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
+    """x in the dtype of the module's weight.
+
+    A hook or a patched forward may move or cast the weight before the product (offloading, layerwise casting). There
+    x is not cast to a narrower dtype.
+
+    Raises:
+        ValueError: x and the weight are on different devices, and nothing will move the weight.
+    """
+    weight = module._parameters.get("weight")
+    weight = next(module.parameters(), None) if weight is None else weight
+    if weight is None or not weight.is_floating_point():
+        return x
+    observed = bool(module._forward_pre_hooks) or "forward" in vars(module)
+    if weight.device != x.device and not observed:
+        raise ValueError(
+            f"the input is on {x.device}, the adapter's weight on {weight.device}: move the model to one device, "
+            "for example model.to(x.device)"
+        )
+    narrower = weight.dtype.itemsize < x.dtype.itemsize
+    return x if observed and narrower else x.to(weight.dtype)
+
+
 def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool = True) -> torch.dtype:
     """The dtype of A and B: the base's, but float32 for half and quarter precision."""
     return torch.float32 if autocast_adapter_dtype and base.itemsize < 4 else base
 
 
-def fitting(s: float, dtype: torch.dtype) -> float:
+def checked_scaling(s: float, dtype: torch.dtype) -> float:
     """s, or ValueError: factors of this dtype cannot be multiplied by it (half precisions are, as float32)."""
     return check_scaling(s, torch.finfo(torch.promote_types(dtype, torch.float32)).max)
 

@@ -1,4 +1,4 @@
-"""The layer types: Linear (and transformers' Conv1D), Embedding, Conv1d, Conv2d, Conv3d."""
+"""The layer types: Linear (and transformers' Conv1D), Embedding, Conv1d, Conv2d, Conv3d, and raw parameters."""
 
 from typing import Any
 
@@ -7,20 +7,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..fast import linear as fused
-from ..fast.mixed_batch import add_each
-from .formula import add_product
 from .layer import LoraLayer
+from .update import at_least_float32, pack_experts, unpack_experts
 
 
 class Linear(LoraLayer):
-    """y = x W^T + b + s * (x A^T) B^T for `nn.Linear`, and for transformers' `Conv1D`, which stores W^T."""
+    """y = x W^T + b + s (x A^T) B^T for `nn.Linear`, and for transformers' `Conv1D`, which stores W^T."""
 
     fan_in_fan_out: bool
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.have(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
+        self.set_plain(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
 
     def logical(self, W: Tensor) -> Float[Tensor, "out in"]:
         return W.T if self.fan_in_fan_out else W
@@ -28,62 +26,13 @@ class Linear(LoraLayer):
     def stored(self, D: Float[Tensor, "out in"]) -> Tensor:
         return D.T if self.fan_in_fan_out else D
 
-    def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        return add_product(y, self.dropped(x.to(A.dtype), name), A, B, self.scaling[name])
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The formula above, or the same by `fused` where that applies."""
-        base: Any = self._modules["base_layer"]
-        if fused.applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
-            plain, branch = fused.plain(base), self.branch()
-            if plain is not None and branch is not None:
-                return fused.add_branch(base, self.logical(plain[0]), plain[1], x, branch)
-        return super().forward(x, *args, **kwargs)
-
-    def branch(self) -> fused.Branch | None:
-        """What `forward` adds to the base's output; None where only the formula can tell."""
-        part: Any = self._modules  # dicts and not attributes, as in `fused.plain`
-        taken, dropouts, merged, found = part.get("lora_taken"), part.get("lora_dropout"), self.merged_adapters, []
-        if self.disable_adapters or self.sample_adapters is not None:
-            return None
-        if taken and not taken.keys() <= {*self.active_adapters, *merged}:
-            return None
-        for name in self.active_adapters:
-            if name in merged:
-                continue
-            A = part["lora_A"]._modules[name]._parameters.get("weight")
-            B, p = part["lora_B"]._modules[name]._parameters.get("weight"), 0.0
-            if dropouts and name in dropouts:
-                dropout = dropouts[name]
-                if type(dropout) is not nn.Dropout or (dropout.p > 0.5 and dropout.training):
-                    return None
-                p = dropout.p if dropout.training else 0.0
-            if A is None or B is None or A.dtype != B.dtype:  # None: computed from others, by a parametrisation
-                return None
-            found.append(fused.Branch(A, B, self.scaling[name], p))
-        if len(found) > 1:
-            return fused.joined(found) if not any(branch.p for branch in found) else None  # each has its own mask
-        return found[0] if found else None
-
-    def _add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
-        """Every row's own factors in one stack: this costs what the rows cost, however many adapters there are."""
-        names = self.row_names(x.shape[0])
-        rows = [i for i, name in enumerate(names) if name in self.r]
-        if self.lora_taken or self.training or not rows:
-            return super()._add_by_row(y, x)
-        pairs = [(*self.factors(names[i]), self.scaling[names[i]]) for i in rows]
-        if len(rows) == len(names):
-            return add_each(y, x, pairs)
-        return y.index_put((torch.tensor(rows, device=y.device),), add_each(y[rows], x[rows], pairs))
-
 
 class Embedding(LoraLayer):
-    """y[i] = E[i] + s * A^T[i] B^T for `nn.Embedding` (V, d): a linear layer on one-hot vectors.
+    """y[i] = E[i] + s A^T[i] B^T for `nn.Embedding` (V, d): a linear layer on one-hot vectors.
 
-    A (r, V) is looked up, B (d, r) multiplied. lora_dropout does not apply: the input is a token.
-    At padding_idx the branch is added but A gets no gradient. A base with an `embed_scale`
-    (Gemma) scales the branch too, so that merging changes nothing.
+    A (r, V) is looked up, B (d, r) multiplied. lora_dropout does not apply: the input is a token. At padding_idx the
+    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch too, so that
+    merging changes nothing.
     """
 
     kind = "embedding"
@@ -107,20 +56,19 @@ class Embedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+    def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.factors(name)
         base: Any = self.get_base_layer()
         # the gradient of A is dense even where the base asks for sparse ones: A is small
         z = F.embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)  # (*tokens, r)
-        branch = F.linear(z, B) * self.scaling[name]  # (*tokens, r) @ (r, d) -> (*tokens, d)
-        return y + branch * getattr(base, "embed_scale", 1.0)
+        return F.linear(z, B) * self.scaling[name] * getattr(base, "embed_scale", 1.0)  # (*tokens, d)
 
 
 class Conv(LoraLayer):
-    """y = conv(x) + s * conv_1x1(conv_A(dropout(x))) for `nn.Conv1d`, `Conv2d` and `Conv3d`.
+    """y = conv(x) + s conv_1x1(conv_A(dropout(x))) for `nn.Conv1d`, `Conv2d` and `Conv3d`.
 
-    A (r, in, *kernel) has the base's kernel, stride, padding and dilation; B (out, r / groups, 1, ...)
-    has kernel 1 and the base's groups. Flattened, that is A (r, in * prod(kernel)) and the usual product.
+    A (r, in, *kernel) has the base's kernel, stride, padding and dilation. B (out, r / groups, 1, ...) has kernel 1
+    and the base's groups. Flattened, that is A (r, in * prod(kernel)) and the usual product.
     """
 
     kind = "conv"
@@ -133,9 +81,8 @@ class Conv(LoraLayer):
     def logical(self, W: Tensor) -> Float[Tensor, "out fan_in"]:
         if self.groups == 1:
             return W.flatten(1)
-        # A sees all groups' inputs, which no grouped kernel does: a weight of that shape, without memory
-        fan_in = self.in_channels * W[0, 0].numel()
-        return W.new_zeros(()).expand(self.out_channels, fan_in)
+        # A sees the inputs of all groups, which no grouped kernel does: a weight of that shape, without memory
+        return W.new_zeros(()).expand(self.out_channels, self.in_channels * W[0, 0].numel())
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         base: Any = self.get_base_layer()
@@ -159,10 +106,61 @@ class Conv(LoraLayer):
     def packed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return A.flatten(0, -2), B.flatten(0, -2)
 
-    def add_branch(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        lora_A = self.lora_A[name]
-        z = lora_A(self.dropped(x.to(lora_A.weight.dtype), name))  # (batch, r, *space)
-        return y + self.scaling[name] * self.lora_B[name](z)  # (batch, out, *space)
+
+class Parameter(LoraLayer):
+    """W_e <- W_e + s B_e A_e for a raw parameter of a module, (out, in) or a stack (E, out, in) of experts.
+
+    The module runs as it is, with the adapted parameter installed for the time of the call. A stack whose module says
+    `is_transposed` is stored as (E, in, out). In the adapter file the experts are packed into A (r*E, in) and
+    B (out, r*E), see `update.pack_experts`. Several parameters of one module nest: a wrapper in a wrapper.
+
+    Differs from PEFT: the module is not parametrised during the call, and merged adapters may be mixed with active
+    ones.
+    """
+
+    kind = "parameter"
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        super().__init__(base_layer)
+        self.weight_name = parameter_name
+        self.fan_in_fan_out = self.base_weight.ndim == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+
+    def logical(self, W: Tensor) -> Float[Tensor, "*experts out in"]:
+        return W.mT if self.fan_in_fan_out else W
+
+    def stored(self, D: Float[Tensor, "*experts out in"]) -> Tensor:
+        return D.mT if self.fan_in_fan_out else D
+
+    def build(self, name: str, A: Tensor, B: Tensor) -> None:
+        super().build(name, *(pack_experts(A, B) if A.ndim == 3 else (A, B)))
+
+    def factors(self, name: str) -> tuple[Float[Tensor, "*experts r in"], Float[Tensor, "*experts out r"]]:
+        A, B = super().factors(name)
+        W = self.base_weight
+        return (A, B) if W.ndim == 2 else unpack_experts(A, B, W.shape[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.adapter_names is not None and not self.disable_adapters and set(self.adapter_names) & set(self.r):
+            raise ValueError("adapter_names is not possible with target_parameters: one weight serves all samples")
+        names = [name for name in self.active_adapters if name not in self.merged_adapters]
+        if self.disable_adapters or not names or self.adapter_names is not None:
+            return self.base_layer(*args, **kwargs)
+        W = self.base_weight
+        total = at_least_float32(W)
+        for name in names:
+            total = total + self.update(name)
+        path, inner = self.weight_name, self.base_layer
+        while isinstance(inner, LoraLayer):
+            path, inner = f"base_layer.{path}", inner.base_layer
+        return torch.func.functional_call(self.base_layer, {path: total.to(W.dtype)}, args, kwargs)
+
+
+LAYER_TYPES: dict[str, type[LoraLayer]] = {
+    "linear": Linear,
+    "embedding": Embedding,
+    "conv": Conv,
+    "parameter": Parameter,
+}
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -171,3 +169,16 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def kind_of(module: nn.Module) -> str:
+    """The key of a module's layer type, or "" where there is none.
+
+    >>> kind_of(nn.Linear(2, 2)), kind_of(nn.Conv2d(2, 2, 3)), kind_of(nn.ReLU())
+    ('linear', 'conv', '')
+    """
+    if isinstance(module, nn.Linear) or is_conv1d_of_transformers(module):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv" if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ""

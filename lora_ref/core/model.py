@@ -1,129 +1,521 @@
-"""An adapted model: all of `switch`, and merging, unloading, weighted combination.
+"""An adapted model: the base model with adapted layers in it, under PEFT's method names.
 
-Every method is all-or-nothing: it checks first, then changes, and what fails changes nothing.
+Every method checks first, then changes. `lora_ref.api.model` adds speed, all refusals, and an undo of what fails.
 """
 
-from collections.abc import Sequence
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 from torch import nn
 
-from ..api import weighted
-from ..fast import merging as merge
-from ..safe.atomic import transaction, uninterrupted
-from ..safe.sharded import check_whole
-from . import inject
-from .adapter_modules import ModulesToSave
-from .layer import Init
-from .switch import SwitchModel
-from .update import Factors
+from . import names as targeting
+from .adapter_modules import AdapterModule, ModulesToSave, modules_without_factors, unwrapped
+from .config import LoraConfig, did_you_mean
+from .inits import METHODS, check, find, method_of
+from .layer import Init, LoraLayer
+from .layer_types import LAYER_TYPES, Linear, kind_of
+from .names import Match, ModelNames, Targeting
+from .scaling import check_alpha
 
 
-class LoraModel(SwitchModel):
-    """A base model with named adapters in it. `PeftModel` is the same with saving and loading."""
+class LoraModel(nn.Module):
+    """A base model with named adapters in it.
+
+    Attributes:
+        model: the base model, changed in place.
+        peft_config: {adapter name: LoraConfig}, copies of the user's, with the targets replaced by names.
+        active_adapters: the names of the adapters whose updates are added.
+    """
+
+    layer_types: Mapping[str, type[LoraLayer]] = LAYER_TYPES
+    default_targets: Mapping[str, list[str] | str] = {}  # {model_type: target_modules}
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if any(isinstance(module, AdapterModule) for module in model.modules()):
+            raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
+        self.model = model.requires_grad_(False)
+        self.training = model.training
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.active_adapters: list[str] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    # -- what is there -----------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the list of names if there is not exactly one."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The configuration of the (first) active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    def wrappers(self) -> list[AdapterModule]:
+        """All modules that hold adapters."""
+        return [m for m in modules_without_factors(self.model) if isinstance(m, AdapterModule)]
+
+    def layers(self) -> dict[str, LoraLayer]:
+        """{name: adapted layer}. The name of a raw parameter is its own."""
+        found = {}
+        for name, parent, attribute in walk(self.model):
+            layer: Any = parent._modules[attribute]
+            while isinstance(layer, LoraLayer):
+                found[f"{name}.{layer.weight_name}" if layer.kind == "parameter" else name] = layer
+                layer = layer.base_layer
+        return found
+
+    def plan(self, config: LoraConfig) -> Targeting:
+        """What this configuration adapts, and by which rule."""
+        return targeting.resolve(describe(self.model), config, self.default_targets)
+
+    def _check_known(self, *names: str) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                known = list(self.peft_config)
+                raise ValueError(f"there is no adapter {name!r}; there are {known}{did_you_mean(str(name), known)}")
+
+    def _names_or_active(self, names: str | Sequence[str] | None) -> list[str]:
+        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else list(names)
+        self._check_known(*chosen)
+        return list(chosen)
+
+    def _check_name_is_free(self, name: str) -> None:
+        if name in self.peft_config:
+            raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
+        check_adapter_name(name)
+
+    def _check_not_merged(self, names: Sequence[str], what: str) -> None:
+        merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
+        if merged:
+            raise ValueError(f"{what} is not possible while {', '.join(merged)} is merged: call unmerge_adapter first")
+
+    # -- adding, choosing, deleting ----------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        autocast_adapter_dtype: bool = True,
+        init: Callable[[str], Init] | None = None,
+    ) -> None:
+        """Add an adapter, inactive and frozen. `init` gives the init of each layer by name, in place of the config's.
+
+        Raises:
+            ValueError: the name is taken or not usable, nothing is targeted, a layer cannot be adapted as asked, or
+                a second adapter has bias != "none".
+        """
+        self._check_name_is_free(adapter_name)
+        if not isinstance(peft_config, LoraConfig):
+            raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
+        config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
+        other = next((name for name, c in self.peft_config.items() if c.bias != "none"), None)
+        if config.bias != "none" and other is not None:
+            raise ValueError(
+                f"bias={config.bias!r}: adapter {other!r} already trains biases of the base model in place; "
+                "only one adapter of a model can"
+            )
+        plan = self.plan(config)
+        config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        if heads := targeting.saved_heads(config):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+        self.refuse(config, plan, will_init=init is None)
+        config.target_modules = plan.target_modules
+        is_off, layers = self._is_off(), []
+        places, held = {name: place for name, *place in walk(self.model)}, holders(self.model)
+        with self.progress([match for match in plan.matches if match.action], config, init is None) as matches:
+            for match in matches:
+                wrapper = self._wrap(match, places, held)
+                if isinstance(wrapper, ModulesToSave):
+                    wrapper.add_adapter(adapter_name)
+                elif isinstance(wrapper, LoraLayer):
+                    method = init(match.name) if init else _init_of(config, wrapper)
+                    r, alpha = cast(int, match.r), cast(float, match.lora_alpha)
+                    try:
+                        wrapper.add_adapter(adapter_name, r, alpha, config, method, autocast_adapter_dtype, not init)
+                    except ValueError as error:
+                        raise ValueError(f"{match.name}: {error}") from error
+                    layers.append(wrapper)
+        if is_off:  # then the new wrappers are, too
+            self.disable_adapter_layers()
+        self.peft_config[adapter_name] = config
+        transposed = any(isinstance(layer, Linear) and layer.fan_in_fan_out for layer in layers)
+        config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
+
+    def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
+        """Raise ValueError for what cannot be adapted as asked. Nothing has changed yet. `safe.refusals` says more."""
+        for note in targeting.check(plan, config):
+            warnings.warn(note, stacklevel=4)
+        places: dict[str, Any] = {name: place for name, *place in walk(self.model)}
+        for match in plan.matches:
+            is_parameter, (name, _, last) = match.action == "adapt parameter", match.name.rpartition(".")
+            parent, attribute = places[name if is_parameter else match.name]
+            module: Any = parent._modules[attribute]
+            kind = "parameter" if is_parameter else kind_of(unwrapped(module))
+            if match.action and isinstance(parent, nn.MultiheadAttention):
+                raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
+            if not match.r or match.scaling is None:
+                continue
+            weight: Any = getattr(unwrapped(module), last if is_parameter else "weight", None)
+            if not kind or isinstance(module, ModulesToSave) or not weight.is_floating_point():
+                raise ValueError(f"{match.name}: {type(module).__name__} cannot be adapted")
+            if kind == "conv" and match.r % module.groups:
+                raise ValueError(f"{match.name}: r={match.r} must be divisible by groups={module.groups}")
+            if will_init:
+                find(config.init_lora_weights, kind, match.name)
+                check(config.init_lora_weights, weight.shape, match.r, match.scaling)
+
+    def progress(
+        self, matches: list[Match], config: LoraConfig, will_init: bool
+    ) -> AbstractContextManager[Iterable[Match]]:
+        """A `with` block around the work on these matches. `api.model` shows a bar."""
+        return nullcontext(matches)
+
+    def _wrap(self, match: Match, places: Mapping[str, Any], held: Mapping[int, Any]) -> AdapterModule:
+        """The wrapper of a match, installed wherever the module is held, unless it is there already."""
+        is_parameter = match.action == "adapt parameter"
+        name, parameter = match.name.rpartition(".")[::2] if is_parameter else (match.name, "")
+        parent, attribute = places[name]
+        module = wrapper = parent._modules[attribute]
+        if match.action == "save" and isinstance(module, ModulesToSave):
+            return module
+        while isinstance(wrapper, LoraLayer):
+            if not parameter or wrapper.weight_name == parameter:
+                return wrapper
+            wrapper = wrapper.base_layer
+        layer_type: Any = self.layer_types["parameter" if is_parameter else kind_of(module)] if match.r else None
+        wrapper = layer_type(*([module, parameter] if is_parameter else [module])) if match.r else ModulesToSave(module)
+        for parent, attribute in held[id(unwrapped(module))]:
+            setattr(parent, attribute, wrapper)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # its fast path reads the weights of linear1 and linear2 directly, unless a submodule has a hook
+                wrapper.register_forward_pre_hook(_leave_the_fast_path)
+        return wrapper
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several whose updates add. They train (not with inference_mode), others are frozen.
+
+        Merged adapters are unmerged first.
+
+        Raises:
+            ValueError: an unknown adapter, one named twice, or two that save the same module.
+
+        Differs from PEFT: unmerging there subtracts the update, and leaves rounding errors in the weights.
+        """
+        names = self._names_or_active(adapter_name)
+        if len(set(names)) != len(names):
+            raise ValueError(f"an adapter is named twice: {names}")
+        wrappers = self.wrappers()
+        for wrapper in wrappers:
+            if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
+                raise ValueError(f"adapters {both} each save a module (modules_to_save): only one can be active")
+        self.unmerge_adapter()
+        for wrapper in wrappers:
+            wrapper.set_adapter(names, inference_mode)
+        self.active_adapters = names
+        for name, config in self.peft_config.items():
+            for bias in biases(self.model, config.bias, name).values():
+                bias.requires_grad_(name in names and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it was the only active one, the first of the others is activated."""
+        self._check_known(adapter_name)
+        self._check_not_merged([adapter_name], "deleting")
+        for bias in biases(self.model, self.peft_config[adapter_name].bias, adapter_name).values():
+            bias.requires_grad_(False)
+        for wrapper in self.wrappers():
+            wrapper.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        was_active = adapter_name in self.active_adapters
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        if was_active and not self.active_adapters and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)))
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Rename an adapter; its place among the others, and its state, stay."""
+        self._check_known(old)
+        self._check_name_is_free(new)
+        for wrapper in self.wrappers():
+            wrapper.rename_adapter(old, new)
+        self.peft_config = {new if name == old else name: config for name, config in self.peft_config.items()}
+        self.active_adapters = [new if name == old else name for name in self.active_adapters]
+
+    def set_scale(self, adapter_name: str, factor: float) -> None:
+        """s = factor * the scaling that the configuration gives, in every layer.
+
+        Raises:
+            ValueError: an unknown or merged adapter; a factor, or an s, that is not finite or too large for the dtype.
+        """
+        self._check_known(adapter_name)
+        check_alpha(factor, "factor")
+        self._check_not_merged([adapter_name], "scaling")
+        for layer in self.layers().values():
+            if adapter_name in layer.r:
+                layer.set_scale(adapter_name, factor)
+
+    # -- for a while: off, and each sample its own -------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`."""
+        for wrapper in self.wrappers():
+            wrapper.enable_adapters(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`."""
+        for wrapper in self.wrappers():
+            wrapper.enable_adapters(True)
+
+    def _is_off(self) -> bool:
+        return any(wrapper.disable_adapters for wrapper in self.wrappers())
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A `with` block in which the model is the base model, merged or not."""
+        trained = [name for name in self.active_adapters if self.peft_config[name].bias != "none"]
+        if trained:
+            warnings.warn(
+                f"adapter {trained[0]!r} trains biases of the base model in place (bias != 'none'): "
+                "with the adapters disabled, trained biases stay, and the output is not the original's",
+                stacklevel=3,
+            )
+        was_off = self._is_off()
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not was_off:
+                self.enable_adapter_layers()
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """A `with` block in which sample i of a batch uses adapter_names[i]; "__base__" means none.
+
+        Raises:
+            ValueError: an unknown adapter, a merged one, a model in training mode. Within the block: the number of
+                names is not the number of samples.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self._check_known(*(name for name in dict.fromkeys(adapter_names) if name != "__base__"))
+        self._check_not_merged(list(self.peft_config), "mixing adapters in a batch")
+        if self.training:
+            raise ValueError("adapter_names mixes adapters for inference: call model.eval() first")
+        wrappers = self.wrappers()
+        try:
+            for wrapper in wrappers:
+                wrapper.adapter_names = tuple(adapter_names)
+            yield
+        finally:
+            for wrapper in wrappers:
+                wrapper.adapter_names = None
+
+    # -- merging -----------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the updates of the active (or the named) adapters to the base weights, reversibly.
 
-        The output afterwards is base + every adapter that is active or merged. Merged weights are
-        always checked to be finite before the first one is written: `safe_merge` is for PEFT's
-        scripts and changes nothing. A state dict loaded meanwhile is undone by unmerging.
+        The output afterwards is base + every adapter that is active or merged. Merged weights are always checked to
+        be finite before the first one is installed: `safe_merge` is for PEFT's scripts and changes nothing. The
+        original weights are kept, so unmerging is exact, and costs one copy of each merged weight.
 
         Raises:
-            ValueError: an unknown adapter; adapters are disabled; a layer that cannot be merged (a grouped
-                convolution); a merged weight that would not be finite.
+            ValueError: an unknown adapter; adapters are disabled; a grouped convolution; a merged weight that would
+                not be finite.
 
-        Differs from PEFT: several layers merge or none; active adapters that are not merged still
-            contribute; unmerging is exact.
+        Differs from PEFT: all layers merge or none; active adapters that are not merged still contribute; unmerging
+            is exact.
         """
-        names = self._named(adapter_names)
-        check_whole(self, "merging")
-        merge.merge(self.layers(), names)
+        new = to_merge(self.layers(), self._names_or_active(adapter_names))
+        layers = self.layers()
+        weights = {where: layers[where].merged_weight(names) for where, names in new.items()}
+        for where, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{where}: merging gives weights that are not finite; nothing was merged")
+        for where, weight in weights.items():
+            layer = layers[where]
+            kept = layer.set_aside or [layer.base_weight]
+            layer.install_weight(layer.as_weight(weight), kept, layer.merged_adapters + new[where])
 
     def unmerge_adapter(self) -> None:
-        """Give the base weights back, bit for bit. Adapters that were active still are."""
-        merge.unmerge(self.wrappers())
+        """Restore the base weights, bit for bit. Active adapters stay active."""
+        for wrapper in self.wrappers():
+            if isinstance(wrapper, LoraLayer):
+                wrapper.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """The plain base model with the active (or named) adapters merged into it.
+        """The plain base model with the active (or named) adapters merged into it: the original object.
 
-        It is the original object, and the sums are written into its weights' own memory: nothing of
-        their size is allocated, and no adapter can be taken out again. Weights that are not finite
-        afterwards are refused before the first is written. From there on there is no exact way back,
-        so Ctrl-C takes effect when all are written: the model is then merged and plain.
         `progressbar` and `safe_merge` are for PEFT's scripts: merging is quick, and always checked.
 
         Raises:
             ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
-
-        Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
-        names = self._named(adapter_names)
-        check_whole(self, "merging")
-        with uninterrupted(), self._switching(flags=adapter_names is not None):
-            if self._is_off():
-                self.enable_adapter_layers()
-            if adapter_names is not None:
-                self.set_adapter(names)
-            layers = self.layers()
-            sums = merge.prepare(self.model, layers, names)
-            for layer in layers.values():
-                layer.give_back([name for name in layer.lora_taken if name not in layer.merged_adapters])
-            inject.take_out(self.model)
-            merge.write(sums)
+        names = self._names_or_active(adapter_names)
+        if self._is_off():
+            self.enable_adapter_layers()
+        if adapter_names is not None:
+            self.set_adapter(names)
+        self.merge_adapter(names)
+        unwrap(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
-        """The plain base model, without adapters, its modules_to_save the originals; the original object.
+        """The plain base model, without adapters, its modules_to_save the originals: the original object.
 
-        Biases that were trained (bias != "none") stay trained. A weight that an initialisation had
-        changed (PiSSA and the like) is the original again, but for rounding.
+        Biases that were trained (bias != "none") stay trained.
         """
-        check_whole(self, "unloading")
-        with self._switching():
-            merge.unmerge(self.wrappers())
-            self.disable_adapter_layers()
-            for layer in self.layers().values():
-                layer.give_back(list(layer.lora_taken))
-            inject.take_out(self.model)
+        self.unmerge_adapter()
+        self.disable_adapter_layers()
+        unwrap(self.model)
         return self.model
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-    ) -> None:
-        """A new adapter, inactive, that does what the weighted sum of others does: see `lora_ref.api.combination`.
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):  # not set yet: the object is being built or unpickled
+                raise
+            return getattr(self.model, name)
 
-        Its scaling is 1 whatever the parents' is, its init a plain one; the base weights are not touched.
 
-        Args:
-            combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
-                the largest rank of the parents) or "linear" (the factors are added; equal ranks needed).
+# -- the module tree -------------------------------------------------------------------------------
 
-        Raises:
-            ValueError: unknown adapters, as many weights as adapters are not given, ranks differ ("linear"),
-                or two parents save the same module whole.
-        """
-        self._new(adapter_name)
-        self._known(*adapters)
-        parents = {name: self.peft_config[name] for name in adapters}
-        layers = self.layers()
-        combined = weighted.combine(layers, adapters, weights, combination_type, svd_rank)
-        modules = inject.describe(self.model).kinds
-        config = weighted.configure(layers, combined, list(parents.values()), modules)
 
-        def init(name: str) -> Init:
-            A, B = layers[name].packed(*combined[name][:2])
-            return lambda weight, r, scaling: Factors(A, B)
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, parent, attribute) of every module, as if no wrapper were there. Shared modules come once."""
+    seen: set[int] = set()
+    waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
+    while waiting:
+        name, parent, attribute = waiting.pop()
+        child = parent._modules[attribute]
+        bare = None if child is None else unwrapped(child)
+        if bare is not None and id(bare) not in seen:
+            seen.add(id(bare))
+            yield name, parent, attribute
+            waiting += [(f"{name}.{inner}", bare, inner) for inner in reversed(bare._modules)]
 
-        with transaction(self):
-            self.add_adapter(adapter_name, config, init=init)
-            for wrapper in self.wrappers():
-                if isinstance(wrapper, ModulesToSave) and adapter_name in wrapper.adapters():
-                    parent = next(name for name in parents if name in wrapper.adapters())
-                    wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[parent].state_dict())
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """{id of an unwrapped module: every (parent, attribute) that holds it}. A shared module has several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in modules_without_factors(model):
+        for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
+            if child is not None:
+                found.setdefault(id(unwrapped(child)), []).append((parent, attribute))
+    return found
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put every wrapped module back into its place. Of a module that is saved, the copy in use stays."""
+    for places in holders(model).values():
+        for parent, attribute in places:
+            module = getattr(parent, attribute)
+            if isinstance(module, ModulesToSave):
+                setattr(parent, attribute, module.delegate)
+            elif isinstance(module, LoraLayer):
+                setattr(parent, attribute, module.get_base_layer())
+
+
+def describe(model: nn.Module) -> ModelNames:
+    """What targeting needs to know of a model. transformers is recognised by its methods, not imported."""
+    kinds, parameters, heads = {}, [], []
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = unwrapped(get_head()) if callable(get_head) and get_head() is not None else None
+    for name, parent, attribute in walk(model):
+        module = unwrapped(parent._modules[attribute])  # type: ignore[arg-type]
+        kinds[name] = kind_of(module)
+        heads += [name] if module is head else []
+        parameters += [f"{name}.{p}" for p in module._parameters]
+    parameters += [p for p in model._parameters]
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return ModelNames(kinds, tuple(parameters), model_type, tuple(heads))
+
+
+def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Parameter]:
+    """{name: parameter} of the base biases that train with this adapter, names as in `named_parameters()`.
+
+        "none"       none of them
+        "all"        every parameter named `bias`, in adapted modules, norms and everywhere else
+        "lora_only"  the bias of each adapted module (LoRA itself has no bias)
+
+    They train in place. Switching the adapter off, or unloading it, does NOT restore the original outputs then.
+
+    Source: microsoft/LoRA, `mark_only_lora_as_trainable`; PEFT's LoraConfig, `bias`.
+    """
+    if mode == "none":
+        return {}
+    # a module that this adapter saves has a bias of its own; the copies of other adapters belong to them
+    saved = [m for m in model.modules() if isinstance(m, ModulesToSave)]
+    excluded = [w if adapter_name in w.adapters() else w.modules_to_save for w in saved]
+    not_base = {id(m) for part in excluded for m in part.modules()}
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
+    bases = {id(layer.get_base_layer()) for layer in adapted}
+    return {
+        f"{name}.bias" if name else "bias": bias
+        for name, module in model.named_modules()
+        if (bias := module._parameters.get("bias")) is not None
+        and id(module) not in not_base
+        and (mode == "all" or id(module) in bases)
+    }
+
+
+def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, list[str]]:
+    """{layer: those of the named adapters that are not merged there yet}; ValueError as `LoraModel.merge_adapter`."""
+    found = {}
+    for where, layer in layers.items():
+        new = [name for name in names if name in layer.r and name not in layer.merged_adapters]
+        if not new:
+            continue
+        if layer.disable_adapters:
+            raise ValueError("the adapters are disabled: enable them before merging")
+        if layer.groups > 1:
+            raise ValueError(
+                f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: "
+                "it connects all input channels to all outputs, which the grouped kernel has no room for"
+            )
+        found[where] = new
+    return found
+
+
+def prepared(module: nn.Module) -> dict[str, Init]:
+    """The inits that a pass over data has left on a module: {method: function}."""
+    return vars(module).get("prepared_init", {})
+
+
+def _init_of(config: LoraConfig, layer: LoraLayer) -> Init:
+    """The init that the configuration asks for."""
+    value, name, ready = config.init_lora_weights, method_of(config.init_lora_weights), prepared(layer.get_base_layer())
+    if name in ready:
+        return ready.pop(str(name))  # made for the weight as it is now: of no use a second time
+    option, method = getattr(config, f"{name}_config", None), METHODS[name]
+    return find(value, layer.kind, **method.options(option) if method.options and option else {})
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise ValueError unless name can be an attribute of a module and a folder of its own.
+
+    >>> check_adapter_name("../other")
+    Traceback (most recent call last):
+    ...
+    ValueError: adapter name '../other': must be letters, digits, '_', '-' or spaces, not the name of a method
+    """
+    reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
+    if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
+        raise ValueError(
+            f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
+        )
+
+
+def _leave_the_fast_path(module: nn.Module, args: Any) -> None:
+    """Does nothing. TransformerEncoderLayer leaves its fast path as soon as a submodule has a hook."""

@@ -1,4 +1,4 @@
-"""A linear layer and its branch, faster: what `layers.Linear` says, with the gradients written by hand.
+"""A linear layer with its branch as one autograd function. It equals `core.layer_types.Linear.forward`.
 
 With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ = dropout(x):
 
@@ -9,10 +9,14 @@ With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ 
                                      dx = g W            (T, in)
                                      dx += dz^T A        (T, in), where x was kept
 
-Autograd computes the same. What is faster: the rank comes first, for (r, T) @ (T, out) takes a fraction of
-(out, T) @ (T, r) where r is small, and leaves x and g in the cache for the large products; the sums are made in
-place, in y and in dx; between two large products little of Python runs, whose own memory they have driven out of the
-cache; and for backward stay x, z, and one byte an element for dropout. Several adapters are one of their ranks' sum.
+It is faster than autograd for four reasons:
+
+- The rank comes first in a product. (r, T) @ (T, out) is several times faster than (out, T) @ (T, r) where r is small.
+- The sums are in place, in y and in dx.
+- Few Python instructions run between the two large products.
+- Backward needs x, z, and one byte per element for dropout.
+
+Several adapters without dropout become one of the sum of their ranks.
 """
 
 from collections.abc import Sequence
@@ -25,16 +29,77 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
-from ..core.formula import add_in_place
+from ..core import layer_types
+from .mixed_batch import add_each
+from .sums import add_in_place
 
 
 class Branch(NamedTuple):
-    """An adapter's part: s * B A dropout(x), each element of x dropped with probability p."""
+    """The branch of an adapter: s B A dropout(x), each element of x dropped with probability p."""
 
     A: Float[Tensor, "r in"]
     B: Float[Tensor, "out r"]
     s: float
     p: float = 0.0
+
+
+class Linear(layer_types.Linear):
+    """`core.layer_types.Linear`, sooner where the base, lora_A, lora_B and lora_dropout are plain modules."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self._modules["base_layer"]
+        if applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
+            weights, branch = plain_weights(base), self.branch_tensors(x)
+            if weights is not None and branch is not None:
+                return add_branch(base, self.logical(weights[0]), weights[1], x, branch)
+        return super().forward(x, *args, **kwargs)
+
+    def branch_tensors(self, x: Tensor) -> Branch | None:
+        """The branch as tensors, or None where this file does not apply: disabled, a mixed batch, a D0, a factor
+        that is not plain, two dropout masks, or p > 1/2 (s / (1 - p) might leave the range of the dtype)."""
+        part: Any = self._modules  # dicts and not attributes, as in `plain_weights`
+        initial, dropouts, found = part.get("lora_initial"), part.get("lora_dropout"), []
+        if self.disable_adapters or self.adapter_names is not None:
+            return None
+        for name in self.active_adapters:
+            if name in self.merged_adapters:
+                continue
+            pair, p = self.plain_factors(name, x), 0.0
+            if pair is None or (initial and name in initial):
+                return None
+            if dropouts and name in dropouts:
+                dropout = dropouts[name]
+                if type(dropout) is not nn.Dropout or observed(dropout) or (dropout.p > 0.5 and dropout.training):
+                    return None
+                p = dropout.p if dropout.training else 0.0
+            found.append(Branch(*pair, self.scaling[name], p))
+        if len(found) > 1:
+            return joined(found) if not any(branch.p for branch in found) else None  # each has its own mask
+        return found[0] if found else None
+
+    def plain_factors(self, name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A and B, if lora_A and lora_B are plain modules of one dtype on the device of x."""
+        part: Any = self._modules
+        lora_A, lora_B = part["lora_A"]._modules[name], part["lora_B"]._modules[name]
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+            return None
+        weights_A, weights_B = plain_weights(lora_A), plain_weights(lora_B)
+        if weights_A is None or weights_B is None or weights_A[1] is not None or weights_B[1] is not None:
+            return None
+        A, B = weights_A[0], weights_B[0]
+        return (A, B) if A.dtype == B.dtype and A.device == B.device == x.device else None
+
+    def add_by_sample(self, y: Tensor, x: Tensor) -> Tensor:
+        """Every sample's own factors in one stack: the cost grows with the samples, not with the adapters."""
+        names = self.names_of_batch(x.shape[0])
+        rows = [i for i, name in enumerate(names) if name in self.r]
+        pairs = {names[i]: self.plain_factors(names[i], x) for i in rows}
+        if self._modules.get("lora_initial") or self.training or not rows or None in pairs.values() or not applies(x):
+            return super().add_by_sample(y, x)
+        each = [(*pairs[names[i]], self.scaling[names[i]]) for i in rows]  # type: ignore[misc]
+        if len(rows) == len(names):
+            return add_each(y, x, each)
+        return y.index_put((torch.tensor(rows, device=y.device),), add_each(y[rows], x[rows], each))
 
 
 def joined(branches: Sequence[Branch]) -> Branch:
@@ -55,16 +120,29 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def plain(base: Any) -> tuple[Tensor, Tensor | None] | None:
-    """W and b, if the module computes x W^T + b, seen by nobody: no hooks, no other forward, no W of another class.
+def observed(module: Any) -> bool:
+    """Does a hook or a forward of its own see what the module computes?"""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
-    (Out of a dict: an attribute of a module is looked for in three places, which takes as long as a small product.)
+
+def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """W and b, if the module computes x W^T + b and nothing observes or replaces that. Else None: hooks, a patched
+    forward, a tensor subclass, a W that is computed from others.
+
+    (Out of a dict: an attribute lookup on a module searches three places, which takes as long as a small product.)
     """
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    forward = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-    backward = everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
-    own = base._parameters
-    if hooked or forward or backward or "forward" in base.__dict__ or "bias" not in own:
+    own = module._parameters
+    if observed(module) or "bias" not in own:
         return None
     return (W, own["bias"]) if type(W := own.get("weight")) in (nn.Parameter, Tensor) else None
 
@@ -77,11 +155,11 @@ def add_branch(base: Any, W: Float[Tensor, "out in"], b: Tensor | None, x: Tenso
         A, B = A.to(dtype), B.to(dtype)
     kept = mask(x, p) if p else None
     if torch.is_grad_enabled():
-        return Linear.apply(base, s / (1 - p), kept, x, W, b, A, B)
-    return total(base, s / (1 - p), kept, x, W, b, A, B)[0]
+        return LinearWithBranch.apply(base, s / (1 - p), kept, x, W, b, A, B)
+    return forward(base, s / (1 - p), kept, x, W, b, A, B)[0]
 
 
-def total(
+def forward(
     base: Any, s: float, kept: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y (*tokens, out), the base's output with the branch added in its memory, and z (r, T)."""
@@ -92,14 +170,14 @@ def total(
     return y, z
 
 
-class Linear(torch.autograd.Function):
+class LinearWithBranch(torch.autograd.Function):
     """x, W, b, A, B -> base(x) + s B A dropout(x)."""
 
     @staticmethod
     def forward(
         ctx: Any, base: Any, s: float, kept: Tensor | None, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
     ) -> Tensor:
-        y, z = total(base, s, kept, x, W, b, A, B)
+        y, z = forward(base, s, kept, x, W, b, A, B)
         ctx.save_for_backward(x, W, A, B, z, kept)
         ctx.s = s
         return y.detach() if y._is_view() else y  # a view could not be changed in place by others

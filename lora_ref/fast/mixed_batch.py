@@ -1,8 +1,8 @@
-"""A batch whose samples have adapters of their own: their factors in one stack, and two products for all of them.
+"""A batch in which each sample has its own adapter: the factors in one stack, and two batched products.
 
     y_i + s_i B_i A_i x_i
 
-The cost grows with the samples, not with the adapters that are loaded, nor with how many of them are used.
+It equals `core.layer.LoraLayer.add_by_sample`. The cost grows with the samples, not with the adapters.
 """
 
 from collections.abc import Sequence

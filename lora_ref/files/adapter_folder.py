@@ -16,16 +16,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..core.adapter_modules import add_part
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
-from ..core.layer import Init, LoraLayer
+from ..core.layer import Init, InitialUpdate, LoraLayer
 from ..core.model import LoraModel
-from ..core.update import Factors
+from ..core.update import Factors, at_least_float32
 from ..safe.atomic import transaction
 from ..safe.sharded import gathered, is_main_process
 from . import config_file, conversion
 from . import file_pair as folder
-from .adapter_tensors import PREFIX, assign, embedding_slots, is_finite, slots, some, wrappers
+from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, wrappers_in_file
 from .file_pair import WEIGHTS
 
 # -- writing -----------------------------------------------------------------------------------
@@ -49,19 +50,19 @@ def save_adapter(
     """
     if save_embedding_layers not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers={save_embedding_layers!r}: must be True, False or 'auto'")
-    found = slots(model, adapter_name)
+    found = adapter_tensors(model, adapter_name)
     targeted = _targets_embeddings(model, adapter_name)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
         # where embeddings are targeted, those that are adapted; else (resized ones) both
-        ends = embedding_slots(model).items()
+        ends = embedding_tensors(model).items()
         found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}
     config, live = model.peft_config[adapter_name], {key: slot.tensor.detach() for key, slot in found.items()}
     if convert:
         config, live = conversion.convert(model, adapter_name, live)
-    else:  # of a targeted embedding, too, what the initialisation left
-        layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers(model, adapter_name)}
-        changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and adapter_name in m.lora_taken}
-        live |= {key: layer.left_by(adapter_name) for key, layer in changed.items() if key in live}
+    else:  # of a targeted embedding, too, the residual
+        layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers_in_file(model, adapter_name)}
+        changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and m.part("lora_initial", adapter_name)}
+        live |= {key: layer.stored(layer.residual(adapter_name)) for key, layer in changed.items() if key in live}
     tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
     if not (is_main_process() if writes is None else writes):
         return
@@ -136,7 +137,7 @@ def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]
     problems = [f"{key}: does not begin with '{PREFIX}'" for key in tensors if not key.startswith(PREFIX)]
     problems += [f"{key}: holds NaN or infinite numbers" for key in infinite]
     if problems:
-        raise ValueError(f"{path}: {some(problems)}")
+        raise ValueError(f"{path}: {first_few(problems)}")
     return config, tensors
 
 
@@ -164,7 +165,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     with transaction(model):
         try:
-            model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=None if again else _blank)
+            model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=None if again else _empty_factors)
             assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors), finite=True)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
@@ -174,10 +175,10 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
     """Give linear layers the base weights that an adapter brings along (LoftQ's), and return the other tensors."""
     if not any(key.endswith(".base_layer.weight") for key in tensors):
         return tensors
-    ends, left = embedding_slots(model), dict(tensors)
+    ends, left = embedding_tensors(model), dict(tensors)
     layers = {
         f"{PREFIX}{name}.base_layer.weight": layer
-        for name, layer in wrappers(model, adapter_name)
+        for name, layer in wrappers_in_file(model, adapter_name)
         if isinstance(layer, LoraLayer) and layer.kind == "linear"
     }
     brought = [key for key in layers if key in left]
@@ -188,11 +189,12 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
         if W.shape != layer.base_weight.shape or not W.is_floating_point():
             needed = f"{tuple(layer.base_weight.shape)} of floating point"
             raise ValueError(f"{key}: has shape {tuple(W.shape)} of {W.dtype}, the model needs {needed}")
-        layer.take(adapter_name, layer.stored(W), product=None)
+        D = at_least_float32(layer.logical_weight()) - at_least_float32(layer.logical(W.to(layer.base_weight.device)))
+        add_part(layer, "lora_initial", adapter_name, InitialUpdate(D=D))
     return left
 
 
-def _blank(name: str) -> Init:
+def _empty_factors(name: str) -> Init:
     return _allocate_nothing
 
 

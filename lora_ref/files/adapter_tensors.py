@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from .. import numerics
 from ..core.adapter_modules import AdapterModule, ModulesToSave
-from ..core.bias import biases
 from ..core.layer import LoraLayer
-from ..core.model import LoraModel
+from ..core.model import LoraModel, biases
 from ..safe.atomic import transaction
 
 PREFIX = "base_model.model."
@@ -26,7 +25,7 @@ PREFIX = "base_model.model."
 ENGINES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-class Slot(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor of the file lives in the model."""
 
     owner: nn.Module
@@ -35,31 +34,32 @@ class Slot(NamedTuple):
     device: torch.device
 
 
-def slots(model: LoraModel, adapter_name: str) -> dict[str, Slot]:
+def adapter_tensors(model: LoraModel, adapter_name: str) -> dict[str, TensorPlace]:
     """{key in the file: its place in the model} of all that belongs to one adapter."""
     found = {}
-    for name, module in wrappers(model, adapter_name):
+    for name, module in wrappers_in_file(model, adapter_name):
         if isinstance(module, LoraLayer):
             device = module.base_weight.device
             for part in ("lora_A", "lora_B"):
                 if adapter_name in (layers := getattr(module, part)):
                     linear = layers[adapter_name]
-                    found[f"{PREFIX}{name}.{part}.weight"] = Slot(linear, "weight", linear.weight, device)
+                    found[f"{PREFIX}{name}.{part}.weight"] = TensorPlace(linear, "weight", linear.weight, device)
             for part in ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ():
                 table = getattr(module, part)
-                found[f"{PREFIX}{name}.{part}"] = Slot(table, adapter_name, table[adapter_name], device)
+                found[f"{PREFIX}{name}.{part}"] = TensorPlace(table, adapter_name, table[adapter_name], device)
         elif isinstance(module, ModulesToSave):
             found |= _all_of(module.modules_to_save[adapter_name], f"{PREFIX}{name}")
     for name, bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).items():
         owner = model.model.get_submodule(name.rpartition(".")[0])
-        found[PREFIX + _alone(model.model, name, adapter_name)] = Slot(owner, "bias", bias, bias.device)
+        found[PREFIX + path_in_file(model.model, name, adapter_name)] = TensorPlace(owner, "bias", bias, bias.device)
     return found
 
 
-def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
-    """(name in the file, module) of all modules that an adapter has a part in.
+def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
+    """(name in the file, module) of all modules that hold a part of an adapter.
 
-    The name is as if the model had this adapter only: wrappers that serve others, or an engine, are not in it.
+    Names are those of the adapter file, where this is the only adapter: path parts that other adapters' wrappers,
+    torch.compile or checkpointing inserted are left out.
     """
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model.model)]
@@ -70,7 +70,7 @@ def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Adapter
         seen.add(id(module))
         inner, hidden = list(module._modules.items()), False
         if isinstance(module, AdapterModule):
-            kept = [id(m) for m in module.frame()]
+            kept = [id(m) for m in module.inner_modules()]
             inner = [(attribute, child) for attribute, child in inner if id(child) in kept]
             if adapter_name in module.adapters():
                 yield name, module
@@ -83,7 +83,7 @@ def wrappers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Adapter
                 waiting.append((f"{name}.{own}" if name and own else name or own, child))
 
 
-def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
+def path_in_file(model: nn.Module, path: str, adapter_name: str) -> str:
     """A path as it is when the model has this adapter only: without the wrappers that serve others."""
     kept: list[str] = []
     module: Any = model
@@ -91,35 +91,37 @@ def _alone(model: nn.Module, path: str, adapter_name: str) -> str:
         others = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
         kept += [] if others and part in ("base_layer", "original_module") else [part]
         module = getattr(module, part)
-    return _plain(".".join(kept))
+    return without_engines(".".join(kept))
 
 
-def _plain(path: str) -> str:
+def without_engines(path: str) -> str:
     """A path without the wrappers of engines: "0._orig_mod.up" is "0.up"."""
     return ".".join(part for part in path.split(".") if part not in ENGINES)
 
 
-def embedding_slots(model: LoraModel) -> dict[str, Slot]:
+def embedding_tensors(model: LoraModel) -> dict[str, TensorPlace]:
     """The base weights of a transformers model's input and output embeddings: a file may carry them."""
     getters = (getattr(model.model, f"get_{which}_embeddings", None) for which in ("input", "output"))
     ends = [end for get in getters if callable(get) and (end := get()) is not None]
-    found: dict[str, Slot] = {}
+    found: dict[str, TensorPlace] = {}
     for name, module in model.model.named_modules() if ends else ():
         if any(module is end or (isinstance(end, LoraLayer) and module is end.base_layer) for end in ends):
             if isinstance(module, LoraLayer):
                 continue  # its base layer comes by its own name
-            for key, slot in _all_of(module, PREFIX + _plain(name)).items():
+            for key, slot in _all_of(module, PREFIX + without_engines(name)).items():
                 layer = next((end for end in ends if isinstance(end, LoraLayer) and end.base_layer is module), None)
                 merged = layer is not None and slot.attribute == layer.weight_name
-                found[key] = slot._replace(tensor=layer.original_weight()) if merged and layer else slot
+                found[key] = slot._replace(tensor=layer.unmerged_weight) if merged and layer else slot
     return found
 
 
-def _all_of(module: nn.Module, prefix: str) -> dict[str, Slot]:
+def _all_of(module: nn.Module, prefix: str) -> dict[str, TensorPlace]:
     kept = module.state_dict(keep_vars=True)
     owners = dict(module.named_modules(remove_duplicate=False))
     return {
-        f"{prefix}.{_plain(key)}": Slot(owners[key.rpartition(".")[0]], key.rpartition(".")[2], tensor, tensor.device)
+        f"{prefix}.{without_engines(key)}": TensorPlace(
+            owners[key.rpartition(".")[0]], key.rpartition(".")[2], tensor, tensor.device
+        )
         for key, tensor in kept.items()
         if isinstance(tensor, Tensor)
     }
@@ -131,7 +133,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], fini
     Raises:
         ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
     """
-    expected, optional = slots(model, adapter_name), embedding_slots(model)
+    expected, optional = adapter_tensors(model, adapter_name), embedding_tensors(model)
     if model.peft_config[adapter_name].bias == "all":
         # PEFT writes the biases of modules_to_save two times more
         tensors = {key: t for key, t in tensors.items() if key in expected or not _is_redundant(key, model)}
@@ -139,9 +141,9 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], fini
     problems += [f"{key}: is not expected" for key in tensors if key not in expected and key not in optional]
     places = {key: expected.get(key) or optional[key] for key in tensors if key in expected or key in optional}
     wrapped = model.wrappers() if optional else []
-    left = {id(m.base_layer) for m in wrapped if isinstance(m, LoraLayer) and m.lora_taken}
-    changed = [key for key in places if key not in expected and id(optional[key].owner) in left]
-    problems += [f"{key}: is a base weight that the initialisation of an adapter has changed" for key in changed]
+    bound = {id(m.base_layer) for m in wrapped if isinstance(m, LoraLayer) and m._modules.get("lora_initial")}
+    needed = [key for key in places if key not in expected and id(optional[key].owner) in bound]
+    problems += [f"{key}: is a base weight from which an adapter subtracts its initial update" for key in needed]
     ready = []
     for key, slot in places.items():
         tensor, now = tensors[key], slot.tensor
@@ -156,7 +158,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], fini
                 problems.append(f"{key}: is out of range for {own.dtype}")
             ready.append((slot, own))
     if problems:
-        raise ValueError(f"the adapter does not fit the model: {some(problems)}")
+        raise ValueError(f"the adapter does not fit the model: {first_few(problems)}")
     if any(key not in expected for key in places):
         model.unmerge_adapter()  # base weights are about to be replaced
     with transaction(model):
@@ -171,7 +173,9 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], fini
 
 
 def _is_redundant(key: str, model: LoraModel) -> bool:
-    whole = (f"{PREFIX}{_plain(name)}." for name, m in model.model.named_modules() if isinstance(m, ModulesToSave))
+    whole = (
+        f"{PREFIX}{without_engines(name)}." for name, m in model.model.named_modules() if isinstance(m, ModulesToSave)
+    )
     return key.endswith(".bias") and any(
         key.startswith((f"{prefix}original_module.", f"{prefix}modules_to_save.")) for prefix in whole
     )
@@ -182,6 +186,6 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or numerics.is_finite(tensor)
 
 
-def some(problems: list[str]) -> str:
+def first_few(problems: list[str]) -> str:
     """The first few of a list of problems."""
     return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..core.config import LoraConfig
-from ..core.options import SUB_CONFIGS, near
+from ..core import config as core
+from ..core.config import did_you_mean
+from ..core.inits import METHODS
+from ..safe import regexes
 
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
@@ -19,7 +21,26 @@ MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size")
 
 
-def to_dict(config: LoraConfig) -> dict[str, Any]:
+class LoraConfig(core.LoraConfig):
+    pattern_type = regexes.Pattern
+    __doc__ = core.LoraConfig.__doc__
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON types with PEFT's keys."""
+        return to_dict(self)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LoraConfig":
+        """Read the adapter_config.json of a folder; ValueError or OSError if there is no valid one."""
+        return read(Path(directory) / "adapter_config.json")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write adapter_config.json into a folder."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "adapter_config.json").write_text(dumps(self), encoding="utf-8")
+
+
+def to_dict(config: core.LoraConfig) -> dict[str, Any]:
     """The configuration as JSON types with PEFT's keys.
 
     >>> data = to_dict(LoraConfig(r=4, target_modules=["q"]))
@@ -43,7 +64,7 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
         if key in known or key in NOTES:
             continue
         if value:
-            hint = "" if key in OFF_IN_PEFT else near(key[:80], known)
+            hint = "" if key in OFF_IN_PEFT else did_you_mean(key[:80], known)
             raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{hint}")
         if key not in OFF_IN_PEFT:
             warnings.warn(
@@ -51,9 +72,10 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
                 stacklevel=3,
             )
     options = {key: value for key, value in data.items() if key in known}
-    for key, cls in SUB_CONFIGS.items():
-        if isinstance(options.get(key), dict):  # PEFT's have more fields, for the computation only
-            fields = {f.name for f in dataclasses.fields(cls)}
+    for name, method in METHODS.items():
+        key = f"{name}_config"
+        if method.config and isinstance(options.get(key), dict):  # PEFT has more fields, for the computation only
+            fields = {f.name for f in dataclasses.fields(method.config)}
             options[key] = {k: v for k, v in options[key].items() if k in fields}
     try:
         return LoraConfig(**options)
@@ -69,7 +91,7 @@ OFF_IN_PEFT = (
 )
 
 
-def dumps(config: LoraConfig) -> str:
+def dumps(config: core.LoraConfig) -> str:
     """The text of adapter_config.json. Options are sorted. Patterns are not, because the first match counts."""
     return json.dumps(dict(sorted(to_dict(config).items())), indent=2, allow_nan=False) + "\n"
 

@@ -1,28 +1,51 @@
-"""An adapter whose initialisation changed the base weight, as one for the ORIGINAL base weight.
+"""An adapter that subtracts its initial update, as a plain one for the base weight.
 
     W + s B A - s B0 A0  =  W + s [B | -B0] [A; A0]        a plain adapter of twice the rank
 
-PiSSA, OLoRA, CorDA and LoRA-GA start from W - s B0 A0; a file with A and B alone would be wrong on W.
-LoftQ's base is a quantised W, no low-rank change: there the quantised weight goes into the file.
+PiSSA, OLoRA, CorDA and LoRA-GA subtract s B0 A0. A file with A and B alone would be wrong on W. LoftQ's D0 has full
+rank, so there the quantised weight W - D0 goes into the file.
 """
 
 import dataclasses
 import math
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer
 from ..core.model import LoraModel
-from .adapter_tensors import PREFIX, wrappers
+from ..safe.sharded import gathered
+from .adapter_tensors import PREFIX, wrappers_in_file
+
+
+def plain_factors(
+    layer: LoraLayer, name: str, s: float
+) -> tuple[Float[Tensor, "*batch q in"], Float[Tensor, "*batch out q"]]:
+    """A and B such that s B A is the update of the base weight: [A; A0] and [B | -s0/s B0], of twice the rank, where
+    the adapter subtracts s0 B0 A0; else the factors as they are.
+
+    Raises:
+        ValueError: D0 is of full rank (LoftQ), or s = 0.
+    """
+    A, B = (gathered(factor.detach()) for factor in layer.factors(name))
+    initial = layer.part("lora_initial", name)
+    if initial is None:
+        return A, B
+    if initial.A is None:
+        raise ValueError(f"adapter {name!r} works on a quantised base weight: it is no update of the original one")
+    if s == 0:
+        raise ValueError(f"adapter {name!r} has scaling 0: give it another one")
+    return torch.cat([A, initial.A.to(A)]), torch.cat([B, -(initial.scaling / s) * initial.B.to(B)], dim=1)
 
 
 def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of an adapter's file, such that it fits the original base model.
 
     s stays what it is in every layer, since every rank is doubled, and every alpha too (with rsLoRA
-    multiplied by sqrt(2)). An adapter that left the base weight alone comes back as it is.
+    multiplied by sqrt(2)). An adapter without D0 is returned as it is.
 
     Source: PiSSA, arXiv 2404.02948, its conversion to LoRA; PEFT's
     `save_pretrained(path_initial_model_for_weight_conversion=...)`.
@@ -32,8 +55,8 @@ def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> 
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
     changed = {
         name: layer
-        for name, layer in wrappers(model, adapter_name)
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_taken
+        for name, layer in wrappers_in_file(model, adapter_name)
+        if isinstance(layer, LoraLayer) and layer.part("lora_initial", adapter_name) is not None
     }
     if not changed:
         return config, tensors
@@ -44,12 +67,13 @@ def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> 
         "corda_config": None,
         "lora_ga_config": None,
     }
-    if any(layer.lora_taken[adapter_name].D is not None for layer in changed.values()):
+    if any(layer.part("lora_initial", adapter_name).A is None for layer in changed.values()):
         for name, layer in changed.items():
-            tensors[f"{PREFIX}{name}.base_layer.{layer.weight_name}"] = layer.left_by(adapter_name)
+            residual = layer.stored(layer.residual(adapter_name))
+            tensors[f"{PREFIX}{name}.base_layer.{layer.weight_name}"] = residual
         return dataclasses.replace(config, **plain), tensors
     for name, layer in changed.items():
-        A, B = layer.converted(adapter_name, layer.initial_scaling[adapter_name])
+        A, B = plain_factors(layer, adapter_name, layer.initial_scaling[adapter_name])
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
     factor = math.sqrt(2) if config.use_rslora else 2
     doubled = dataclasses.replace(

@@ -7,19 +7,20 @@ from functools import partial
 from typing import Any
 
 from ..core.inits import METHODS, Method, check, find, method_of, uniform
-from . import corda, lora_ga, residual
+from . import corda, lora_ga
 from .loftq import loftq
 from .mica import mica
 from .olora import olora
+from .options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .orthogonal import check_even, orthogonal
 from .pissa import pissa
+from .residual import check_shape
 
 __all__ = ["METHODS", "Method", "check", "find", "method_of"]
 
 
-def _loftq_options(config: Any) -> dict[str, Any]:
-    chosen = config.loftq_config
-    return {"bits": chosen.loftq_bits, "iterations": chosen.loftq_iter} if chosen else {}
+def _loftq_options(config: LoftQConfig) -> dict[str, Any]:
+    return {"bits": config.loftq_bits, "iterations": config.loftq_iter}
 
 
 def _check_orthogonal(shape: tuple[int, ...], r: int, scaling: float) -> None:
@@ -27,34 +28,38 @@ def _check_orthogonal(shape: tuple[int, ...], r: int, scaling: float) -> None:
 
 
 def _check_mica(shape: tuple[int, ...], r: int, scaling: float) -> None:
-    residual.check_shape("mica", shape, r)  # it does not divide by the scaling
+    check_shape("mica", shape, r)  # it does not divide by the scaling
 
 
+CHANGES: Any = {"changes_base": True, "reads_weight": True}
 METHODS.update(
     {
         "orthogonal": Method({"linear": orthogonal}, check=_check_orthogonal),
-        "pissa": Method({"linear": pissa}, True, True, check=partial(residual.check_shape, "pissa"), number="niter"),
-        "olora": Method({"linear": olora}, True, True, check=partial(residual.check_shape, "olora")),
+        "pissa": Method({"linear": pissa}, **CHANGES, check=partial(check_shape, "pissa"), number="niter"),
+        "olora": Method({"linear": olora}, **CHANGES, check=partial(check_shape, "olora")),
         "loftq": Method(
-            {"linear": loftq}, True, True, check=partial(residual.check_shape, "loftq"), options=_loftq_options
+            {"linear": loftq},
+            **CHANGES,
+            check=partial(check_shape, "loftq"),
+            config=LoftQConfig,
+            options=_loftq_options,
         ),
         "corda": Method(
             {"linear": corda.corda},
-            True,
-            True,
-            check=partial(residual.check_shape, "corda"),
+            **CHANGES,
+            check=partial(check_shape, "corda"),
             prepare="preprocess_corda",
+            config=CordaConfig,
         ),
         # `initialize_lora_eva_weights` sets A later
-        "eva": Method({"linear": uniform}),
-        "mica": Method(
-            {"linear": mica, "embedding": mica},
-            reads_weight=True,
-            train_B=False,
-            check=_check_mica,
-        ),
+        "eva": Method({"linear": uniform}, config=EvaConfig),
+        "mica": Method({"linear": mica, "embedding": mica}, reads_weight=True, train_B=False, check=_check_mica),
         "lora_ga": Method(
-            {"linear": lora_ga.lora_ga}, True, True, check=lora_ga.check_lora_ga, prepare="preprocess_loraga"
+            {"linear": lora_ga.lora_ga},
+            **CHANGES,
+            check=lora_ga.check_lora_ga,
+            prepare="preprocess_loraga",
+            config=LoraGAConfig,
         ),
     }
 )

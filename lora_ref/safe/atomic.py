@@ -1,19 +1,23 @@
 """All or nothing: a change of a module tree that fails leaves the tree as it was.
 
-What may change inside `transaction(module)`: which modules, parameters and buffers there are,
-the values of dicts, lists and plain attributes, `requires_grad`, and a parameter's `.data`
-(replaced by another tensor, not written into).
+A `transaction(module)` undoes changes of modules, parameters and buffers, of the values of dicts, lists and plain
+attributes, of `requires_grad`, and of a parameter's `.data` (replaced by another tensor, not written into). `ATOMIC`
+lists the methods of `LoraModel` that run in one.
 """
 
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import wraps
+from typing import Any
 
 from torch import nn
 
-# ids of the modules that running transactions cover with all that is in them, and of the roots of the others
+from ..core.adapter_modules import modules_without_factors
+
+# ids of the modules that running full transactions cover, and of the roots of the partial ones
 _covered: ContextVar[frozenset[int]] = ContextVar("_covered", default=frozenset())
 _shallow: ContextVar[frozenset[int]] = ContextVar("_shallow", default=frozenset())
 
@@ -26,10 +30,10 @@ def transaction(
 ) -> Iterator[None]:
     """Undo every change of the module trees when the body raises, KeyboardInterrupt included.
 
-    The price is a shallow copy of each module's attributes: no tensor is copied, and what an enclosing
-    transaction covers is left to that one (so do not catch an error between the two). Where it is known
-    that little may change, `modules()` gives the modules whose own attributes do, and `flags` the
-    parameters in others whose `requires_grad` does; inside, a transaction of all is one of its own.
+    It costs a shallow copy of each module's attributes; tensors are not copied. A nested transaction adds nothing: the
+    outer one undoes everything, so do not catch errors in between. Pass `modules` (a function that gives the modules
+    which may change) and `flags` (parameters whose requires_grad may change) to copy less. A full transaction inside
+    such a partial one is not skipped.
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> try:
@@ -70,14 +74,17 @@ def transaction(
         variable.set(before.union(map(id, roots if modules else covered)))
         yield
     except BaseException:
-        surely(undo)
+        finish(undo)
         raise
     finally:
-        surely(lambda: variable.set(before))
+        finish(lambda: variable.set(before))
 
 
-def surely(action: Callable[[], object]) -> None:
-    """Run what may run twice to its end: once more where Ctrl-C comes in between, which then takes effect."""
+def finish(action: Callable[[], object]) -> None:
+    """Run `action` to completion: if Ctrl-C interrupts it, run it again from the start, then re-raise.
+
+    `action` must be safe to repeat.
+    """
     try:
         action()
     except KeyboardInterrupt:
@@ -87,7 +94,7 @@ def surely(action: Callable[[], object]) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the body is done: for what cannot be undone."""
+    """Ctrl-C waits until the body is done: for a change that cannot be undone."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield  # Python gives Ctrl-C to the main thread alone
@@ -103,7 +110,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def tree(*roots: nn.Module) -> list[nn.Module]:
-    """What `modules()` of all the roots gives, each once and in that order, in a tenth of the time.
+    """`modules()` of all the roots, each once and in that order, in a tenth of the time.
 
     >>> [type(m).__name__ for m in tree(nn.Sequential(nn.Sequential(nn.ReLU()), nn.Tanh()))]
     ['Sequential', 'Sequential', 'ReLU', 'Tanh']
@@ -116,3 +123,45 @@ def tree(*roots: nn.Module) -> list[nn.Module]:
             found[id(module)] = module
             waiting += [child for child in reversed(module._modules.values()) if child is not None]
     return list(found.values())
+
+
+# -- the methods that run in a transaction ---------------------------------------------------------
+
+
+def everything(model: Any) -> AbstractContextManager[None]:
+    """Modules may be added, wrapped or removed."""
+    return transaction(model)
+
+
+def switches(model: Any) -> AbstractContextManager[None]:
+    """Weights are replaced, adapters activated, disabled or scaled. A and B stay."""
+    return transaction(model, modules=lambda: modules_without_factors(model))
+
+
+def switches_and_flags(model: Any) -> AbstractContextManager[None]:
+    """As `switches`, and adapters are frozen or trained."""
+    parameters = (p for wrapper in model.wrappers() for _, p in wrapper.adapter_parameters())
+    return transaction(model, modules=lambda: modules_without_factors(model), flags=parameters)
+
+
+ATOMIC: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+    "add_adapter": everything,
+    "delete_adapter": everything,
+    "rename_adapter": everything,
+    "set_adapter": switches_and_flags,
+    "set_scale": switches,
+    "disable_adapter_layers": switches,
+    "enable_adapter_layers": switches,
+    "unload": switches,
+}
+
+
+def atomic(method: Callable[..., Any], changes: Callable[[Any], AbstractContextManager[None]]) -> Callable[..., Any]:
+    """A method of a model that finishes, or changes nothing."""
+
+    @wraps(method)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with changes(model):
+            return method(model, *args, **kwargs)
+
+    return run

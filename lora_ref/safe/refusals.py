@@ -1,29 +1,29 @@
-"""All that can go wrong in adapting a model, found before anything is changed."""
+"""All reasons why a model cannot be adapted as asked, found before anything changes."""
 
+import sys
 import warnings
 from typing import Any
 
 from torch import nn
 
-from ..core import inits, targeting
+from ..core import inits
+from ..core import names as targeting
 from ..core.adapter_modules import ModulesToSave, unwrapped
 from ..core.config import LoraConfig
-from ..core.inject import kind_of, prepared, walk
 from ..core.layer import LoraLayer
-from ..core.layer_types import is_conv1d_of_transformers
-from ..core.parameters import Parameter
-from ..core.targeting import Targeting
+from ..core.layer_types import Parameter, is_conv1d_of_transformers, kind_of
+from ..core.model import prepared, walk
+from ..core.names import Targeting
 
 
 def check(
     model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True, needs_data: bool = True
 ) -> None:
-    """Raise ValueError for all that injection could trip over, warn of what looks unintended. Changes nothing.
+    """Raise ValueError for what cannot be adapted as asked, and warn of what looks unintended. Changes nothing.
 
-    will_init=False: the factors come from elsewhere; needs_data=False: the pass over data is still to come.
+    will_init=False: the factors come from elsewhere. needs_data=False: the pass over data comes later.
     """
     notes = targeting.check(plan, config)
-    changes_base = will_init and inits.METHODS[inits.method_of(config.init_lora_weights)].changes_base
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
     shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
     owners = [("", model), *((name, unwrapped(getattr(parent, at))) for name, (parent, at) in places.items())]
@@ -72,10 +72,18 @@ def check(
         if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
             notes.append(
                 f"{match.name}: its weight is tied ({', '.join(holders)}); the adapter acts on {match.name} alone, "
-                f"and {'its initialisation' if changes_base else 'merging it'} ends the tie"
+                "and merging it ends the tie"
             )
     for note in dict.fromkeys(notes):
-        warnings.warn(note, stacklevel=5)
+        warnings.warn(note, stacklevel=levels_to_the_caller())
+
+
+def levels_to_the_caller() -> int:
+    """The stacklevel with which the function that calls this warns at the first line outside of lora_ref."""
+    frame, levels, package = sys._getframe(1), 1, __name__.partition(".")[0]
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def own_forward(module: nn.Module) -> bool:

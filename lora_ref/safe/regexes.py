@@ -7,9 +7,11 @@ They come from downloaded files, and the time of `(a|aa)+$` is exponential in th
 import math
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import regex
+
+from ..core import config
 
 MAX_LENGTH = 100_000  # characters of one pattern
 MAX_REPEAT = 10_000  # product of its {n} counts: the compiler unrolls them
@@ -30,10 +32,10 @@ class Clock:
         self.left = left
 
 
-class Pattern:
+class Pattern(config.Pattern):
     """A regular expression. A match that is too slow raises ValueError.
 
-    >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
+    >>> bool(Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj"))
     True
     >>> Pattern("(a|aa)+", "target_modules", clock=Clock(0.05)).fullmatch("a" * 40 + "!")
     Traceback (most recent call last):
@@ -52,11 +54,29 @@ class Pattern:
                 raise OverflowError("it is too large")
             re.compile(text)
             text = NO_COUNT.sub(lambda found: found[1] or r"\{", text)
-            self.compiled = regex.compile(template.format(text) if template != "{}" else text)
+            self.compiled = regex.compile(template.replace("{}", text))
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
         # one repetition and no group: such a match is fast and needs no clock
         self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 1
+
+    @classmethod
+    def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list[config.Pattern]:
+        """The patterns of one option, on one clock. ValueError: they are too many or too large together."""
+        texts = list(texts)
+        classes = sum(text.count("[") for text in texts)
+        if len(texts) > MAX_PATTERNS or classes > MAX_CLASSES or sum(map(len, texts)) > MAX_LENGTH:
+            raise ValueError(
+                f"{option}: {len(texts)} regular expressions with {classes} classes [...] are too large together"
+            )
+        clock = Clock(TIME_LIMIT if len(texts) == 1 else 3 * TIME_LIMIT)
+        return [cls(text, option, template, clock) for text in texts]
+
+    def match(self, name: str) -> "regex.Match[str] | None":
+        return self.run("match", name)
+
+    def fullmatch(self, name: str) -> "regex.Match[str] | None":
+        return self.run("fullmatch", name)
 
     def run(self, method: str, name: str) -> "regex.Match[str] | None":
         """Call this method of `re` ("match", "fullmatch") within the remaining time."""
@@ -80,23 +100,3 @@ class Pattern:
         if spent > 0:
             self.clock.left = left - spent
         return match
-
-    def fullmatch(self, name: str) -> bool:
-        """Does the pattern match the whole name?"""
-        return self.run("fullmatch", name) is not None
-
-    def index(self, name: str) -> int | None:
-        """The number in the first group of a match at the start of name."""
-        match = self.run("match", name)
-        return int(match["lora_ref_index"]) if match else None
-
-
-def check(texts: Collection[str], option: str) -> None:
-    """Raise ValueError unless all texts compile as patterns, and soon."""
-    classes = sum(text.count("[") for text in texts)
-    if len(texts) > MAX_PATTERNS or classes > MAX_CLASSES or sum(map(len, texts)) > MAX_LENGTH:
-        raise ValueError(
-            f"{option}: {len(texts)} regular expressions with {classes} classes [...] are too large together"
-        )
-    for text in texts:
-        Pattern(text, option)

@@ -1,9 +1,13 @@
-"""Weights that torch.distributed has cut into pieces: put together for a file, and never replaced.
+"""Weights that torch.distributed has sharded: gathered for a file, and never replaced.
 
 FSDP2 (`fully_shard`) and tensor parallelism make a parameter a DTensor, of which each rank holds a part. An adapted
-model trains as it is then. What an engine has cut it also keeps track of: a parameter that is put in afterwards would
-never be seen by it. So adapters are added, loaded and merged before the model is sharded.
+model trains as it is then. But the engine holds references to the parameters that it has sharded. It would never see
+a parameter that is installed afterwards. So adapters are added, loaded and merged before the model is sharded.
 """
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +16,7 @@ from .atomic import tree
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor. Of a sharded one every rank must ask at once: they exchange their parts.
+    """The full tensor. Every rank must call this at the same time: they exchange their parts.
 
     >>> gathered(torch.ones(2))
     tensor([1., 1.])
@@ -25,7 +29,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
 
 
-def check_whole(model: nn.Module, what: str) -> None:
+def check_not_sharded(model: nn.Module, what: str) -> None:
     """Raise ValueError if any parameter of the model is sharded."""
     if any(is_sharded(p) for module in tree(model) for p in module._parameters.values()):
         raise ValueError(
@@ -38,3 +42,24 @@ def is_main_process() -> bool:
     """Is this rank 0, or a process by itself?"""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+#: Methods of LoraModel that install or remove parameters, and how a message calls them.
+NOT_SHARDED = {
+    "add_adapter": "adding an adapter",
+    "delete_adapter": "deleting an adapter",
+    "merge_adapter": "merging",
+    "merge_and_unload": "merging",
+    "unload": "unloading",
+}
+
+
+def not_sharded(method: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A method of a model that is refused once the model is sharded."""
+
+    @wraps(method)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        check_not_sharded(model, what)
+        return method(model, *args, **kwargs)
+
+    return run

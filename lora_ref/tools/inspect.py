@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor, float64
 
 from ..core.config import LoraConfig
-from ..core.patterns import PatternDict, ends_at_dot
+from ..core.names import PatternDict, ends_at_dot
 from ..core.scaling import scaling
 from ..core.update import unpack_experts
 from ..files.adapter_folder import PREFIX, read_adapter

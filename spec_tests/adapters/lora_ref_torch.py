@@ -8,8 +8,16 @@ from torch import nn
 
 import lora_ref
 
-from ..contract import CLAIMS, LayerSpec
-from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
+from ..contract import CLAIMS, Array, LayerSpec
+from .peft_style import PeftStyle, PeftStyleModel, configuration, to_numpy, to_torch
+
+
+class LoraRefModel(PeftStyleModel):
+    """Starts that take D0 out of the weight leave the weight alone: the layer subtracts D0 x."""
+
+    def frozen_weight(self, module: str, layer: Any, adapter: str) -> Array:
+        starts = layer.part("lora_initial", adapter) is not None and not layer.merged
+        return to_numpy(layer.residual(adapter)) if starts else super().frozen_weight(module, layer, adapter)
 
 
 class LoraRefTorch(PeftStyle):
@@ -17,6 +25,7 @@ class LoraRefTorch(PeftStyle):
 
     name = "lora_ref"
     library = lora_ref
+    model_class = LoraRefModel
     claims = frozenset(CLAIMS)
 
     def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:

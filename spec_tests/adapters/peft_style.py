@@ -194,12 +194,16 @@ class PeftStyleModel(Model):
             return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
         return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
+    def frozen_weight(self, module: str, layer: nn.Module, adapter: str) -> Array:
+        """The weight that the factors are added to."""
+        return logical(self.kinds[module], bare(layer).weight)
+
     def read(self, module: str, adapter: str = "default") -> LayerState:
         layer = self.module(module)
         base = bare(layer)
         A, B = map(to_numpy, self.factors(layer, adapter))
         b = getattr(base, "bias", None)
-        W = logical(self.kinds[module], base.weight)
+        W = self.frozen_weight(module, layer, adapter)
         return LayerState(W, None if b is None else to_numpy(b), A, B, float(layer.scaling[adapter]))
 
     def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:

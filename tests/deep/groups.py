@@ -46,8 +46,8 @@ class Group:
 
 #: These read the reports, which are written afterwards.
 ABOUT_REPORTS = (
-    "--ignore=tests/test_deep.py",
-    "--deselect=tests/test_readme.py::test_generated_tables_are_up_to_date[tests/README.md]",
+    "--ignore=tests/project/test_deep.py",
+    "--deselect=tests/book/test_readme.py::test_generated_tables_are_up_to_date[tests/README.md]",
 )
 SUITE = ("lora_ref", "spec_tests")
 #: The tests compare numbers by it. The suite takes nothing from it but the unit roundoffs.
@@ -64,30 +64,30 @@ GROUPS = {
     ),
     "strictness": Group(
         "the suite against its seeded faults, harmless variants and missing checks",
-        (*PYTEST, "-m", "deep", "tests/test_spec_strictness.py"),
-        ("spec_tests", MATRIX, "tests/test_spec_strictness.py"),
+        (*PYTEST, "-m", "deep", "tests/suite/test_spec_strictness.py"),
+        ("spec_tests", MATRIX, "tests/suite/test_spec_strictness.py"),
     ),
     "suite": Group(
         "all requirements with their full number of examples, on torch and on NumPy alone",
-        (*PYTEST, "tests/test_spec.py"),
-        (*SUITE, "tests/test_spec.py"),
+        (*PYTEST, "tests/suite/test_spec.py"),
+        (*SUITE, "tests/suite/test_spec.py"),
         {"LORA_REF_PROFILE": "default"},
     ),
     "machine": Group(
         "the state machine: 1,000 random sequences of operations against its model in NumPy",
-        (*PYTEST, "tests/test_state_machine.py"),
-        ("lora_ref", "tests/test_state_machine.py"),
+        (*PYTEST, "tests/package/test_state_machine.py"),
+        ("lora_ref", "tests/package/test_state_machine.py"),
         {"LORA_REF_SEQUENCES": "1000"},
     ),
     "pages": Group(
         "the pages of the book that train models or try a suite, executed from scratch",
-        (*PYTEST, "-m", "deep", "tests/test_tutorials.py"),
+        (*PYTEST, "-m", "deep", "tests/book/test_tutorials.py"),
         (*SUITE, "tutorials/book", *(f"tutorials/{name}.md" for name in LONG)),
     ),
     "fuzz": Group(
         "a minute of fuzzing for each reader of adapter folders",
-        (*PYTEST, "tests/test_fuzz.py"),
-        ("lora_ref", "tests/fuzz/fuzzing.py", "tests/test_fuzz.py"),
+        (*PYTEST, "tests/project/test_fuzz.py"),
+        ("lora_ref", "tests/fuzz/fuzzing.py", "tests/project/test_fuzz.py"),
         {"LORA_REF_FUZZ": "60"},
     ),
     "compat": Group(

@@ -1,4 +1,4 @@
-"""What tests/test_trainer.py trains, in one process or as a rank: `torchrun ... huggingface.py FOLDER WAY ...`.
+"""What test_trainer.py trains, in one process or as a rank: `torchrun ... huggingface.py FOLDER WAY ...`.
 
 Small networks of transformers with random weights, adapted, and trained by `transformers.Trainer`, by a loop with
 `accelerate`, or by a plain one. A way with "+resume" stops in the middle, and goes on with a fresh model.

@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: `torchrun --nproc-per-node 2 worker.py WAY FOLDER START`.
+"""One rank of tests/distributed/test_distributed.py: `torchrun --nproc-per-node 2 worker.py WAY FOLDER START`.
 
 Trains a small adapted network for a few steps in one of the ways that PyTorch distributes training, and leaves in
 FOLDER the losses, the adapter that save_pretrained writes, and what each rank holds in memory. All of it is float64.

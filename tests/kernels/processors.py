@@ -56,26 +56,15 @@ SETTINGS = {
 
 #: Tests that are about files, texts, pages, processes, and the suite's own machinery, rather than about numbers.
 NOT_NUMERIC = (
-    *(
-        "benchmarks",
-        "book",
-        "bounds",
-        "cli",
-        "compatibility",
-        "config",
-        "demo",
-        "fuzz",
-        "hostile_folders",
-        "interrupts",
-    ),
-    *("mutation", "patterns", "readme", "rosetta", "spec_known", "spec_report", "spec_strictness"),
-    *("spec_vectors", "tutorials", "vietnamese", "wheel", "deep"),
+    *("book/", "project/", "suite/test_spec_"),
+    *("core/test_config", "core/test_names", "files/test_hostile_folders", "safe/test_atomic"),
+    *("tools/test_cli", "tools/test_demo"),
 )
 
 #: These read the reports, which are written afterwards.
 ABOUT_REPORTS = (
-    "--ignore=tests/test_deep.py",
-    "--deselect=tests/test_readme.py::test_generated_tables_are_up_to_date[tests/README.md]",
+    "--ignore=tests/project/test_deep.py",
+    "--deselect=tests/book/test_readme.py::test_generated_tables_are_up_to_date[tests/README.md]",
 )
 
 #: Products, sums and decompositions of the same numbers, by library: their bits tell the kernels apart.
@@ -112,8 +101,8 @@ def fingerprint(name: str) -> dict[str, str]:
 
 def numeric() -> list[str]:
     """The files of the tests that compare computed numbers."""
-    left_out = {f"test_{name}.py" for name in NOT_NUMERIC}
-    return [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in left_out]
+    found = [path.relative_to(ROOT / "tests").as_posix() for path in sorted((ROOT / "tests").glob("*/test_*.py"))]
+    return [f"tests/{name}" for name in found if not name.startswith(NOT_NUMERIC)]
 
 
 def counted(report: Path) -> dict[str, Any]:

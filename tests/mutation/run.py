@@ -41,16 +41,9 @@ SUITE = ["--lora-impl", "lora_ref", "--lora-profile", "quick"]
 PLAIN = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--no-summary"]
 # about the suite, the pages and the command rather than about lora_ref, or too slow to be of use here
 SKIPPED = (
-    *(
-        "test_spec",
-        "test_tutorials",
-        "test_rosetta",
-        "test_vietnamese",
-        "test_book",
-        "test_mutation",
-        "test_benchmarks",
-    ),
-    *("test_demo", "test_peft_quick_guide", "test_distributed", "test_fuzz"),
+    *("book/test_book", "book/test_rosetta", "book/test_tutorials", "book/test_vietnamese", "suite/"),
+    *("project/test_benchmarks", "project/test_fuzz", "project/test_mutation"),
+    *("distributed/test_distributed", "peers/test_peft_quick_guide", "tools/test_demo"),
 )
 BUDGET = 25.0  # seconds of tests for one mutant, by their own time
 
@@ -105,8 +98,9 @@ def copied(place: Path) -> Path:
 
 
 def files(root: Path) -> list[str]:
-    tests = [path for path in sorted((root / "tests").glob("test_*.py")) if not path.stem.startswith(SKIPPED)]
-    return [*(path.relative_to(root).as_posix() for path in tests), "lora_ref", "spec_tests/test_requirements.py"]
+    found = [path.relative_to(root / "tests").as_posix() for path in sorted((root / "tests").glob("*/test_*.py"))]
+    tests = [f"tests/{name}" for name in found if not name.startswith(SKIPPED)]
+    return [*tests, "lora_ref", "spec_tests/test_requirements.py"]
 
 
 class Durations:

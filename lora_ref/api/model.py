@@ -1,0 +1,126 @@
+"""LoraModel as users get it: the core's, with speed, all refusals, and an undo of what fails.
+
+The rooms are attached here, in three places:
+
+1. `layer_types` and the merging methods: `fast` gives the same numbers sooner.
+2. `refuse`: `safe.refusals` knows all reasons why a model cannot be adapted as asked.
+3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction, and those of `safe.sharded.NOT_SHARDED`
+   are refused once the model is sharded.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+from ..core import model as core
+from ..core.config import LoraConfig
+from ..core.inits import METHODS, method_of
+from ..core.layer import LoraLayer
+from ..core.layer_types import LAYER_TYPES
+from ..core.names import Match, Targeting
+from ..fast import linear, merging
+from ..safe import atomic, progress, refusals, sharded
+from . import weighted
+from .default_targets import ARCHITECTURES
+from .explain import Explanation
+
+
+class LoraModel(core.LoraModel):
+    """A base model with named adapters in it. `PeftModel` is the same with saving and loading."""
+
+    layer_types = {**LAYER_TYPES, "linear": linear.Linear}
+    default_targets = ARCHITECTURES
+
+    def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
+        refusals.check(self.model, config, plan, will_init)
+
+    def progress(
+        self, matches: list[Match], config: LoraConfig, will_init: bool
+    ) -> AbstractContextManager[Iterable[Match]]:
+        decomposes = will_init and METHODS[method_of(config.init_lora_weights)].reads_weight
+        return progress.steps(matches, f"init_lora_weights={config.init_lora_weights!r}", show=decomposes)
+
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        merging.merge(self.layers(), self._names_or_active(adapter_names))
+
+    def unmerge_adapter(self) -> None:
+        merging.unmerge(self.wrappers())
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
+    ) -> nn.Module:
+        """The plain base model with the active (or named) adapters merged into it: the original object.
+
+        The sums are written into the memory of the weights: nothing of their size is allocated. Weights that would
+        not be finite are refused before the first is written. From there on there is no exact way back, so Ctrl-C
+        takes effect when all are written: the model is then merged and plain. `progressbar` and `safe_merge` are for
+        PEFT's scripts.
+
+        Raises:
+            ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
+
+        Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
+        """
+        names = self._names_or_active(adapter_names)
+        with atomic.uninterrupted(), atomic.switches_and_flags(self):
+            self.enable_adapter_layers()
+            if adapter_names is not None:
+                self.set_adapter(names)
+            sums = merging.sums_in_place(self.model, self.layers(), names)
+            core.unwrap(self.model)
+            merging.write(sums)
+        return self.model
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A `with` block in which the model is the base model, merged or not; afterwards all is as before."""
+        active, configs, was_off = self.active_adapters, dict(self.peft_config), self._is_off()
+        states = [(wrapper, wrapper.switches()) for wrapper in self.wrappers()]
+        trains = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}
+
+        def restore() -> None:
+            # adapters may have been renamed, deleted and added meanwhile: a config belongs to one adapter
+            names = {then: now for then, c in configs.items() for now, d in self.peft_config.items() if c is d}
+            for wrapper in self.wrappers():
+                wrapper.enable_adapters(True)
+                wrapper.set_adapter([])
+            for wrapper, state in states:
+                wrapper.restore(state, names)
+                if isinstance(wrapper, LoraLayer):  # where the merged weight is not right any more: merge again
+                    merging.merge({"": wrapper}, [names[name] for name in state["merged"] if name in names])
+            for wrapper in self.wrappers():
+                wrapper.enable_adapters(not was_off)
+            for parameter, requires_grad in trains:
+                parameter.requires_grad_(requires_grad)
+            for bias in [bias for name in configs.keys() - names.keys() for bias in owned[name]]:
+                bias.requires_grad_(False)
+            self.active_adapters = [names[name] for name in active if name in names]
+
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            atomic.finish(restore)
+
+    def explain(self, adapter_name: str | None = None) -> Explanation:
+        """What an adapter (default: the first active one) adapts, and why: see `lora_ref.explain`."""
+        if not self.peft_config:
+            raise ValueError("there is no adapter to explain")
+        name = adapter_name or (self.active_adapters or list(self.peft_config))[0]
+        self._check_known(name)
+        return Explanation(**vars(self.plan(self.peft_config[name])))
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the modules that are adapted."""
+        return [name for name, layer in self.layers().items() if layer.kind != "parameter"]
+
+    add_weighted_adapter = weighted.add_weighted_adapter
+
+
+for name, changes in atomic.ATOMIC.items():
+    setattr(LoraModel, name, atomic.atomic(getattr(LoraModel, name), changes))
+for name, what in sharded.NOT_SHARDED.items():
+    setattr(LoraModel, name, sharded.not_sharded(getattr(LoraModel, name), what))

@@ -1,0 +1,233 @@
+"""Adapter folders move both ways between lora_ref and the installed PEFT, for every feature, with equal outputs.
+
+Models are in float64 wherever the dtype is not what is tested.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import UpAndDown, randomise
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+import lora_ref
+from spec_tests import agree, distance
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's remarks on biases and embeddings
+
+LIBRARIES = pytest.mark.parametrize(
+    ("writer", "reader"), [(lora_ref, peft), (peft, lora_ref)], ids=["to peft", "from peft"]
+)
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes Llama's norms in float32, in models of float64 too; here it does not."""
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+
+
+class Zoo(nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 4, padding_idx=0)
+        self.conv1, self.conv2, self.conv3 = nn.Conv1d(4, 6, 3, padding=1), nn.Conv2d(1, 2, 2), nn.Conv3d(1, 2, 2)
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6), "down": Conv1D(4, 6)}) for _ in range(3))
+        self.experts, self.transposed = UpAndDown(2, 4, 6, False), UpAndDown(2, 4, 6, True)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (batch, time)
+        x = self.tokens(tokens)
+        for layer in self.layers:
+            x = x + layer["down"](torch.tanh(layer["up"](x)))
+        x = x + self.experts(x)
+        x = x + self.transposed(x)
+        maps = self.conv1(x.mT).sum(), self.conv2(x[:, None]).sum(), self.conv3(x[None, None].contiguous()).sum()
+        return self.head(self.norm(x)) + sum(maps) / 10
+
+
+def llama(tied: bool = False) -> nn.Module:
+    shape = {"hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=9, num_hidden_layers=2, **shape)
+    config.tie_word_embeddings = tied
+    return LlamaForCausalLM(config)
+
+
+def bert() -> nn.Module:
+    shape = {"hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=9, num_labels=3, **shape))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "linear": (Zoo, {"target_modules": ["up", "head"]}),
+    "transposed storage": (Zoo, {"target_modules": ["down"]}),
+    "embedding": (Zoo, {"target_modules": ["tokens"]}),
+    "convolutions": (Zoo, {"target_modules": ["conv1", "conv2", "conv3"]}),
+    "mixed": (Zoo, {"target_modules": ["tokens", "up", "down", "conv2"], "lora_dropout": 0.5}),
+    "regex": (Zoo, {"target_modules": r"layers\.[02]\.(up|down)", "exclude_modules": r".*0\.up"}),
+    "all-linear": (Zoo, {"target_modules": "all-linear", "exclude_modules": ["head"]}),
+    "layers": (Zoo, {"target_modules": ["up", "down"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+    "one layer": (Zoo, {"target_modules": ["up"], "layers_to_transform": 1, "layers_pattern": ["layers"]}),
+    "patterns": (
+        Zoo,
+        {
+            "target_modules": ["up", "down", "tokens", "conv1"],
+            "rank_pattern": {r"layers\.1\..*": 2, "tokens": 7},
+            "alpha_pattern": {"^layers.0.up": 32, "up": 0.5},
+        },
+    ),
+    "rslora": (Zoo, {"target_modules": ["up", "tokens"], "use_rslora": True, "rank_pattern": {"up": 5}}),
+    "bias all": (Zoo, {"target_modules": ["up", "conv1"], "bias": "all"}),
+    "bias lora_only": (Zoo, {"target_modules": ["up", "down", "conv1"], "bias": "lora_only"}),
+    "modules_to_save": (Zoo, {"target_modules": ["up"], "modules_to_save": ["head", "tokens", "norm"]}),
+    "modules_to_save, bias all": (Zoo, {"target_modules": ["up"], "modules_to_save": ["head", "norm"], "bias": "all"}),
+    "parameter": (Zoo, {"target_parameters": ["experts.up"]}),
+    "2-D parameter": (Zoo, {"target_parameters": ["head.weight"], "target_modules": ["up"]}),
+    "nested parameters": (Zoo, {"target_parameters": ["experts.up", "experts.down"], "rank_pattern": {"up": 3}}),
+    "nested, reversed": (Zoo, {"target_parameters": ["experts.down", "experts.up"]}),
+    "transposed parameters": (Zoo, {"target_parameters": ["transposed.up", "transposed.down"], "bias": "all"}),
+    "llama": (llama, {"task_type": "CAUSAL_LM"}),
+    "llama embeddings": (llama, {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "llama head": (llama, {"task_type": "CAUSAL_LM", "target_modules": ["lm_head"]}),
+    "llama full name": (llama, {"target_modules": ["model.embed_tokens"]}),
+    "llama regex": (llama, {"target_modules": r"model\.embed_tokens|.*q_proj"}),
+    "llama tied": (lambda: llama(tied=True), {"target_modules": ["embed_tokens"]}),
+    "llama saved head": (llama, {"target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "bert": (bert, {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "bias": "lora_only"}),
+}
+
+TOKENS = torch.tensor([[1, 3, 0, 8], [2, 2, 5, 7]])
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        y = model.eval()(TOKENS)
+    return getattr(y, "logits", y)
+
+
+def adapted(library: Any, model: nn.Module, adapter_name: str = "default", **options: Any) -> Any:
+    model = library.get_peft_model(
+        copy.deepcopy(model), library.LoraConfig(r=4, **copy.deepcopy(options)), adapter_name
+    )
+    torch.manual_seed(1)
+    return randomise(model)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_loads_in_the_other_library(case: str, writer: Any, reader: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, options = CASES[case]
+    base = make().double()
+    model = adapted(writer, base, **options)
+    assert distance(output(model), output(base)) > 0.01
+    model.save_pretrained(tmp_path)
+    loaded = reader.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    agree(output(loaded), output(model))
+    trains = [name for name, p in loaded.named_parameters() if p.requires_grad]
+    # PEFT leaves the biases of a frozen adapter trainable
+    assert not [name for name in trains if reader is lora_ref or not name.endswith(".bias")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_write_the_same_folder(case: str, tmp_path: Path) -> None:
+    """The same names, numbers and options; PEFT's copies of biases in modules_to_save, never read, aside."""
+    torch.manual_seed(0)
+    make, options = CASES[case]
+    base = make().double()
+    theirs, ours = adapted(peft, base, **options), adapted(lora_ref, base, **options)
+    ours.load_state_dict(theirs.state_dict())
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        model.save_pretrained(tmp_path / name)
+    want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    if options.get("bias") == "all" and "modules_to_save" in options:
+        want = {key: t for key, t in want.items() if ".original_module." not in key and ".modules_to_save." not in key}
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    want, got = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("theirs", "ours"))
+    for key in got:
+        if key in ("target_modules", "modules_to_save") and isinstance(got[key], list):
+            assert set(got[key]) == set(want[key] or []), key
+        elif key != "base_model_name_or_path":
+            assert (got[key] or None) == (want[key] or None), key
+
+
+@LIBRARIES
+def test_adapters_of_other_names_lie_in_folders_of_their_own(writer: Any, reader: Any, tmp_path: Path) -> None:
+    base = Zoo().double()
+    model = adapted(writer, base, "first", target_modules=["up"])
+    model.add_adapter("second", writer.LoraConfig(r=2, target_modules=["down", "tokens"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    loaded = reader.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first", adapter_name="1")
+    loaded.load_adapter(tmp_path / "second", adapter_name="2")
+    for name, theirs in (("first", "1"), ("second", "2")):
+        model.set_adapter(name), loaded.set_adapter(theirs)
+        agree(output(loaded), output(model))
+    chosen = tmp_path / "chosen"
+    model.save_pretrained(chosen, selected_adapters=["second"])
+    assert [path.name for path in chosen.iterdir() if path.is_dir()] == ["second"]
+
+
+@LIBRARIES
+def test_a_trainable_load_trains_what_trained(writer: Any, reader: Any, tmp_path: Path) -> None:
+    base = Zoo().double()
+    model = adapted(writer, base, target_modules=["up"], bias="lora_only", modules_to_save=["head"])
+    model.save_pretrained(tmp_path)
+    loaded = reader.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    names = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, loaded)]
+    assert names[1] == names[0]
+
+
+@LIBRARIES
+def test_a_merged_adapter_is_saved_as_itself(writer: Any, reader: Any, tmp_path: Path) -> None:
+    base = Zoo().double()
+    model = adapted(writer, base, target_modules=["up", "tokens"])
+    before = output(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = reader.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    agree(output(loaded), before)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_base_of_any_dtype(writer: Any, reader: Any, dtype: torch.dtype, autocast: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = llama().to(dtype)
+    config = writer.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = writer.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=autocast)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = reader.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=autocast)
+    dtypes = [{name: p.dtype for name, p in m.named_parameters()} for m in (model, loaded)]
+    assert dtypes[1] == dtypes[0]
+    assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in model.named_parameters())
+    outputs = output(loaded), output(model)
+    assert all(y.dtype == dtype and y.isfinite().all() for y in outputs)
+    agree(output(loaded.double()), output(model.double()))
+
+
+@pytest.mark.parametrize("save_embedding_layers", [True, False, "auto"])
+def test_save_embedding_layers_is_understood_alike(save_embedding_layers: bool | str, tmp_path: Path) -> None:
+    base = llama()
+    for targets in (["q_proj"], ["q_proj", "embed_tokens"]):
+        keys = []
+        for library in (peft, lora_ref):
+            model = adapted(library, base, target_modules=targets)
+            model.save_pretrained(tmp_path, save_embedding_layers=save_embedding_layers)
+            keys.append(set(load_file(tmp_path / "adapter_model.safetensors")))
+        assert keys[1] == keys[0]
