@@ -20,7 +20,6 @@ from lora_ref.api.combination import linear
 from lora_ref.calibration.eva import initialize_lora_eva_weights
 from lora_ref.calibration.hooks import record_inputs
 from lora_ref.core.inits import unzeroed
-from lora_ref.core.update import Factors, adapted_forward
 from lora_ref.init.loftq import loftq
 from lora_ref.init.pissa import pissa
 from lora_ref.safe.progress import progress_bar
@@ -83,13 +82,6 @@ def test_inspect_prints_a_table_unless_asked_for_json(tmp_path: Path, capsys: py
         json.loads(capsys.readouterr().out)
     print_contents(tmp_path, as_json=True)
     assert json.loads(capsys.readouterr().out)["config"]["r"] == 2
-
-
-def test_an_adapted_layer_with_and_without_a_bias_by_hand() -> None:
-    factors = Factors(np.array([[1.0, 1.0]]), np.array([[1.0], [0.0]]))
-    x, W, b = np.array([1.0, 2.0]), np.eye(2), np.array([10.0, 20.0])
-    assert adapted_forward(x, W, b, factors, 0.5).tolist() == [12.5, 22.0]
-    assert adapted_forward(x, W, None, factors, 0.5).tolist() == [2.5, 2.0]
 
 
 def test_pissa_has_a_scaling_of_one_by_default() -> None:

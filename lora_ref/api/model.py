@@ -9,11 +9,13 @@ The rooms are attached here, in three places:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
 
 from ..core import model as core
+from ..core.adapter_modules import AdapterModule
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import LoraLayer
@@ -21,6 +23,7 @@ from ..core.layer_types import LAYER_TYPES
 from ..core.names import Match, Targeting
 from ..fast import linear, merging
 from ..safe import atomic, progress, refusals, sharded
+from ..safe.strict import did_you_mean
 from . import weighted
 from .default_targets import ARCHITECTURES
 from .explain import Explanation
@@ -29,8 +32,14 @@ from .explain import Explanation
 class LoraModel(core.LoraModel):
     """A base model with named adapters in it. `PeftModel` is the same with saving and loading."""
 
-    layer_types = {**LAYER_TYPES, "linear": linear.Linear}
+    layer_types = LAYER_TYPES | {"linear": linear.Linear}
     default_targets = ARCHITECTURES
+
+    def _check_known(self, *names: str) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                known = list(self.peft_config)
+                raise ValueError(f"there is no adapter {name!r}; there are {known}{did_you_mean(str(name), known)}")
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
         refusals.check(self.model, config, plan, will_init)
@@ -38,8 +47,9 @@ class LoraModel(core.LoraModel):
     def progress(
         self, matches: list[Match], config: LoraConfig, will_init: bool
     ) -> AbstractContextManager[Iterable[Match]]:
-        decomposes = will_init and METHODS[method_of(config.init_lora_weights)].reads_weight
-        return progress.steps(matches, f"init_lora_weights={config.init_lora_weights!r}", show=decomposes)
+        if not will_init or not METHODS[method_of(config.init_lora_weights)].reads_weight:
+            return nullcontext(matches)
+        return progress.steps(matches, f"init_lora_weights={config.init_lora_weights!r}")
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         merging.merge(self.layers(), self._names_or_active(adapter_names))
@@ -76,20 +86,26 @@ class LoraModel(core.LoraModel):
     def disable_adapter(self) -> Iterator[None]:
         """A `with` block in which the model is the base model, merged or not; afterwards all is as before."""
         active, configs, was_off = self.active_adapters, dict(self.peft_config), self._is_off()
-        states = [(wrapper, wrapper.switches()) for wrapper in self.wrappers()]
+        states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in self.wrappers()]
         trains = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}
 
         def restore() -> None:
             # adapters may have been renamed, deleted and added meanwhile: a config belongs to one adapter
             names = {then: now for then, c in configs.items() for now, d in self.peft_config.items() if c is d}
+            self.unmerge_adapter()
             for wrapper in self.wrappers():
                 wrapper.enable_adapters(True)
                 wrapper.set_adapter([])
-            for wrapper, state in states:
-                wrapper.restore(state, names)
-                if isinstance(wrapper, LoraLayer):  # where the merged weight is not right any more: merge again
-                    merging.merge({"": wrapper}, [names[name] for name in state["merged"] if name in names])
+            for wrapper, state, weight in states:
+                wrapper.active_adapters = [names[name] for name in state["active_adapters"] if name in names]
+                wrapper.disable_adapters = state["disable_adapters"]
+                merged = [names[name] for name in state.get("merged_adapters", ()) if name in names]
+                if isinstance(wrapper, LoraLayer) and len(merged) == len(state["merged_adapters"]):
+                    wrapper.install_weight(wrapper.as_weight(weight), state["set_aside"], merged)
+                elif isinstance(wrapper, LoraLayer):  # a merged adapter was deleted: merge the others again
+                    wrapper.disable_adapters = False
+                    merging.merge({"": wrapper}, merged)
             for wrapper in self.wrappers():
                 wrapper.enable_adapters(not was_off)
             for parameter, requires_grad in trains:
@@ -104,6 +120,21 @@ class LoraModel(core.LoraModel):
         finally:
             atomic.finish(restore)
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Rename an adapter; its place among the others, and its state, stay."""
+        self._check_known(old)
+        self._check_new_name(new)
+        for wrapper in self.wrappers():
+            for parts in (getattr(wrapper, attribute) for attribute in wrapper.by_adapter):
+                if old in parts:
+                    parts[new] = parts[old]
+                    del parts[old]
+            for names in ("active_adapters", "merged_adapters"):
+                if names in vars(wrapper):
+                    setattr(wrapper, names, [new if name == old else name for name in getattr(wrapper, names)])
+        self.peft_config = {new if name == old else name: config for name, config in self.peft_config.items()}
+        self.active_adapters = [new if name == old else name for name in self.active_adapters]
+
     def explain(self, adapter_name: str | None = None) -> Explanation:
         """What an adapter (default: the first active one) adapts, and why: see `lora_ref.explain`."""
         if not self.peft_config:
@@ -117,7 +148,21 @@ class LoraModel(core.LoraModel):
         """The names of the modules that are adapted."""
         return [name for name, layer in self.layers().items() if layer.kind != "parameter"]
 
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the list of names if there is not exactly one."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The configuration of the (first) active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
     add_weighted_adapter = weighted.add_weighted_adapter
+
+
+def _weight(wrapper: AdapterModule) -> Any:
+    return wrapper.base_weight if isinstance(wrapper, LoraLayer) else None
 
 
 for name, changes in atomic.ATOMIC.items():

@@ -38,11 +38,11 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         with transaction(model):
-            self.base_model = LoraModel(model)
+            self.base_model = base = LoraModel(model)
             self.training = model.training
-            self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
-            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        self._prepare_gradient_checkpointing()
+            base.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+            base.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        _prepare_gradient_checkpointing(model)
 
     @classmethod
     def from_pretrained(
@@ -65,16 +65,8 @@ class PeftModel(nn.Module):
             self.training = model.training
             self.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
-        self._prepare_gradient_checkpointing()
+        _prepare_gradient_checkpointing(model)
         return self
-
-    def _prepare_gradient_checkpointing(self) -> None:
-        """Reentrant checkpointing drops all gradients unless some input of a block wants one."""
-        model: Any = self.base_model.model
-        # transformers renamed its flag; the older name, where both are there, only warns
-        flags = [f for f in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), f)]
-        if flags and getattr(model, flags[0]) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapted layers in it."""
@@ -208,3 +200,11 @@ def set_peft_model_state_dict(
     """The inverse of `get_peft_model_state_dict`: all tensors are checked before the first is written."""
     model.base_model._check_known(adapter_name)
     assign(model.base_model, adapter_name, dict(peft_model_state_dict))
+
+
+def _prepare_gradient_checkpointing(model: Any) -> None:
+    """Reentrant checkpointing drops all gradients unless some input of a block wants one."""
+    # transformers renamed its flag; the older name, where both are there, only warns
+    flags = [f for f in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(type(model), f)]
+    if flags and getattr(model, flags[0]) and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()

@@ -38,7 +38,7 @@ def add_weighted_adapter(
         ValueError: unknown adapters, not as many weights as adapters, unequal ranks ("linear"), or two parents that
             save the same module.
     """
-    model._check_name_is_free(adapter_name)
+    model._check_new_name(adapter_name)
     model._check_known(*adapters)
     parents = {name: model.peft_config[name] for name in adapters}
     layers = model.layers()

@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,9 @@ class AdapterModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_plain(active_adapters=[], disable_adapters=False, adapter_names=None)
-
-    def set_plain(self, **attributes: Any) -> None:
-        """Set attributes without nn.Module.__setattr__, which first tests each value for being a module, a parameter
-        or a buffer. For a dozen attributes that costs more than to create the module."""
-        vars(self).update(attributes)
+        # vars(): nn.Module.__setattr__ first tests each value for being a module, a parameter or a buffer. For a dozen
+        # attributes that costs more than to create the module
+        vars(self).update(active_adapters=[], disable_adapters=False, adapter_names=None)
 
     @property
     def base(self) -> nn.Module:
@@ -96,7 +93,7 @@ class AdapterModule(nn.Module):
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and let them train (not with inference_mode). All others are frozen."""
         here = self.adapters()
-        self.set_plain(active_adapters=[name for name in names if name in here])
+        self.active_adapters = [name for name in names if name in here]
         for name, parameter in self.adapter_parameters():
             parameter.requires_grad = name in self.active_adapters and not inference_mode
 
@@ -106,23 +103,6 @@ class AdapterModule(nn.Module):
             if name in (part := getattr(self, attribute)):
                 del part[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Rename an adapter."""
-        for attribute in self.by_adapter:
-            if old in (part := getattr(self, attribute)):
-                part[new] = part[old]
-                del part[old]
-        self.active_adapters = [new if name == old else name for name in self.active_adapters]
-
-    def switches(self) -> dict[str, Any]:
-        """The active adapters, and whether all are off: what `restore` sets again."""
-        return {"active": self.active_adapters, "off": self.disable_adapters}
-
-    def restore(self, switches: dict[str, Any], names: Mapping[str, str]) -> None:
-        """Set earlier switches again. `names` is {earlier name: present name}, without deleted adapters."""
-        self.active_adapters = [names[name] for name in switches["active"] if name in names]
-        self.disable_adapters = switches["off"]
 
     def names_of_batch(self, batch: int) -> list[str]:
         """`adapter_names`, checked to be one name for each sample."""

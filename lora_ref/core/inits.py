@@ -171,13 +171,6 @@ use True, False, 'gaussian', 'mica', or exclude the layer
     return functools.partial(method.kinds[kind], **options) if options else method.kinds[kind]
 
 
-def check(init_lora_weights: bool | str, shape: tuple[int, ...], r: int, scaling: float) -> None:
-    """Raise ValueError unless the method can start a layer of this shape with this rank and scaling."""
-    method = METHODS[method_of(init_lora_weights)]
-    if method.check:
-        method.check(shape, r, scaling)
-
-
 # -- zeros and random numbers in two libraries ---------------------------------------------------
 
 

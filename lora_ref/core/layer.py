@@ -7,7 +7,7 @@ quantised weight W - D0. D0 is subtracted where the adapter acts, so the base we
 disabled, deleted or replaced by another one, the layer is the base layer bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +83,8 @@ class LoraLayer(AdapterModule):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        self.set_plain(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
-        self.set_plain(merged_adapters=[], set_aside=[], training=base_layer.training)
+        vars(self).update(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
+        vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class LoraLayer(AdapterModule):
     def install_weight(self, weight: nn.Parameter, set_aside: list[nn.Parameter], merged_adapters: list[str]) -> None:
         """Install a weight and the list of adapters merged into it. Assignments only, so it cannot fail half-way."""
         setattr(self.get_base_layer(), self.weight_name, weight)
-        self.set_plain(set_aside=set_aside, merged_adapters=merged_adapters)
+        vars(self).update(set_aside=set_aside, merged_adapters=merged_adapters)
 
     def unmerge(self) -> None:
         """Install the weight that was there before merging, bit for bit."""
@@ -283,21 +283,6 @@ class LoraLayer(AdapterModule):
             now, then = self.base_weight, self.as_weight(self.set_aside[0])
             self.install_weight(then, [now], self.merged_adapters)
         super().enable_adapters(enabled)
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        super().rename_adapter(old, new)
-        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
-
-    def switches(self) -> dict[str, Any]:
-        weights = {"weight": self.base_weight, "set_aside": self.set_aside, "merged": self.merged_adapters}
-        return super().switches() | weights
-
-    def restore(self, switches: dict[str, Any], names: Mapping[str, str]) -> None:
-        self.unmerge()
-        super().restore(switches, names)
-        if all(name in names for name in switches["merged"]):
-            merged = [names[name] for name in switches["merged"]]
-            self.install_weight(self.as_weight(switches["weight"]), switches["set_aside"], merged)
 
     def __repr__(self) -> str:
         def state(name: str) -> str:

@@ -18,7 +18,7 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.set_plain(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
+        vars(self).update(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
 
     def logical(self, W: Tensor) -> Float[Tensor, "out in"]:
         return W.T if self.fan_in_fan_out else W

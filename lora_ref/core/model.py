@@ -13,13 +13,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from . import names as targeting
 from .adapter_modules import AdapterModule, ModulesToSave, modules_without_factors, unwrapped
-from .config import LoraConfig, did_you_mean
-from .inits import METHODS, check, find, method_of
+from .config import LoraConfig
+from .inits import METHODS, find, method_of
 from .layer import Init, LoraLayer
 from .layer_types import LAYER_TYPES, Linear, kind_of
-from .names import Match, ModelNames, Targeting
+from .names import HEADS, Match, ModelNames, Targeting, resolve
 from .scaling import check_alpha
 
 
@@ -47,18 +46,6 @@ class LoraModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    # -- what is there -----------------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or the list of names if there is not exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
-
-    @property
-    def active_peft_config(self) -> LoraConfig:
-        """The configuration of the (first) active adapter."""
-        return self.peft_config[self.active_adapters[0]]
-
     def wrappers(self) -> list[AdapterModule]:
         """All modules that hold adapters."""
         return [m for m in modules_without_factors(self.model) if isinstance(m, AdapterModule)]
@@ -75,23 +62,26 @@ class LoraModel(nn.Module):
 
     def plan(self, config: LoraConfig) -> Targeting:
         """What this configuration adapts, and by which rule."""
-        return targeting.resolve(describe(self.model), config, self.default_targets)
+        return resolve(describe(self.model), config, self.default_targets)
 
     def _check_known(self, *names: str) -> None:
         for name in names:
             if name not in self.peft_config:
-                known = list(self.peft_config)
-                raise ValueError(f"there is no adapter {name!r}; there are {known}{did_you_mean(str(name), known)}")
+                raise ValueError(f"there is no adapter {name!r}; there are {list(self.peft_config)}")
 
     def _names_or_active(self, names: str | Sequence[str] | None) -> list[str]:
         chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else list(names)
         self._check_known(*chosen)
         return list(chosen)
 
-    def _check_name_is_free(self, name: str) -> None:
+    def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
             raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
-        check_adapter_name(name)
+        reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
+        if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
+            raise ValueError(
+                f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
+            )
 
     def _check_not_merged(self, names: Sequence[str], what: str) -> None:
         merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
@@ -113,7 +103,7 @@ class LoraModel(nn.Module):
             ValueError: the name is taken or not usable, nothing is targeted, a layer cannot be adapted as asked, or
                 a second adapter has bias != "none".
         """
-        self._check_name_is_free(adapter_name)
+        self._check_new_name(adapter_name)
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
@@ -125,7 +115,7 @@ class LoraModel(nn.Module):
             )
         plan = self.plan(config)
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
-        if heads := targeting.saved_heads(config):
+        if heads := HEADS.get(config.task_type or ""):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         self.refuse(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
@@ -152,8 +142,8 @@ class LoraModel(nn.Module):
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
         """Raise ValueError for what cannot be adapted as asked. Nothing has changed yet. `safe.refusals` says more."""
-        for note in targeting.check(plan, config):
-            warnings.warn(note, stacklevel=4)
+        if not any(match.r for match in plan.matches):
+            raise ValueError(f"nothing to adapt: target_modules={config.target_modules!r} match no module")
         places: dict[str, Any] = {name: place for name, *place in walk(self.model)}
         for match in plan.matches:
             is_parameter, (name, _, last) = match.action == "adapt parameter", match.name.rpartition(".")
@@ -171,7 +161,8 @@ class LoraModel(nn.Module):
                 raise ValueError(f"{match.name}: r={match.r} must be divisible by groups={module.groups}")
             if will_init:
                 find(config.init_lora_weights, kind, match.name)
-                check(config.init_lora_weights, weight.shape, match.r, match.scaling)
+                if check := METHODS[method_of(config.init_lora_weights)].check:
+                    check(weight.shape, match.r, match.scaling)
 
     def progress(
         self, matches: list[Match], config: LoraConfig, will_init: bool
@@ -181,8 +172,7 @@ class LoraModel(nn.Module):
 
     def _wrap(self, match: Match, places: Mapping[str, Any], held: Mapping[int, Any]) -> AdapterModule:
         """The wrapper of a match, installed wherever the module is held, unless it is there already."""
-        is_parameter = match.action == "adapt parameter"
-        name, parameter = match.name.rpartition(".")[::2] if is_parameter else (match.name, "")
+        name, parameter = match.name.rpartition(".")[::2] if match.action == "adapt parameter" else (match.name, "")
         parent, attribute = places[name]
         module = wrapper = parent._modules[attribute]
         if match.action == "save" and isinstance(module, ModulesToSave):
@@ -191,12 +181,11 @@ class LoraModel(nn.Module):
             if not parameter or wrapper.weight_name == parameter:
                 return wrapper
             wrapper = wrapper.base_layer
-        layer_type: Any = self.layer_types["parameter" if is_parameter else kind_of(module)] if match.r else None
-        wrapper = layer_type(*([module, parameter] if is_parameter else [module])) if match.r else ModulesToSave(module)
+        make: Any = self.layer_types["parameter" if parameter else kind_of(module)] if match.r else ModulesToSave
+        wrapper = make(module, parameter) if parameter else make(module)
         for parent, attribute in held[id(unwrapped(module))]:
             setattr(parent, attribute, wrapper)
             if isinstance(parent, nn.TransformerEncoderLayer):
-                # its fast path reads the weights of linear1 and linear2 directly, unless a submodule has a hook
                 wrapper.register_forward_pre_hook(_leave_the_fast_path)
         return wrapper
 
@@ -217,12 +206,13 @@ class LoraModel(nn.Module):
         for wrapper in wrappers:
             if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
                 raise ValueError(f"adapters {both} each save a module (modules_to_save): only one can be active")
-        self.unmerge_adapter()
+        if any(isinstance(wrapper, LoraLayer) and wrapper.merged_adapters for wrapper in wrappers):
+            self.unmerge_adapter()
         for wrapper in wrappers:
             wrapper.set_adapter(names, inference_mode)
         self.active_adapters = names
-        for name, config in self.peft_config.items():
-            for bias in biases(self.model, config.bias, name).values():
+        for name in [name for name, config in self.peft_config.items() if config.bias != "none"]:
+            for bias in biases(self.model, self.peft_config[name].bias, name).values():
                 bias.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -238,15 +228,6 @@ class LoraModel(nn.Module):
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
         if was_active and not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Rename an adapter; its place among the others, and its state, stay."""
-        self._check_known(old)
-        self._check_name_is_free(new)
-        for wrapper in self.wrappers():
-            wrapper.rename_adapter(old, new)
-        self.peft_config = {new if name == old else name: config for name, config in self.peft_config.items()}
-        self.active_adapters = [new if name == old else name for name in self.active_adapters]
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """s = factor * the scaling that the configuration gives, in every layer.
@@ -279,10 +260,9 @@ class LoraModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A `with` block in which the model is the base model, merged or not."""
-        trained = [name for name in self.active_adapters if self.peft_config[name].bias != "none"]
-        if trained:
+        for name in [name for name in self.active_adapters if self.peft_config[name].bias != "none"]:
             warnings.warn(
-                f"adapter {trained[0]!r} trains biases of the base model in place (bias != 'none'): "
+                f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
                 "with the adapters disabled, trained biases stay, and the output is not the original's",
                 stacklevel=3,
             )
@@ -323,9 +303,9 @@ class LoraModel(nn.Module):
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the updates of the active (or the named) adapters to the base weights, reversibly.
 
-        The output afterwards is base + every adapter that is active or merged. Merged weights are always checked to
-        be finite before the first one is installed: `safe_merge` is for PEFT's scripts and changes nothing. The
-        original weights are kept, so unmerging is exact, and costs one copy of each merged weight.
+        The output afterwards is base + every adapter that is active or merged. The original weights are kept, so
+        unmerging is exact, and costs one copy of each merged weight. `safe_merge` is for PEFT's scripts: the merged
+        weights are always checked before the first one is installed.
 
         Raises:
             ValueError: an unknown adapter; adapters are disabled; a grouped convolution; a merged weight that would
@@ -334,9 +314,9 @@ class LoraModel(nn.Module):
         Differs from PEFT: all layers merge or none; active adapters that are not merged still contribute; unmerging
             is exact.
         """
-        new = to_merge(self.layers(), self._names_or_active(adapter_names))
-        layers = self.layers()
-        weights = {where: layers[where].merged_weight(names) for where, names in new.items()}
+        layers, names = self.layers(), self._names_or_active(adapter_names)
+        new = to_merge(layers, names)
+        weights = {where: layers[where].merged_weight(added) for where, added in new.items()}
         for where, weight in weights.items():
             if not weight.isfinite().all():
                 raise ValueError(f"{where}: merging gives weights that are not finite; nothing was merged")
@@ -354,16 +334,13 @@ class LoraModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """The plain base model with the active (or named) adapters merged into it: the original object.
-
-        `progressbar` and `safe_merge` are for PEFT's scripts: merging is quick, and always checked.
+        """The plain base model, the original object, with the active (or named) adapters merged into it.
 
         Raises:
             ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         """
         names = self._names_or_active(adapter_names)
-        if self._is_off():
-            self.enable_adapter_layers()
+        self.enable_adapter_layers()
         if adapter_names is not None:
             self.set_adapter(names)
         self.merge_adapter(names)
@@ -371,10 +348,7 @@ class LoraModel(nn.Module):
         return self.model
 
     def unload(self) -> nn.Module:
-        """The plain base model, without adapters, its modules_to_save the originals: the original object.
-
-        Biases that were trained (bias != "none") stay trained.
-        """
+        """The plain base model, the original object, its modules_to_save the originals. Trained biases stay trained."""
         self.unmerge_adapter()
         self.disable_adapter_layers()
         unwrap(self.model)
@@ -418,13 +392,11 @@ def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def unwrap(model: nn.Module) -> None:
     """Put every wrapped module back into its place. Of a module that is saved, the copy in use stays."""
-    for places in holders(model).values():
-        for parent, attribute in places:
-            module = getattr(parent, attribute)
-            if isinstance(module, ModulesToSave):
-                setattr(parent, attribute, module.delegate)
-            elif isinstance(module, LoraLayer):
-                setattr(parent, attribute, module.get_base_layer())
+    for parent, attribute in [place for places in holders(model).values() for place in places]:
+        module = getattr(parent, attribute)
+        if isinstance(module, AdapterModule):
+            inner = module.delegate if isinstance(module, ModulesToSave) else unwrapped(module)
+            setattr(parent, attribute, inner)
 
 
 def describe(model: nn.Module) -> ModelNames:
@@ -433,13 +405,12 @@ def describe(model: nn.Module) -> ModelNames:
     get_head = getattr(model, "get_output_embeddings", None)
     head = unwrapped(get_head()) if callable(get_head) and get_head() is not None else None
     for name, parent, attribute in walk(model):
-        module = unwrapped(parent._modules[attribute])  # type: ignore[arg-type]
+        module = unwrapped(cast(nn.Module, parent._modules[attribute]))
         kinds[name] = kind_of(module)
         heads += [name] if module is head else []
         parameters += [f"{name}.{p}" for p in module._parameters]
-    parameters += [p for p in model._parameters]
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return ModelNames(kinds, tuple(parameters), model_type, tuple(heads))
+    return ModelNames(kinds, (*parameters, *model._parameters), model_type, tuple(heads))
 
 
 def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -472,11 +443,8 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
 
 def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, list[str]]:
     """{layer: those of the named adapters that are not merged there yet}; ValueError as `LoraModel.merge_adapter`."""
-    found = {}
-    for where, layer in layers.items():
-        new = [name for name in names if name in layer.r and name not in layer.merged_adapters]
-        if not new:
-            continue
+    new = {w: [n for n in names if n in layer.r and n not in layer.merged_adapters] for w, layer in layers.items()}
+    for layer, where in [(layers[where], where) for where, added in new.items() if added]:
         if layer.disable_adapters:
             raise ValueError("the adapters are disabled: enable them before merging")
         if layer.groups > 1:
@@ -484,38 +452,18 @@ def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str,
                 f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: "
                 "it connects all input channels to all outputs, which the grouped kernel has no room for"
             )
-        found[where] = new
-    return found
-
-
-def prepared(module: nn.Module) -> dict[str, Init]:
-    """The inits that a pass over data has left on a module: {method: function}."""
-    return vars(module).get("prepared_init", {})
+    return {where: added for where, added in new.items() if added}
 
 
 def _init_of(config: LoraConfig, layer: LoraLayer) -> Init:
-    """The init that the configuration asks for."""
-    value, name, ready = config.init_lora_weights, method_of(config.init_lora_weights), prepared(layer.get_base_layer())
-    if name in ready:
-        return ready.pop(str(name))  # made for the weight as it is now: of no use a second time
-    option, method = getattr(config, f"{name}_config", None), METHODS[name]
-    return find(value, layer.kind, **method.options(option) if method.options and option else {})
-
-
-def check_adapter_name(name: str) -> None:
-    """Raise ValueError unless name can be an attribute of a module and a folder of its own.
-
-    >>> check_adapter_name("../other")
-    Traceback (most recent call last):
-    ...
-    ValueError: adapter name '../other': must be letters, digits, '_', '-' or spaces, not the name of a method
-    """
-    reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
-    if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
-        raise ValueError(
-            f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
-        )
+    """The init that the configuration asks for, or the one that a pass over data has left on the base layer."""
+    name, prepared = method_of(config.init_lora_weights), vars(layer.get_base_layer()).get("prepared_init", {})
+    if name in prepared:
+        return prepared.pop(name)  # made for the weight as it is now: of no use a second time
+    method, option = METHODS[name], getattr(config, f"{name}_config", None)
+    return find(config.init_lora_weights, layer.kind, **method.options(option) if method.options and option else {})
 
 
 def _leave_the_fast_path(module: nn.Module, args: Any) -> None:
-    """Does nothing. TransformerEncoderLayer leaves its fast path as soon as a submodule has a hook."""
+    """Does nothing. As soon as a submodule has a hook, TransformerEncoderLayer leaves its fast path, which reads the
+    weights of linear1 and linear2 directly."""

@@ -6,7 +6,6 @@ A name is a module's dotted path in the base model, "model.layers.0.self_attn.q_
 or ends of names, taken literally. A string is a regular expression.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,55 +15,45 @@ from .config import LoraConfig, Pattern, TaskType
 from .scaling import scaling
 
 
-def ends_at_dot(item: str, name: str) -> bool:
-    """Is item the name, or a dotted end of it? The literal rule for lists.
-
-    >>> [ends_at_dot("q_proj", name) for name in ("q_proj", "attn.q_proj", "attn.xq_proj")]
-    [True, True, False]
-    """
-    return name == item or name.endswith("." + item)
-
-
 class Rule:
-    """One option of module names, a list or a string. It records which items matched."""
+    """One option of names. It records which of its items matched.
 
-    def __init__(self, option: str, value: Iterable[str] | str | None, pattern_type: type[Pattern] = Pattern):
-        self.option = option
-        self.pattern = pattern_type.compile_all([value], option)[0] if isinstance(value, str) else None
-        self.items = [value] if isinstance(value, str) else list(value or [])
-        self.used: set[str] = set()
-        self._exact = set(self.items)
+    A list matches literally: an item is a name, or a dotted end of one ("q_proj" of "attn.q_proj"). A string is one
+    regular expression for the whole name. The keys of a dict are regular expressions, the first that matches wins. A
+    key must reach the end of the name and may start at any dot; "^" ties it to the start.
+
+    >>> [Rule("target_modules", ["q_proj"]).match(name) for name in ("q_proj", "attn.q_proj", "attn.xq_proj")]
+    ['q_proj', 'q_proj', None]
+    >>> Rule("rank_pattern", {"q_proj": 4}).match("attn.q_proj")
+    'q_proj'
+    """
+
+    def __init__(self, option: str, value: Any, pattern_type: type[Pattern] = Pattern):
+        self.option, self.used = option, set[str]()
+        self.items = [value] if isinstance(value, str) else list(value or ())
+        self.literal, self.exact = not isinstance(value, str | dict), set(self.items)
+        template = r"(.*\.)?({})" if isinstance(value, dict) else "{}"
+        self.patterns = [] if self.literal or not value else pattern_type.compile_all(self.items, option, template)
 
     def match(self, name: str) -> str | None:
-        """The item that matches name (its full name first), or None."""
-        if not self.items:
-            return None
-        if self.pattern:
-            if not self.pattern.fullmatch(name):
-                return None
-            self.used.add(self.pattern.text)
-            return self.pattern.text
+        """The item that matches the name (in a list the longest one), or None."""
+        if not self.literal:
+            found = next((pattern.text for pattern in self.patterns if pattern.fullmatch(name)), None)
+            self.used |= {found} if found is not None else set()
+            return found
         # the dotted ends of a name are few; the items may be hundreds
-        start, first = 0, None
-        while start >= 0:
-            end = name[start:]
-            if end in self._exact:
-                self.used.add(end)
-                first = first or end
-            start = name.find(".", start) + 1 or -1
-        return first
+        ends = [name[start:] for start in [0, *(i + 1 for i, c in enumerate(name) if c == ".")]]
+        hits = [end for end in ends if end in self.exact]
+        self.used.update(hits)
+        return hits[0] if hits else None
 
     def ancestor(self, name: str) -> str | None:
-        """The item that matches name or a parent of it."""
-        while name and self.items:
+        """The item that matches the name or a parent of it."""
+        while name:
             if hit := self.match(name):
                 return hit
             name = name.rpartition(".")[0]
         return None
-
-    @property
-    def unused(self) -> list[str]:
-        return [item for item in self.items if item not in self.used]
 
 
 def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
@@ -81,8 +70,8 @@ def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
     return list(wanted)
 
 
-def layer_index(name: str, lists: Iterable[Pattern]) -> int | None:
-    """The index of the layer that a module is in, or None. `lists` come from `layer_lists`.
+def layer_index(name: str, patterns: Iterable[Pattern]) -> int | None:
+    """The index of the layer that a module is in, or None. `patterns` come from `layer_lists`.
 
     >>> any_list, layers = layer_lists(None), layer_lists("layers")
     >>> layer_index("model.layers.3.experts.5.up", any_list)  # the first number counts
@@ -90,44 +79,20 @@ def layer_index(name: str, lists: Iterable[Pattern]) -> int | None:
     >>> layer_index("layers.3.up", any_list), layer_index("layers.3.up", layers)
     (None, 3)
     """
-    found = (match for pattern in lists if (match := pattern.match(name)))
+    found = (match for pattern in patterns if (match := pattern.match(name)))
     return next((int(match["lora_ref_index"]) for match in found), None)
 
 
-def layer_lists(layers_pattern: Iterable[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Pattern]:
+def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Pattern]:
     """Patterns of a list of layers in a name, followed by the layer's index.
 
-    Without layers_pattern: any number that follows two name segments ("model.layers.3.mlp");
-    with it: the number after a segment of that name, at the root too.
+    Without layers_pattern: any number that follows two name segments ("model.layers.3.mlp"). With it: the number
+    after a segment of that name, at the root too.
     """
-    names = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
     if not names:
         return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
-    return pattern_type.compile_all(names, "layers_pattern", r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\.")
-
-
-class PatternDict:
-    """rank_pattern or alpha_pattern: {pattern: value}, the first match wins. It records which keys matched.
-
-    A key must reach the end of the name and may start at any dot; "^" ties it to the start.
-    """
-
-    def __init__(self, option: str, values: Mapping[str, Any], pattern_type: type[Pattern] = Pattern):
-        self.option, self.values = option, values
-        self.patterns = pattern_type.compile_all(values, option, r"(.*\.)?({})$")
-        self.used: set[str] = set()
-
-    def key(self, name: str) -> str | None:
-        """The first key that matches name, or None."""
-        for pattern in self.patterns:
-            if pattern.match(name):
-                self.used.add(pattern.text)
-                return pattern.text
-        return None
-
-    @property
-    def unused(self) -> list[str]:
-        return [key for key in self.values if key not in self.used]
+    texts = [names] if isinstance(names, str) else names
+    return pattern_type.compile_all(texts, "layers_pattern", r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -170,10 +135,14 @@ class Targeting:
         return [m.name for m in self.matches if m.action == action]
 
 
+# the names of the heads of transformers' classifiers, which a task trains in full
+HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)}
+
+
 def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str] | None = None) -> Targeting:
     """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
-    `defaults` are the target_modules of each architecture, for target_modules=None. `check` raises the errors.
+    `defaults` are the target_modules of each architecture, for target_modules=None.
 
     Raises:
         ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
@@ -186,19 +155,20 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     layers.0.up        no target matches None
     head        save   modules_to_save 'head' None
     """
-    targets, pattern_type, heads = _targets(names, config, defaults or {}), config.pattern_type, saved_heads(config)
+    targets, pattern_type = _targets(names, config, defaults or {}), config.pattern_type
+    heads = HEADS.get(config.task_type or "", [])
     target = Rule("target_modules", targets, pattern_type)
     exclude = Rule("exclude_modules", config.exclude_modules, pattern_type)
     save = Rule("modules_to_save", [*(config.modules_to_save or []), *heads])
     parameter = Rule("target_parameters", config.target_parameters)
-    ranks = PatternDict("rank_pattern", config.rank_pattern, pattern_type)
-    alphas = PatternDict("alpha_pattern", config.alpha_pattern, pattern_type)
-    lists = layer_lists(config.layers_pattern, pattern_type)
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else wanted
+    ranks = Rule("rank_pattern", config.rank_pattern, pattern_type)
+    alphas = Rule("alpha_pattern", config.alpha_pattern, pattern_type)
+    indices = config.layers_to_transform
+    indices = [indices] if isinstance(indices, int) else indices
+    lists = layer_lists(config.layers_pattern, pattern_type) if indices else []
 
     def adapted(name: str, action: str, rule: str) -> Match:
-        rank_key, alpha_key = ranks.key(name), alphas.key(name)
+        rank_key, alpha_key = ranks.match(name), alphas.match(name)
         r = config.r if rank_key is None else config.rank_pattern[rank_key]
         alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
         for option, key in (("rank_pattern", rank_key), ("alpha_pattern", alpha_key)):
@@ -206,18 +176,20 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
         return Match(name, action, rule, r, alpha, scaling(r, alpha, config.use_rslora))
 
     def decide(name: str) -> Match:
-        excluded = exclude.match(name)  # from being adapted; a module that is saved whole stays so
-        if (hit := save.match(name)) is not None and save.ancestor(name.rpartition(".")[0]) is None:
-            return Match(name, "save", f"modules_to_save '{hit}'")
+        excluded = exclude.match(name)  # from being adapted; a module that is saved is still saved
+        if save.items:
+            hit = save.match(name)
+            if hit is not None and save.ancestor(name.rpartition(".")[0]) is None:
+                return Match(name, "save", f"modules_to_save '{hit}'")
         if excluded is not None:
             return Match(name, "", f"exclude_modules '{excluded}'")
-        if (hit := save.ancestor(name)) is not None:
+        if save.items and (hit := save.ancestor(name)) is not None:
             return Match(name, "", f"inside modules_to_save '{hit}'")
         if (hit := target.match(name)) is None:
             return Match(name, "", "no target matches")
-        if wanted and hit != name and isinstance(targets, list):
+        if indices and hit != name and isinstance(targets, list):
             index = layer_index(name, lists)
-            if index not in wanted:
+            if index not in indices:
                 where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
                 return Match(name, "", f"target_modules '{hit}', but {where}")
         return adapted(name, "adapt", f"target_modules '{hit}'")
@@ -226,17 +198,10 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     for name in names.parameters:
         if (hit := parameter.match(name)) is not None:
             matches.append(adapted(name, "adapt parameter", f"target_parameters '{hit}'"))
-    # what the user did not spell out needs no warning
-    rules: list[Rule | PatternDict] = [exclude, save, parameter, ranks, alphas]
-    if targets is config.target_modules:
-        rules.insert(0, target)
-    unused = {rule.option: [x for x in rule.unused if not (rule is save and x in heads)] for rule in rules}
+    # targets that the user did not write need no warning
+    rules = [target] * (targets is config.target_modules) + [exclude, save, parameter, ranks, alphas]
+    unused = {r.option: [x for x in r.items if x not in r.used and not (r is save and x in heads)] for r in rules}
     return Targeting(matches, targets, {option: items for option, items in unused.items() if items})
-
-
-def saved_heads(config: LoraConfig) -> list[str]:
-    """The names of the heads of transformers' classifiers, which a task trains in full."""
-    return ["classifier", "score"] if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
 
 
 def _targets(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str]) -> list[str] | str:
@@ -255,40 +220,3 @@ def _targets(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[
         linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
         return exactly(linear, names.kinds)
     return targets
-
-
-def check(targeting: Targeting, config: LoraConfig) -> list[str]:
-    """The warnings that a targeting deserves.
-
-    Raises:
-        ValueError: nothing is adapted; says which rule removed what, and lists near names.
-    """
-    if not any(m.action.startswith("adapt") for m in targeting.matches):
-        removed = [m for m in targeting.matches if m.rule != "no target matches"]
-        known = [m.name for m in targeting.matches]
-        asked = config.target_modules or config.target_parameters or []
-        ends = {name.rpartition(".")[2] for name in known}
-        near = {
-            y for x in ([asked] if isinstance(asked, str) else asked[:50]) for y in difflib.get_close_matches(x, ends)
-        }
-        raise ValueError(
-            f"nothing to adapt: target_modules={_cut(repr(config.target_modules))}, target_parameters="
-            f"{_cut(repr(config.target_parameters))} match none of the model's {len(known)} modules"
-            + "".join(f"; {m.name}: {m.rule}" for m in removed[:5])
-            + (f"; near names: {', '.join(sorted(near))}" if near else f"; the model has: {', '.join(known[:8])}")
-            + ("" if known else "only itself: wrap it, as in nn.Sequential(model), and target '0'")
-            + ("; a string is a regular expression for the WHOLE name" if isinstance(asked, str) else "")
-        )
-    notes = {
-        "rank_pattern": " among the adapted modules (a key must reach the end of the name)",
-        "alpha_pattern": " among the adapted modules (a key must reach the end of the name)",
-    }
-    return [
-        f"{option}: {_cut(', '.join(map(repr, items)))} matched nothing{notes.get(option, '')}"
-        for option, items in targeting.unused.items()
-    ]
-
-
-def _cut(text: str) -> str:
-    """Lists out of a file may be long; a message should not be."""
-    return text if len(text) <= 1000 else f"{text[:1000]}..."

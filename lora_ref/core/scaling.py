@@ -1,8 +1,4 @@
-"""The scaling s of an update: how loudly an adapter speaks.
-
-s = lora_alpha / r            classic LoRA
-s = lora_alpha / sqrt(r)      rank-stabilised LoRA (rsLoRA)
-"""
+"""The scaling s in W + s B A: alpha / r, or alpha / sqrt(r) (rsLoRA)."""
 
 import math
 import sys
@@ -11,17 +7,11 @@ import sys
 def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
 
-    The update of a weight is s * B @ A. Raising r with lora_alpha fixed therefore
-    lowers s; rsLoRA lowers it by the square root only, which keeps the size of the
-    update's output (and of its gradients) independent of r.
-
-    Args:
-        r: the rank, an int > 0.
-        lora_alpha: any finite real number; 0 switches the update off, a negative one flips it.
-        use_rslora: divide by sqrt(r) instead of r.
+    Raising r with lora_alpha fixed lowers s. rsLoRA lowers it by the square root only. That keeps the size of the
+    update's output, and of its gradients, independent of r.
 
     Raises:
-        ValueError: r is not a positive int, or lora_alpha is not a finite number.
+        ValueError: r is not an int > 0, or lora_alpha is not a finite number.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732, section 3.
 
@@ -56,7 +46,7 @@ def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
 
 
 def check_scaling(s: float, largest: float) -> float:
-    """s, if numbers up to `largest` can be multiplied by it and, where dropout scales up what it keeps, by 2 s.
+    """s, if numbers up to `largest` can be multiplied by 2 s: dropout scales up the numbers that it keeps.
 
     >>> check_scaling(1e300, largest=3.4e38)
     Traceback (most recent call last):

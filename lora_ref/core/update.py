@@ -1,10 +1,9 @@
-"""The decomposition: an update of a frozen weight as a product of two thin factors.
+"""The update s B A of a frozen weight: a product of two thin factors.
 
-    y = W x + s * B (A x)        W (out, in) frozen, A (r, in), B (out, r) trained
+    y = W x + s B (A x)        W (out, in) frozen, A (r, in), B (out, r) trained
 
-Every function here runs on NumPy arrays and on torch tensors alike, and takes a *batch*
-of weights as well as one: leading dimensions (experts of a mixture, groups of a
-convolution) are carried along by `@`.
+Every function here takes NumPy arrays and torch tensors. It takes a *batch* of weights as well as one: leading
+dimensions (experts of a mixture, groups of a convolution) are carried along by `@`.
 """
 
 import math
@@ -16,31 +15,12 @@ from jaxtyping import Float
 Array = Any  # a numpy.ndarray or a torch.Tensor
 
 
-def is_torch(x: Array) -> bool:
-    """True for a torch tensor, False for a NumPy array.
-
-    >>> import numpy as np
-    >>> is_torch(np.zeros(2))
-    False
-    """
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def at_least_float32(x: Array) -> Array:
-    """x itself in float32 or float64, x cast to float32 in a half precision."""
-    if x.dtype.itemsize >= 4:
-        return x
-    return x.float() if is_torch(x) else x.astype("float32")
-
-
 class Factors(NamedTuple):
-    """What an initialisation returns: A (r, in), B (out, r), and what becomes of the base weight.
+    """The result of an init: A (r, in), B (out, r), and the frozen weight of its paper.
 
-    `residual` (out, in) is None where the base weight stays as it is, so that the adapted
-    weight at the start is W + s * B @ A; else it is what replaces W, and the adapted weight
-    is residual + s * B @ A. That is W again, but for rounding, where `exact`; LoftQ's residual
-    is a quantised W, and its adapted weight only as near to W as rank r allows (exact=False).
+    `residual` (out, in) is None for an update that starts at W itself. Else the adapted weight at the start is
+    residual + s B A. That is W again, but for rounding, where `exact`. The residual of LoftQ is a quantised W, and its
+    adapted weight only as near to W as rank r allows (exact=False).
     """
 
     A: Float[Array, "*batch r in"]
@@ -52,7 +32,7 @@ class Factors(NamedTuple):
 def delta(
     A: Float[Array, "*batch r in"], B: Float[Array, "*batch out r"], scaling: float
 ) -> Float[Array, "*batch out in"]:
-    """D = s * B @ A, the update in the orientation of the logical weight (out, in).
+    """D = s B A, the update in the orientation of the logical weight (out, in).
 
     The rank of D is at most r: that is the whole assumption of LoRA.
 
@@ -67,32 +47,6 @@ def delta(
     return scaling * (B @ A)  # (out, r) @ (r, in) -> (out, in)
 
 
-def adapted_forward(
-    x: Float[Array, "*tokens in"],
-    W: Float[Array, "out in"],
-    b: Float[Array, " out"] | None,
-    factors: Factors,
-    scaling: float,
-) -> Float[Array, "*tokens out"]:
-    """y = x W^T + b + s * (x A^T) B^T: one adapted linear layer, as a formula.
-
-    The brackets matter: (x A^T) B^T costs r * (in + out) multiplications a token, where
-    forming s * B @ A first costs in * out * r once and in * out a token.
-
-    >>> import numpy as np
-    >>> W, b = np.eye(2), np.zeros(2)
-    >>> factors = Factors(A=np.array([[1.0, 2.0]]), B=np.array([[3.0], [4.0]]))
-    >>> adapted_forward(np.array([1.0, 1.0]), W, b, factors, scaling=2.0)
-    array([19., 25.])
-    >>> (W + delta(*factors[:2], scaling=2.0)) @ np.array([1.0, 1.0])  # merged: the same
-    array([19., 25.])
-    """
-    A, B, residual, _ = factors
-    y = x @ (W if residual is None else residual).T  # (*tokens, in) @ (in, out) -> (*tokens, out)
-    y = y if b is None else y + b
-    return y + scaling * ((x @ A.T) @ B.T)  # (*tokens, in) @ (in, r) @ (r, out) -> (*tokens, out)
-
-
 def parameter_count(shape: tuple[int, ...], r: int) -> int:
     """r * (in + out) trained numbers for each weight of shape (..., out, in).
 
@@ -101,6 +55,19 @@ def parameter_count(shape: tuple[int, ...], r: int) -> int:
     """
     *batch, n_out, n_in = shape
     return math.prod(batch) * r * (n_in + n_out)
+
+
+def is_torch(x: Array) -> bool:
+    """True for a torch tensor, False for a NumPy array."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def at_least_float32(x: Array) -> Array:
+    """x itself in float32 or float64, x cast to float32 in a half precision."""
+    if x.dtype.itemsize >= 4:
+        return x
+    return x.float() if is_torch(x) else x.astype("float32")
 
 
 def pack_experts(
@@ -123,13 +90,7 @@ def pack_experts(
 def unpack_experts(
     A: Float[Array, "packed in"], B: Float[Array, "out packed"], n_experts: int
 ) -> tuple[Float[Array, "experts r in"], Float[Array, "experts out r"]]:
-    """The inverse of `pack_experts`: A (E, r, in), B (E, out, r).
-
-    >>> import numpy as np
-    >>> A, B = unpack_experts(np.zeros((6, 5)), np.zeros((4, 6)), n_experts=2)
-    >>> A.shape, B.shape
-    ((2, 3, 5), (2, 4, 3))
-    """
+    """The inverse of `pack_experts`: A (E, r, in), B (E, out, r)."""
     A = A.reshape(n_experts, -1, A.shape[-1])  # (E, r, in)
     B = B.reshape(B.shape[0], -1, n_experts)  # (out, r, E)
     return A, B.swapaxes(1, 2).swapaxes(0, 1)  # (out, r, E) -> (E, out, r)

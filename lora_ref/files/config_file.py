@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import config as core
-from ..core.config import did_you_mean
 from ..core.inits import METHODS
 from ..safe import regexes
+from ..safe.strict import did_you_mean, strict
 
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
@@ -21,9 +21,17 @@ MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size")
 
 
+@strict
+@dataclasses.dataclass(repr=False)
 class LoraConfig(core.LoraConfig):
+    __doc__ = f"""{core.LoraConfig.__doc__}
+    >>> LoraConfig(lora_alhpa=16)
+    Traceback (most recent call last):
+    ...
+    TypeError: LoraConfig has no option 'lora_alhpa'; did you mean 'lora_alpha'?
+    """
+
     pattern_type = regexes.Pattern
-    __doc__ = core.LoraConfig.__doc__
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types with PEFT's keys."""

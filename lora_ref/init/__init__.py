@@ -6,7 +6,7 @@ The import of this package adds them to `METHODS` of `lora_ref.core.inits`. A ne
 from functools import partial
 from typing import Any
 
-from ..core.inits import METHODS, Method, check, find, method_of, uniform
+from ..core.inits import METHODS, Method, find, method_of, uniform
 from . import corda, lora_ga
 from .loftq import loftq
 from .mica import mica
@@ -17,6 +17,13 @@ from .pissa import pissa
 from .residual import check_shape
 
 __all__ = ["METHODS", "Method", "check", "find", "method_of"]
+
+
+def check(init_lora_weights: bool | str, shape: tuple[int, ...], r: int, scaling: float) -> None:
+    """Raise ValueError unless the method can start a layer of this shape with this rank and scaling."""
+    method = METHODS[method_of(init_lora_weights)]
+    if method.check:
+        method.check(shape, r, scaling)
 
 
 def _loftq_options(config: LoftQConfig) -> dict[str, Any]:

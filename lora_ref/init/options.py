@@ -1,8 +1,21 @@
 """The groups of options that some inits have: `EvaConfig`, `LoftQConfig`, `CordaConfig`, `LoraGAConfig`."""
 
 import dataclasses
+import math
 
-from ..core.config import check_bools, is_number, require, strict
+from ..core.config import require
+from ..safe.strict import strict
+
+
+def is_number(x: object) -> bool:
+    """A finite int or float; True and False are no numbers."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
+
+
+def check_bools(config: object, *names: str) -> None:
+    """Raise ValueError unless these options are True or False."""
+    for name in names:
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
 
 
 @strict

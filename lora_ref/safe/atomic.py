@@ -128,11 +128,6 @@ def tree(*roots: nn.Module) -> list[nn.Module]:
 # -- the methods that run in a transaction ---------------------------------------------------------
 
 
-def everything(model: Any) -> AbstractContextManager[None]:
-    """Modules may be added, wrapped or removed."""
-    return transaction(model)
-
-
 def switches(model: Any) -> AbstractContextManager[None]:
     """Weights are replaced, adapters activated, disabled or scaled. A and B stay."""
     return transaction(model, modules=lambda: modules_without_factors(model))
@@ -145,9 +140,9 @@ def switches_and_flags(model: Any) -> AbstractContextManager[None]:
 
 
 ATOMIC: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
-    "add_adapter": everything,
-    "delete_adapter": everything,
-    "rename_adapter": everything,
+    "add_adapter": transaction,
+    "delete_adapter": transaction,
+    "rename_adapter": transaction,
     "set_adapter": switches_and_flags,
     "set_scale": switches,
     "disable_adapter_layers": switches,

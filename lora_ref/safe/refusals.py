@@ -1,19 +1,20 @@
 """All reasons why a model cannot be adapted as asked, found before anything changes."""
 
+import difflib
 import sys
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import inits
-from ..core import names as targeting
 from ..core.adapter_modules import ModulesToSave, unwrapped
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer
 from ..core.layer_types import Parameter, is_conv1d_of_transformers, kind_of
-from ..core.model import prepared, walk
-from ..core.names import Targeting
+from ..core.model import walk
+from ..core.names import Match, Targeting
+from . import sharded
 
 
 def check(
@@ -23,13 +24,15 @@ def check(
 
     will_init=False: the factors come from elsewhere. needs_data=False: the pass over data comes later.
     """
-    notes = targeting.check(plan, config)
+    notes = unused_rules(plan, config)
     places = {name: (parent, attribute) for name, parent, attribute in walk(model)}
     shared: dict[int, list[str]] = {}  # parameters that several modules own; a shared module is one owner
     owners = [("", model), *((name, unwrapped(getattr(parent, at))) for name, (parent, at) in places.items())]
     for name, owner in owners:
         for attribute, tensor in owner._parameters.items():
             shared.setdefault(id(tensor), []).append(f"{name}.{attribute}".lstrip("."))
+            if type(tensor) not in (Tensor, nn.Parameter, type(None)):
+                sharded.check_not_sharded(model, "adding an adapter")
     nested = any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for _, m in owners)
     for match in plan.matches:
         if not match.action:
@@ -149,9 +152,7 @@ def _refuse_twice(owner: str, plan: Targeting) -> str | None:
     return None
 
 
-def _refuse_init(
-    config: LoraConfig, match: targeting.Match, parameter: str, bare: nn.Module, needs_data: bool
-) -> str | None:
+def _refuse_init(config: LoraConfig, match: Match, parameter: str, bare: nn.Module, needs_data: bool) -> str | None:
     """The reason why this layer cannot be initialised as asked, or None."""
     weight = getattr(bare, parameter or "weight")
     value = config.init_lora_weights
@@ -160,11 +161,45 @@ def _refuse_init(
     assert match.r is not None and match.scaling is not None
     try:
         inits.find(value, "parameter" if parameter else kind_of(bare))
-        inits.check(value, weight.shape, match.r, match.scaling)
+        if method.check:
+            method.check(weight.shape, match.r, match.scaling)
     except ValueError as error:
         return str(error).removeprefix("this layer: ")
-    if needs_data and method.prepare and name not in prepared(bare):
+    if needs_data and method.prepare and name not in vars(bare).get("prepared_init", {}):
         return f"init_lora_weights={value!r} needs data: call {method.prepare} on the model first"
     if weight.is_meta and method.reads_weight:
         return f"init_lora_weights={value!r} looks at the weight, which has no numbers yet (it is on the meta device)"
     return None
+
+
+def unused_rules(targeting: Targeting, config: LoraConfig) -> list[str]:
+    """The warnings about rules that matched nothing.
+
+    Raises:
+        ValueError: nothing is adapted; says which rule excluded what, and lists similar names.
+    """
+    if not any(m.action.startswith("adapt") for m in targeting.matches):
+        excluded = [m for m in targeting.matches if m.rule != "no target matches"]
+        known = [m.name for m in targeting.matches]
+        asked = config.target_modules or config.target_parameters or []
+        ends = {name.rpartition(".")[2] for name in known}
+        words = [asked] if isinstance(asked, str) else asked[:50]
+        similar = sorted({name for word in words for name in difflib.get_close_matches(word, ends)})
+        raise ValueError(
+            f"nothing to adapt: target_modules={_cut(repr(config.target_modules))}, target_parameters="
+            f"{_cut(repr(config.target_parameters))} match none of the model's {len(known)} modules"
+            + "".join(f"; {m.name}: {m.rule}" for m in excluded[:5])
+            + (f"; near names: {', '.join(similar)}" if similar else f"; the model has: {', '.join(known[:8])}")
+            + ("" if known else "only itself: wrap it, as in nn.Sequential(model), and target '0'")
+            + ("; a string is a regular expression for the WHOLE name" if isinstance(asked, str) else "")
+        )
+    hint = " among the adapted modules (a key must reach the end of the name)"
+    return [
+        f"{option}: {_cut(', '.join(map(repr, items)))} matched nothing{hint if option.endswith('_pattern') else ''}"
+        for option, items in targeting.unused.items()
+    ]
+
+
+def _cut(text: str) -> str:
+    """Lists from a file may be long; a message should not be."""
+    return text if len(text) <= 1000 else f"{text[:1000]}..."

@@ -46,7 +46,6 @@ def is_main_process() -> bool:
 
 #: Methods of LoraModel that install or remove parameters, and how a message calls them.
 NOT_SHARDED = {
-    "add_adapter": "adding an adapter",
     "delete_adapter": "deleting an adapter",
     "merge_adapter": "merging",
     "merge_and_unload": "merging",

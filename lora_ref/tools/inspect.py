@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor, float64
 
 from ..core.config import LoraConfig
-from ..core.names import PatternDict, ends_at_dot
+from ..core.names import Rule
 from ..core.scaling import scaling
 from ..core.update import unpack_experts
 from ..files.adapter_folder import PREFIX, read_adapter
@@ -72,7 +72,10 @@ def read_contents(directory: Path) -> Contents:
             pairs.setdefault(match["module"], {})[match["factor"]] = (match["kind"], tensor)
         else:
             extra.append({"name": name, "shape": list(tensor.shape), "parameters": tensor.numel()})
-    patterns = PatternDict("rank_pattern", config.rank_pattern), PatternDict("alpha_pattern", config.alpha_pattern)
+    patterns = (
+        Rule("rank_pattern", config.rank_pattern, config.pattern_type),
+        Rule("alpha_pattern", config.alpha_pattern, config.pattern_type),
+    )
     modules = []
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
@@ -89,15 +92,17 @@ def read_contents(directory: Path) -> Contents:
 
 
 def describe_update(
-    module: str, A: Tensor, B: Tensor, embedding: bool, config: LoraConfig, patterns: tuple[PatternDict, PatternDict]
+    module: str, A: Tensor, B: Tensor, embedding: bool, config: LoraConfig, patterns: tuple[Rule, Rule]
 ) -> Update:
     """One module, from its stored factors A (r, in, ...) and B (out, r, ...)."""
     # For a raw parameter the file has the module's name, "experts", the config "experts.down_proj".
     name = module.replace(".base_layer", "")
     targets = [target.rpartition(".") for target in config.target_parameters or []]
-    parameters = [f"{name}.{parameter}" for parent, _, parameter in targets if ends_at_dot(parent, name)]
-    r = look_up(patterns[0], [name, *parameters], config.r)
-    alpha = look_up(patterns[1], [name, *parameters], config.lora_alpha)
+    parameters = [
+        f"{name}.{parameter}" for parent, _, parameter in targets if name == parent or name.endswith(f".{parent}")
+    ]
+    r = look_up(patterns[0], config.rank_pattern, [name, *parameters], config.r)
+    alpha = look_up(patterns[1], config.alpha_pattern, [name, *parameters], config.lora_alpha)
     s = scaling(r, alpha, config.use_rslora)
 
     a = A.detach().to(float64).cpu().numpy().reshape(A.shape[0], -1)  # (r, in) or (r, in * kernel)
@@ -130,10 +135,10 @@ def describe_update(
     )
 
 
-def look_up(pattern: PatternDict, names: list[str], default: Any) -> Any:
+def look_up(rule: Rule, values: dict[str, Any], names: list[str], default: Any) -> Any:
     """The value in rank_pattern or alpha_pattern of the first name that matches a key, else the default."""
-    keys = (pattern.key(name) for name in names)
-    return next((pattern.values[key] for key in keys if key is not None), default)
+    keys = (rule.match(name) for name in names)
+    return next((values[key] for key in keys if key is not None), default)
 
 
 def main_options(config: LoraConfig) -> dict[str, Any]:

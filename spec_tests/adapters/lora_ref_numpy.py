@@ -8,7 +8,7 @@ import numpy as np
 
 import lora_ref
 from lora_ref.core.scaling import scaling
-from lora_ref.core.update import Factors, adapted_forward, delta
+from lora_ref.core.update import Factors, delta
 from lora_ref.init import check, corda, find
 from lora_ref.numerics import pca
 
@@ -68,9 +68,10 @@ class NumpyLayer(Layer):
         elif self.spec.kind == "experts":
             given = x.astype(self.dtype)
             pairs = zip(given, W, A, B, strict=True)
-            y = np.stack([adapted_forward(x_e, W_e, None, Factors(A_e, B_e), self.s) for x_e, W_e, A_e, B_e in pairs])
+            y = np.stack([x_e @ W_e.T + self.s * (x_e @ A_e.T) @ B_e.T for x_e, W_e, A_e, B_e in pairs])
         else:
-            y = adapted_forward(x.astype(self.dtype), W, self.b, Factors(A, B), self.s)
+            x = x.astype(self.dtype)
+            y = x @ W.T + (0 if self.b is None else self.b) + self.s * (x @ A.T) @ B.T
         return y.astype(np.float64)
 
     def merge(self, safe: bool = False) -> None:
