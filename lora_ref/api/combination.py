@@ -1,11 +1,11 @@
-"""Weighted combinations: one adapter that does what several would do together.
+"""Weighted combinations: one adapter in place of several.
 
     cat     exact, rank sum(r_i)           A = [w_1 s_1 A_1; w_2 s_2 A_2; ...],  B = [B_1, B_2, ...]
     svd     best at a given rank           B A = the leading part of sum(w_i s_i B_i A_i)
     linear  same rank, NOT the sum         A = sum(sign sqrt|w_i s_i| A_i),  B = sum(sqrt|w_i s_i| B_i)
 
-The result carries its scale in the factors, so it is used with s = 1. Pure functions, on NumPy
-arrays and torch tensors; `scales` are the products w_i * s_i of weight and scaling.
+The factors contain the scale, so the scaling of the result is s = 1. These are pure functions on NumPy arrays and
+torch tensors. `scales` are the products w_i * s_i of weight and scaling.
 """
 
 import math
@@ -36,7 +36,7 @@ def cat(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
 
 
 def linear(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
-    """The factors are added, not the updates: cross terms B_i A_j appear. For parents that are alike.
+    """The sum of the factors, not of the updates: it has cross terms B_i A_j. For adapters that are similar.
 
     Raises:
         ValueError: the ranks differ.
@@ -59,7 +59,7 @@ def linear(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
 def svd(As: As, Bs: Bs, scales: Sequence[float], r: int) -> Factors:
     """The best rank-r approximation of sum(w_i s_i B_i A_i): B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T.
 
-    Exact if r reaches the rank of the sum; missing rows and columns are zero.
+    Exact if r is at least the rank of the sum. Missing rows and columns are zero.
 
     Source: PEFT's LoraModel.add_weighted_adapter, combination_type="svd"; Eckart-Young for "best".
 

@@ -1,4 +1,4 @@
-"""target_modules=None: the attention projections that PEFT picks for a transformers `config.model_type`."""
+"""target_modules=None: PEFT's default targets for each `config.model_type` of transformers."""
 
 ARCHITECTURES: dict[str, list[str] | str] = {
     model_type: targets.split()

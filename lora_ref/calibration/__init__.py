@@ -1,1 +1,1 @@
-"""What must see data before an adapter can start: covariances, gradients, principal components."""
+"""The inits that need data: covariances, gradients and principal components of a running model."""

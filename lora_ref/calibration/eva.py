@@ -1,9 +1,4 @@
-"""EVA on a model: watch the inputs of its layers over some data, then share out ranks and set A.
-
-    get_peft_model(net, LoraConfig(init_lora_weights="eva", ...)), then initialize_lora_eva_weights(model, data)
-
-All is computed before anything in the model is changed.
-"""
+"""EVA on a model, after `get_peft_model`: record the inputs of its layers on data, then set the ranks and A."""
 
 import dataclasses
 import functools
@@ -25,7 +20,7 @@ from ..core.update import Factors
 from ..init.eva import eva
 from ..init.options import EvaConfig
 from ..safe.atomic import transaction
-from .eva_statistics import Forward, Pass, Prepare
+from .eva_statistics import ForwardFn, InputStatistics, RowsFn
 
 
 @torch.no_grad()
@@ -34,46 +29,42 @@ def initialize_lora_eva_weights(
     dataloader: Iterable[Any],
     adapter_name: str = "default",
     *,
-    forward_fn: Forward | None = None,
-    prepare_layer_inputs_fn: Prepare | None = None,
+    forward_fn: ForwardFn | None = None,
+    prepare_layer_inputs_fn: RowsFn | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Give an adapter with init_lora_weights="eva" its ranks and factors, from the inputs of its layers.
+    """Set the ranks and factors of an adapter with init_lora_weights="eva" from the inputs of its layers.
 
         A_l = the r_l leading principal components of layer l's inputs, B_l = 0,    sum r_l as before
 
-    The base model runs in evaluation mode over the batches, at most once over all of them (and twice over
-    the first). Layers that are given the same tensor share its components. After 1, 2, 4, 8, ... batches the
-    components are compared with those before: when all that a layer needs have |cosine| >= tau, in all
-    layers, the rest of the data is not read. The adapter's configuration then names every layer in full,
-    with its rank and alpha; layers of rank 0 lose the adapter. Layers that EVA does not know (embeddings,
-    convolutions, raw parameters) keep what they have.
-
-    Memory: 8 * in * min(in, rows seen) bytes for every distinct input, see `lora_ref.numerics.pca`. Where that is too
-    much, give fewer batches or adapt fewer layers at a time. Every process sees its own data only.
+    The base model runs in evaluation mode on each batch at most once, on the first twice. Layers that get the same
+    tensor share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No
+    more data are read when |cosine| >= tau for all components that the layers need. The adapter's configuration
+    then names every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings,
+    convolutions and raw parameters keep their factors. Every process uses its own data only.
+    Memory: 8 * in * min(in, rows) bytes for every distinct input (`lora_ref.numerics.pca`). Fewer batches or fewer
+    layers need less.
 
     Args:
-        dataloader: batches; a mapping is unpacked into the model's arguments, anything else is the argument.
-        adapter_name: which adapter; it need not be active.
-        forward_fn: (model, batch) -> anything: runs the model otherwise.
-        prepare_layer_inputs_fn: (input, batch, layer name) -> (rows, in): which rows of a layer's input count.
-            By default the positions with attention_mask 1 and (with use_label_mask) with labels other than
-            label_mask_value, if the batch has these; all positions else. A batch with fewer rows than
-            round(r * rho) is skipped.
+        dataloader: batches. A mapping holds the model's keyword arguments, any other batch is its argument.
+        adapter_name: it need not be active.
+        forward_fn: (model, batch) -> anything: runs the model in another way.
+        prepare_layer_inputs_fn: (input, batch, layer name) -> (rows, in): the rows of a layer's input to use.
+            Default: those with attention_mask 1 and, with use_label_mask, a label other than label_mask_value. A
+            missing key excludes no row. Inputs with fewer than round(r * rho) rows are skipped.
         show_progress_bar: on stderr.
 
     Raises:
         ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
             large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
 
-    Warns: the data ended before all components converged; layers that EVA does not know; no eva_config.
+    Warns: the data ended before all components converged; layers that EVA does not support; no eva_config.
 
     Source: EVA, arXiv 2410.07170; PEFT's initialize_lora_eva_weights.
 
-    Differs from PEFT: the components are exact, where a truncated incremental and randomised SVD is taken; it
-        reads the data once, not until it converges; convergence is measured from n batches to 2n, for between
-        successive batches the cosine rises merely because there are more of them; alpha is adjusted by
-        sqrt(rank / r) with rsLoRA.
+    Differs from PEFT: the components are exact. PEFT computes a truncated incremental and randomised SVD. The data
+        are read once, not until convergence. Convergence is measured from n batches to 2n: from n to n + 1 the
+        cosine rises with n alone. With rsLoRA alpha is adjusted by sqrt(rank / r).
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -98,13 +89,13 @@ def initialize_lora_eva_weights(
     config = dataclasses.replace(config, eva_config=options)
     layers = {name: layer for name, layer in base.layers().items() if adapter_name in layer.adapters()}
     linear = {name: layer for name, layer in layers.items() if layer.kind == "linear"}
-    seen = Pass(linear, adapter_name, options)
+    statistics = InputStatistics(linear, adapter_name, options)
     with base.disable_adapter():
-        seen.run(model, dataloader, forward_fn, prepare_layer_inputs_fn, show_progress_bar)
-    ranks = seen.ranks()
+        statistics.collect(model, dataloader, forward_fn, prepare_layer_inputs_fn, show_progress_bar)
+    ranks = statistics.ranks()
     factors = {}
     for name, layer in linear.items():
-        components = seen.components[seen.leader[name]]
+        components = statistics.components[statistics.shared_with[name]]
         try:
             factors[name] = eva(layer.logical_weight(), ranks[name], components=components, whiten=options.whiten)
         except ValueError as error:
@@ -112,12 +103,13 @@ def initialize_lora_eva_weights(
     if others := [name for name in layers if name not in linear]:
         warnings.warn(f"EVA knows linear layers only: {', '.join(others)} keep the factors they have", stacklevel=3)
     with transaction(model):
-        rewrite(base, adapter_name, config, factors)
+        install_factors(base, adapter_name, config, factors)
 
 
-def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Mapping[str, Factors]) -> None:
-    """Put new factors, of other ranks, into the layers of an adapter, and the layers' names, ranks and alphas into
-    its configuration. A layer whose factors have rank 0 loses the adapter. Run it in a transaction.
+def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Mapping[str, Factors]) -> None:
+    """Replace an adapter's factors by factors of other ranks, 0 included, and adjust its configuration.
+
+    Call it in a transaction.
     """
     layers = {name: layer for name, layer in model.layers().items() if adapter_name in layer.adapters()}
     modules = describe(model.model).kinds
@@ -126,22 +118,22 @@ def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Ma
         layer, rank = layers[name], new.A.shape[0]
         if rank == 0:
             del layers[name]
-            remove(model.model, layer, adapter_name)
+            remove_adapter(model.model, layer, adapter_name)
             continue
         old = layer.factors(adapter_name)
-        layer.add_adapter(  # in place of the old one
+        layer.add_adapter(  # replaces the old one
             adapter_name,
             rank,
             adjusted_alpha(layer.lora_alpha[adapter_name], layer.r[adapter_name], rank, config),
             config,
-            functools.partial(_given, new),
+            functools.partial(_return_factors, new),
             autocast_adapter_dtype=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
         )
-        for factor, was in zip(layer.factors(adapter_name), old, strict=True):
-            factor.requires_grad_(was.requires_grad)
-    still = {id(bias) for bias in biases(model.model, config.bias, adapter_name).values()}
+        for factor, old_factor in zip(layer.factors(adapter_name), old, strict=True):
+            factor.requires_grad_(old_factor.requires_grad)
+    remaining = {id(bias) for bias in biases(model.model, config.bias, adapter_name).values()}
     for bias in trained.values():
-        bias.requires_grad_(bias.requires_grad and id(bias) in still)
+        bias.requires_grad_(bias.requires_grad and id(bias) in remaining)
     keys = {name: f"^{re.escape(name)}" for name in layers}
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
@@ -150,15 +142,14 @@ def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Ma
         target_modules=exactly([name for name in layers if layers[name].kind != "parameter"], modules),
         rank_pattern={keys[name]: r for name, r in ranks.items() if r != config.r},
         alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
-        exclude_modules=None,  # these are said by the names now
+        exclude_modules=None,  # the names in full replace these
         layers_to_transform=None,
         layers_pattern=None,
     )
 
 
 def adjusted_alpha(alpha: float, r: int, rank: int, config: LoraConfig) -> float:
-    """The lora_alpha with which the scaling at the new rank is that at the old one: alpha * rank / r, with rsLoRA
-    alpha * sqrt(rank / r); or alpha itself without adjust_scaling_factors.
+    """alpha * rank / r, with rsLoRA alpha * sqrt(rank / r): the scaling stays. Without adjust_scaling_factors alpha.
 
     >>> adjusted_alpha(16, 8, 4, LoraConfig()), adjusted_alpha(16, 8, 2, LoraConfig(use_rslora=True))
     (8.0, 8.0)
@@ -169,14 +160,14 @@ def adjusted_alpha(alpha: float, r: int, rank: int, config: LoraConfig) -> float
     return alpha * (math.sqrt(rank / r) if config.use_rslora else rank / r)
 
 
-def remove(model: nn.Module, layer: LoraLayer, adapter_name: str) -> None:
-    """Take an adapter out of a layer, and the wrapper away if it was the last."""
+def remove_adapter(model: nn.Module, layer: LoraLayer, adapter_name: str) -> None:
+    """Delete an adapter of a layer. If it was the last, the base layer replaces the layer."""
     layer.delete_adapter(adapter_name)
     if not layer.adapters():
         for parent, attribute in holders(model)[id(layer.get_base_layer())]:
             setattr(parent, attribute, layer.base_layer)
 
 
-def _given(factors: Factors, weight: Tensor, r: int, scaling: float) -> Factors:
-    """The initialisation of a layer whose factors are known."""
+def _return_factors(factors: Factors, weight: Tensor, r: int, scaling: float) -> Factors:
+    """The init of a layer whose factors are computed already."""
     return factors

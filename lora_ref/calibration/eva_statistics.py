@@ -1,4 +1,4 @@
-"""EVA's pass over the data: the moments of the layers' inputs, until their components have converged."""
+"""EVA's statistics: the moments of the layers' inputs, updated until the principal components have converged."""
 
 import functools
 import itertools
@@ -13,26 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import LoraLayer
-from ..init.eva import most, redistribute
+from ..init.eva import largest_rank, redistribute
 from ..init.options import EvaConfig
 from ..numerics import pca
 from ..safe.progress import progress_bar
-from . import hooks as watch
+from . import hooks
 
-Forward = Callable[[nn.Module, Any], Any]  # (model, batch)
-Prepare = Callable[[Tensor, Any, str], Tensor]  # (a layer's input, the batch, the layer's name) -> (rows, in)
+ForwardFn = Callable[[nn.Module, Any], Any]  # (model, batch)
+RowsFn = Callable[[Tensor, Any, str], Tensor]  # (a layer's input, the batch, the layer's name) -> (rows, in)
 
 
-class Pass:
-    """What is known of the layers' inputs.
+class InputStatistics:
+    """The moments and principal components of the layers' inputs. ValueError: no layers, or round(r * rho) > in.
 
     Attributes:
-        leader: {layer: the first layer that is given the same input}; all else is kept for leaders only.
-        wanted: {leader: how many components its layers may want at most}.
-        components: {leader: the components of all that was seen}, when `run` is over.
-
-    Raises:
-        ValueError: there are no layers, or one wants more components than it has inputs.
+        shared_with: {layer: the first layer with the same input}. Only these first layers have statistics.
+        wanted: {first layer: the largest number of components that a layer with its input can use}.
+        components: {first layer: the components of its recorded inputs}, complete after `collect`.
     """
 
     def __init__(self, layers: Mapping[str, LoraLayer], adapter_name: str, options: EvaConfig) -> None:
@@ -41,85 +38,85 @@ class Pass:
         self.layers, self.options, self.rho = layers, options, float(options.rho)
         self.r = {name: layer.r[adapter_name] for name, layer in layers.items()}
         for name, layer in layers.items():
-            n, n_in = most(self.r[name], self.rho), layer.factors(adapter_name)[0].shape[1]
+            n, n_in = largest_rank(self.r[name], self.rho), layer.factors(adapter_name)[0].shape[1]
             if n > n_in:
                 raise ValueError(
                     f"{name}: round(r * rho) = round({self.r[name]} * {options.rho:g}) = {n} components are more than "
                     f"its {n_in} inputs: choose a smaller r or rho"
                 )
-        self.leader = {name: name for name in layers}
+        self.shared_with = {name: name for name in layers}
         self.wanted: dict[str, int] = {}
         self.moments: dict[str, pca.Moments] = {}
         self.components: dict[str, pca.Components] = {}
-        self.rows: dict[str, int] = {}  # how many they were computed from
+        self.rows: dict[str, int] = {}  # the number of rows behind the components
 
-    def run(
-        self, model: nn.Module, data: Iterable[Any], forward: Forward | None, prepare: Prepare | None, show: bool
+    def collect(
+        self, model: nn.Module, data: Iterable[Any], forward: ForwardFn | None, rows_fn: RowsFn | None, show: bool
     ) -> None:
-        """Run the model over the data until the components have converged, or the data end."""
-        forward, device = forward or unpack, next(model.parameters()).device
-        batches = (moved(batch, device) for batch in data)
-        first = next(batches, None)
-        if first is None:
+        """Run the model on the batches until all components have converged, or the data end."""
+        forward, device = forward or call_model, next(model.parameters()).device
+        batches = (to_device(batch, device) for batch in data)
+        first_batch = next(batches, None)
+        if first_batch is None:
             raise ValueError("the dataloader is empty")
-        with watch.evaluating(model), progress_bar(show) as bar:
+        with hooks.evaluation_mode(model), progress_bar(show) as bar:
             task = bar.add_task("EVA", total=operator.length_hint(data) or None)
-            if prepare is None:  # else its rows may differ where the input is the same
-                self.share(lambda: forward(model, first))
-            for name, leader in self.leader.items():
-                self.wanted[leader] = max(self.wanted.get(leader, 0), most(self.r[name], self.rho))
-            watched = {leader: self.layers[leader] for leader in self.wanted}
-            for count, batch in enumerate(itertools.chain([first], batches), 1):
-                with watch.inputs(watched, functools.partial(self.see, batch=batch, prepare=prepare)):
+            if rows_fn is None:  # rows_fn may return different rows for layers with the same input
+                self.find_shared_inputs(lambda: forward(model, first_batch))
+            for name, shared in self.shared_with.items():
+                self.wanted[shared] = max(self.wanted.get(shared, 0), largest_rank(self.r[name], self.rho))
+            recorded = {name: self.layers[name] for name in self.wanted}
+            for count, batch in enumerate(itertools.chain([first_batch], batches), 1):
+                with hooks.record_inputs(recorded, functools.partial(self.record, batch=batch, rows_fn=rows_fn)):
                     forward(model, batch)
                 bar.advance(task)
-                if checked := count & (count - 1) == 0:  # 1, 2, 4, 8, ...
-                    converged = self.check()
-                    bar.update(task, description=f"EVA: {converged} of {len(watched)} inputs converged")
-                    if converged == len(watched):
+                if updated := count & (count - 1) == 0:  # 1, 2, 4, 8, ...
+                    converged = self.update_components()
+                    bar.update(task, description=f"EVA: {converged} of {len(recorded)} inputs converged")
+                    if converged == len(recorded):
                         break
-        if missing := [name for name in watched if name not in self.moments]:
+        if missing := [name for name in recorded if name not in self.moments]:
             raise ValueError(
                 f"{', '.join(missing)}: not called, or with fewer rows in every batch than components are wanted, "
                 f"round(r * rho) = {self.wanted[missing[0]]}: use larger batches, or a smaller r or rho"
             )
-        converged = converged if checked else self.check()
-        if converged < len(watched):
+        converged = converged if updated else self.update_components()
+        if converged < len(recorded):
             warnings.warn(
-                f"EVA: {len(watched) - converged} of {len(watched)} inputs have components that had not converged to "
+                f"EVA: {len(recorded) - converged} of {len(recorded)} inputs have components that had not converged to "
                 f"tau={self.options.tau:g} when the data ended, after {count} batches: they are those of all the data",
                 stacklevel=4,
             )
 
-    def share(self, forward: Callable[[], Any]) -> None:
-        """Find the layers that are given the very same tensors, by identity, in one forward."""
-        tensors: list[tuple[weakref.ref[Tensor], int]] = []  # a changed tensor (in place) is another one
+    def find_shared_inputs(self, forward: Callable[[], Any]) -> None:
+        """Find the layers that get the same tensor objects in one forward."""
+        tensors: list[tuple[weakref.ref[Tensor], int]] = []  # (tensor, version): a change in place counts as another
         calls: dict[str, list[int]] = defaultdict(list)
 
-        def see(name: str, x: Tensor) -> None:
+        def record(name: str, x: Tensor) -> None:
             version = 0 if x.is_inference() else x._version
-            known = (i for i, (ref, then) in enumerate(tensors) if ref() is x and then == version)
+            known = (i for i, (ref, old) in enumerate(tensors) if ref() is x and old == version)
             number = next(known, len(tensors))
             if number == len(tensors):
                 tensors.append((weakref.ref(x), version))
             calls[name].append(number)
 
-        with watch.inputs(self.layers, see):
+        with hooks.record_inputs(self.layers, record):
             forward()
-        first: dict[tuple[int, ...], str] = {}
-        self.leader = {name: first.setdefault(tuple(calls[name]), name) for name in self.layers}
+        first_layer: dict[tuple[int, ...], str] = {}
+        self.shared_with = {name: first_layer.setdefault(tuple(calls[name]), name) for name in self.layers}
 
-    def see(self, name: str, x: Tensor, batch: Any, prepare: Prepare | None) -> None:
+    def record(self, name: str, x: Tensor, batch: Any, rows_fn: RowsFn | None) -> None:
         """Add a layer's input to its moments, unless it has too few rows."""
         try:
-            rows = prepare(x, batch, name) if prepare else kept_rows(x, batch, self.options)
+            rows = rows_fn(x, batch, name) if rows_fn else kept_rows(x, batch, self.options)
             if rows.shape[0] >= self.wanted[name]:
                 self.moments[name] = pca.update(self.moments.get(name), rows)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def check(self) -> int:
-        """Find the components of what was seen; of how many inputs have all that are needed converged?"""
+    def update_components(self) -> int:
+        """Compute the components of the recorded inputs. Return the number of inputs whose components converged."""
         before, rows_before = self.components, self.rows
         self.rows = {name: x.seen for name, x in self.moments.items()}
         now = {name: pca.components(x, self.wanted[name]) for name, x in self.moments.items()}
@@ -128,23 +125,22 @@ class Pass:
             return 0
         ranks = self.ranks()
         converged = 0
-        for leader in self.wanted:
-            needed = max(rank for name, rank in ranks.items() if self.leader[name] == leader)
-            cosine = (now[leader].vectors[:needed] * before[leader].vectors[:needed]).sum(1).abs()
-            converged += self.rows[leader] > rows_before[leader] and bool((cosine >= self.options.tau).all())
+        for name in self.wanted:
+            needed = max(rank for layer, rank in ranks.items() if self.shared_with[layer] == name)
+            cosine = (now[name].vectors[:needed] * before[name].vectors[:needed]).sum(1).abs()
+            converged += self.rows[name] > rows_before[name] and bool((cosine >= self.options.tau).all())
         return converged
 
     def ranks(self) -> dict[str, int]:
-        """The rank of every layer, by the components found."""
-        ratios = {name: self.components[leader].ratios.tolist() for name, leader in self.leader.items()}
+        """The new rank of every layer."""
+        ratios = {name: self.components[shared].ratios.tolist() for name, shared in self.shared_with.items()}
         return redistribute(ratios, self.r, self.rho)
 
 
 def kept_rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:
-    """The rows of an input (..., in) that count, (rows, in).
+    """The rows (rows, in) of an input (..., in) that the statistics use.
 
-    They are the positions where the batch's attention_mask is 1 and its labels, if there is one for each token,
-    are not label_mask_value; all of them if it is no mapping or has neither.
+    They have attention_mask 1 and, if each token has a label, not label_mask_value. A missing key excludes no row.
 
     Raises:
         ValueError: the input has other positions than the mask.
@@ -171,13 +167,13 @@ def kept_rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:
     return rows[keep.reshape(-1).to(x.device)]
 
 
-def unpack(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: a mapping holds the arguments, anything else is the argument."""
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call the model: a mapping holds its keyword arguments, any other batch is its argument."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch, or the tensors in a mapping, on a device."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch, or the tensors of a mapping, on a device."""
     if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     return batch.to(device) if isinstance(batch, Tensor) else batch

@@ -1,8 +1,7 @@
-"""What must be known of data before an adapter can be put in: `preprocess_corda` and `preprocess_loraga`.
+"""The data-driven inits before `get_peft_model`: `preprocess_corda` and `preprocess_loraga`.
 
-Both run the model on data, decompose, and leave on each targeted module what its initialisation needs, as
-`module.prepared_init`: {method: a callable (weight, r, scaling) -> Factors}. `get_peft_model` with the same
-configuration takes it from there. They finish or change nothing.
+Each targeted module gets the attribute `prepared_init`, {method: a callable (weight, r, scaling) -> Factors}.
+`get_peft_model` with the same configuration uses it. After an exception the model is unchanged.
 """
 
 import functools
@@ -25,14 +24,13 @@ from ..init.options import CordaConfig, LoraGAConfig
 from ..safe import refusals as checks
 from ..safe.atomic import transaction
 from ..safe.progress import steps
-from . import hooks as watch
+from . import hooks
 from .covariance import Covariances
-from .gradients import mean_gradients
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An initialisation that has seen the data: it waits for the weight and the scaling."""
+    """An init with its data: a function of the weight, r and the scaling."""
 
     method: str
     shape: tuple[int, ...]  # (out, in)
@@ -57,23 +55,24 @@ def preprocess_corda(
     *,
     progress: bool = True,
 ) -> None:
-    """Run the model on data and keep what `init_lora_weights="corda"` needs: r directions for each targeted layer.
+    """Run the model on data and store r directions for `init_lora_weights="corda"` on each targeted layer.
 
-    `run_model()` calls the model on the data, in batches of any shape; it runs in eval mode, without gradients.
-    `hooked_model` is looked at in place of `model` where another copy of it runs (quantised, on another device).
+        s * B A = U_r U_r^T W,  residual = W - s * B A      (the paper's frozen weight): `lora_ref.init.corda`
 
+    `run_model()` calls the model on the data, in batches of any shape. The model runs in evaluation mode without
+    gradients. Give `hooked_model` if `run_model` calls another copy of `model` (quantised, on another device).
     Memory, until it returns: in * in numbers for each distinct input, in float32 (float64 for a float64 model).
-    Layers that always get the same tensor, as the projections of an attention do, share them.
+    Layers that always get the same tensor, such as the projections of an attention, share them.
 
     Raises:
         ValueError: no run_model; a configuration for another init; a targeted layer that is not Linear or Conv1D, is
-            adapted already, has min(in, out) < r or a scaling <= 0; a layer that got no input, or nothing but zeros,
-            or numbers that are not finite. The model is as it was, after any exception.
+            adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all
+            zero or not finite. The model is unchanged after any exception.
 
     Source: CorDA, arXiv 2406.05223; PEFT's preprocess_corda.
 
-    Differs from PEFT: batches of more than one sample work; the modes of the modules are restored, and the hooks are
-        removed after an exception too; no files are written: what is kept is small, and pickles with the model.
+    Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are
+        removed, after an exception too. No files are written: the directions are small and pickle with the model.
 
     >>> from lora_ref.init.options import CordaConfig
     >>> _ = torch.manual_seed(0)
@@ -85,54 +84,51 @@ def preprocess_corda(
     (torch.Size([2, 4]), torch.Size([3, 2]), 0.0)
     """
     method = (lora_config.corda_config or CordaConfig()).corda_method
-    targets = _targets(model, lora_config, "corda")
+    targets = _resolve_targets(model, lora_config, "corda")
     if run_model is None:
         raise ValueError("run_model is None: give a function without arguments that runs the model on the data")
     hooked = model if hooked_model is None else hooked_model
-    layers = {name: _same_layer(hooked, name) for name in targets}
+    layers = {name: _find_layer(hooked, name) for name in targets}
     covariances = Covariances(layers)
-    with watch.evaluating(hooked), watch.inputs(layers, covariances.see):
+    with hooks.evaluation_mode(hooked), hooks.record_inputs(layers, covariances.record):
         run_model()
 
-    prepared, shared, damped = {}, None, None
+    prepared, latest, damped = {}, None, None
     with steps(list(targets), "CorDA: decomposing", progress) as names:
         for name in names:
             module, r = targets[name]
-            W = _logical(module, module.weight)
-            with _naming(name), torch.autocast(W.device.type, enabled=False):
-                seen = covariances.pop(name)
-                if seen is not shared:  # layers with the same inputs mostly follow each other
-                    shared, damped = seen, corda.damped(seen.mean())
-                U, S = corda.directions(W, damped, r, method)
-            start = functools.partial(corda.from_directions, U=U.clone(), S=S)  # a view would keep all of U alive
+            W = _as_out_in(module, module.weight)
+            with _prefix_errors(name), torch.autocast(W.device.type, enabled=False):
+                covariance = covariances.pop(name)
+                if covariance is not latest:  # layers with the same inputs usually follow each other
+                    latest, damped = covariance, corda.damp(covariance.mean())
+                U, S = corda.output_directions(W, damped, r, method)
+            start = functools.partial(corda.project_weight, U=U.clone(), S=S)  # a view would keep all of U alive
             prepared[name] = Prepared("corda", tuple(W.shape), r, start)
-    _leave(model, prepared, targets)
+    _store_prepared(model, prepared, targets)
 
 
 def preprocess_loraga(
-    model: nn.Module,
-    lora_config: LoraConfig,
-    train_step: Callable[[], object],
-    *,
-    progress: bool = True,
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], object], *, progress: bool = True
 ) -> None:
-    """Run forward and backward passes and keep what `init_lora_weights="lora_ga"` needs: directions of the gradient.
+    """Run the model forward and backward and store 2r directions of the gradient on each targeted layer.
 
-    `train_step()` calls the model and `backward()` on the loss, once for each batch. It must not step an optimiser.
-    G is the mean of the gradients of all its backward passes, in at least float32. It runs in the mode that the
-    model is in: in training mode dropout makes G random.
+        A = c V_a^T,  B = c U_b,  residual = W - s * B A      (the paper's frozen weight): `lora_ref.init.lora_ga`
 
+    `train_step()` calls the model, and `backward()` on the loss, once for each batch. It must not step an optimiser.
+    The gradient is the mean over all backward passes, in at least float32. The training modes stay: dropout makes
+    it random.
     Memory, until it returns: in * out numbers for each targeted weight. Other parameters get no gradients.
 
     Raises:
         ValueError: a configuration for another init; a targeted layer that is not Linear or Conv1D, is adapted
-            already, has min(in, out) < 2r or a scaling <= 0; a layer that got no gradient, or a zero or non-finite one.
-            The parameters' `requires_grad` and `grad` are as they were, whether or not there is an exception.
+            already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
+            `requires_grad` and `grad` of the parameters are restored in any case.
 
     Source: LoRA-GA, arXiv 2407.05000, algorithm 1; PEFT's preprocess_loraga.
 
-    Differs from PEFT: there the model is put into training mode, gradients that the model already had are lost, and
-        so is all but the last batch where `train_step` sets the gradients to zero in between.
+    Differs from PEFT: PEFT sets training mode and loses the gradients that the model had. If `train_step` sets the
+        gradients to zero between batches, PEFT uses only the last batch.
 
     >>> _ = torch.manual_seed(0)
     >>> net, data = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
@@ -143,9 +139,9 @@ def preprocess_loraga(
     (torch.Size([1, 4]), torch.Size([3, 1]), None)
     """
     options = lora_config.lora_ga_config or LoraGAConfig()
-    targets = _targets(model, lora_config, "lora_ga")
+    targets = _resolve_targets(model, lora_config, "lora_ga")
     weights = [module.weight for module, _ in targets.values()]
-    with mean_gradients(model, weights) as gradients:
+    with hooks.mean_gradients(model, weights) as gradients:
         train_step()
 
     prepared = {}
@@ -154,18 +150,18 @@ def preprocess_loraga(
             module, r = targets[name]
             if id(module.weight) not in gradients:
                 raise ValueError(f"{name}: got no gradient while train_step ran; does the loss depend on it?")
-            G = _logical(module, gradients[id(module.weight)])
-            with _naming(name), torch.autocast(G.device.type, enabled=False):
-                A, B = lora_ga.directions(G, r, options.direction)
+            G = _as_out_in(module, gradients[id(module.weight)])
+            with _prefix_errors(name), torch.autocast(G.device.type, enabled=False):
+                A, B = lora_ga.gradient_directions(G, r, options.direction)
             start = functools.partial(
-                lora_ga.from_directions, A=A, B=B, scale=options.scale, stable_gamma=options.stable_gamma
+                lora_ga.scale_directions, A=A, B=B, scale=options.scale, stable_gamma=options.stable_gamma
             )
             prepared[name] = Prepared("lora_ga", tuple(G.shape), r, start)
-    _leave(model, prepared, targets)
+    _store_prepared(model, prepared, targets)
 
 
-def _targets(model: nn.Module, config: LoraConfig, method: str) -> dict[str, tuple[Any, int]]:
-    """{name: (module, r)} of what the configuration targets; ValueError unless this method can adapt all of it."""
+def _resolve_targets(model: nn.Module, config: LoraConfig, method: str) -> dict[str, tuple[Any, int]]:
+    """{name: (module, r)} of the targeted modules; ValueError unless the method can adapt all of them."""
     if config.init_lora_weights != method:
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r}: this prepares for {method!r}; set it so")
     if any(isinstance(module, AdapterModule) for module in model.modules()):
@@ -175,13 +171,13 @@ def _targets(model: nn.Module, config: LoraConfig, method: str) -> dict[str, tup
     return {m.name: (model.get_submodule(m.name), m.r) for m in plan.matches if m.action == "adapt" and m.r}
 
 
-def _logical(module: nn.Module, stored: Tensor) -> Float[Tensor, "out in"]:
+def _as_out_in(module: nn.Module, stored: Tensor) -> Float[Tensor, "out in"]:
     """A weight, or its gradient, as (out, in)."""
     return stored.detach().T if is_conv1d_of_transformers(module) else stored.detach()
 
 
-def _same_layer(hooked: nn.Module, name: str) -> nn.Module:
-    """The layer of this name in the model that runs."""
+def _find_layer(hooked: nn.Module, name: str) -> nn.Module:
+    """The layer of this name in `hooked_model`."""
     try:
         return hooked.get_submodule(name)
     except AttributeError:
@@ -189,7 +185,7 @@ def _same_layer(hooked: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def _naming(layer: str) -> Iterator[None]:
+def _prefix_errors(layer: str) -> Iterator[None]:
     """Put the layer's name before the message of a ValueError."""
     try:
         yield
@@ -197,7 +193,7 @@ def _naming(layer: str) -> Iterator[None]:
         raise ValueError(f"{layer}: {error}") from None
 
 
-def _leave(model: nn.Module, prepared: Mapping[str, Prepared], targets: Mapping[str, tuple[Any, int]]) -> None:
+def _store_prepared(model: nn.Module, prepared: Mapping[str, Prepared], targets: Mapping[str, tuple[Any, int]]) -> None:
     with transaction(model):
         for name, init in prepared.items():
             module, _ = targets[name]

@@ -1,7 +1,7 @@
-"""adapter_config.json: a LoraConfig as PEFT writes it, and back. The file is not trusted.
+"""adapter_config.json: a LoraConfig in PEFT's format. The file is not trusted.
 
-Keys that PEFT knows and this library does not are accepted when they say "off"; one that would
-change the mathematics is an error, for ignoring it would load a different model in silence.
+Options of PEFT that this library does not have are accepted when they are off. When they are on, they are an error:
+without them the model would be another one.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from ..core.inits import METHODS
 from ..safe import regexes
 from ..safe.strict import did_you_mean, strict
 
-MAX_BYTES = 10_000_000  # of JSON; real ones have a few thousand
+MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
-# keys of PEFT that say nothing about the mathematics, whatever their value
+# keys of PEFT that do not change the mathematics
 NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size")
 
 
@@ -34,7 +34,7 @@ class LoraConfig(core.LoraConfig):
     pattern_type = regexes.Pattern
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in JSON's types, under PEFT's keys."""
+        """The configuration as JSON types with PEFT's keys."""
         return to_dict(self)
 
     @classmethod
@@ -49,7 +49,7 @@ class LoraConfig(core.LoraConfig):
 
 
 def to_dict(config: core.LoraConfig) -> dict[str, Any]:
-    """The configuration in JSON's types, under PEFT's keys.
+    """The configuration as JSON types with PEFT's keys.
 
     >>> data = to_dict(LoraConfig(r=4, target_modules=["q"]))
     >>> data["peft_type"], data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
@@ -59,10 +59,10 @@ def to_dict(config: core.LoraConfig) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> LoraConfig:
-    """The inverse of `to_dict`, for files of PEFT too.
+    """The inverse of `to_dict`. It also reads the files of PEFT.
 
     Raises:
-        ValueError: not a LoRA configuration, a bad value, or a key that is not known and not off.
+        ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
     """
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
@@ -82,16 +82,16 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
     options = {key: value for key, value in data.items() if key in known}
     for name, method in METHODS.items():
         key = f"{name}_config"
-        if method.config and isinstance(options.get(key), dict):  # PEFT's have more fields, for the computation only
+        if method.config and isinstance(options.get(key), dict):  # PEFT has more fields, for the computation only
             fields = {f.name for f in dataclasses.fields(method.config)}
             options[key] = {k: v for k, v in options[key].items() if k in fields}
     try:
         return LoraConfig(**options)
-    except TypeError as error:  # a string for a list, say: in a file that is a bad value like others
+    except TypeError as error:  # such as a string for a list: a bad value too
         raise ValueError(str(error)) from error
 
 
-# options of PEFT that are known here only to be refused when they are on
+# options of PEFT that are refused when they are on
 OFF_IN_PEFT = (
     *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
     *("lora_bias", "megatron_config", "monteclora_config", "trainable_token_indices"),
@@ -100,7 +100,7 @@ OFF_IN_PEFT = (
 
 
 def dumps(config: core.LoraConfig) -> str:
-    """The text of adapter_config.json. Options are sorted, patterns are not: their first match counts."""
+    """The text of adapter_config.json. Options are sorted. Patterns are not, because the first match counts."""
     return json.dumps(dict(sorted(to_dict(config).items())), indent=2, allow_nan=False) + "\n"
 
 
@@ -108,7 +108,7 @@ def read(path: Path) -> LoraConfig:
     """Read and check adapter_config.json.
 
     Raises:
-        FileNotFoundError: there is none; ValueError: it is too large, not JSON, or not a valid configuration.
+        FileNotFoundError: there is no file. ValueError: it is too large, not JSON, or not a valid configuration.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}; is it an adapter folder?")

@@ -1,8 +1,8 @@
-"""An adapter folder's two files belong together: they are replaced as one, whatever happens in between.
+"""The two files of an adapter folder are replaced together, even if the writer is killed.
 
-One file is replaced in a single step, by a rename; two are not. So the new configuration lies ready first, under a
-name that says which tensors it belongs to, and then both are renamed. Where a writer was killed between the two
-renames, that name tells the next reader which configuration is right, and the next writer finishes the work.
+A rename replaces one file in a single step, but not two. So the new configuration is first written under a name that
+contains the digest of its tensors. Then both files are renamed. If a writer is killed between the two renames, the
+digest shows the next reader the right configuration. The next writer does the second rename.
 """
 
 import hashlib
@@ -15,25 +15,25 @@ from pathlib import Path
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows: writers that work at the same time are not kept apart there
+except ModuleNotFoundError:  # Windows: there is no lock against simultaneous writers
     fcntl = None  # type: ignore[assignment]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def replace(directory: Path, write_weights: Callable[[Path], None], config: str) -> None:
-    """Put a pair of files into the folder, which is made if it is not there, in place of an earlier pair.
+    """Write a pair of files into the folder, in place of an earlier pair. A missing folder is created.
 
-    `write_weights(path)` writes the tensors to a path. However this ends, by an error, an interrupt or a kill, what
-    `config_path` and the tensors' file give is the old pair or the new one, and no other file is touched.
+    `write_weights(path)` writes the tensors to a path. After an error, an interrupt or a kill, `config_path` and the
+    tensors' file are the old pair or the new pair. No other file changes.
 
     Raises:
-        OSError: the disk.
+        OSError: the disk failed.
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file: an adapter needs a folder")
     directory.mkdir(parents=True, exist_ok=True)
-    staging = directory / f"{WEIGHTS}.{uuid.uuid4().hex}.tmp"  # a folder: writers have temporary files of their own
+    staging = directory / f"{WEIGHTS}.{uuid.uuid4().hex}.tmp"  # a folder for the temporary files of this writer
     new_weights = staging / WEIGHTS
     with _locked(directory, exclusive=True):
         _finish(directory)
@@ -41,31 +41,31 @@ def replace(directory: Path, write_weights: Callable[[Path], None], config: str)
         try:
             staging.mkdir()
             write_weights(new_weights)
-            new_weights.chmod(staging.stat().st_mode & 0o666)  # as for any new file; safetensors keeps it to its owner
+            new_weights.chmod(staging.stat().st_mode & 0o666)  # as for any new file; that of safetensors is private
             _flush(new_weights)
             if not ready.is_file() or ready.read_bytes() != config.encode():
                 ready = directory / f"{CONFIG}.{_digest(new_weights)}.tmp"
                 ready.write_text(config, encoding="utf-8")
                 _flush(ready)
-                _flush(directory)  # its name, too, before the tensors change
+                _flush(directory)  # its name too, before the tensors change
             os.replace(new_weights, directory / WEIGHTS)
             os.replace(ready, directory / CONFIG)
             _flush(directory)
         finally:
-            if new_weights.exists() and ready.suffix == ".tmp":  # the old pair is there, and stays
+            if new_weights.exists() and ready.suffix == ".tmp":  # the old pair stays
                 ready.unlink(missing_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
 def reading(directory: Path) -> Iterator[Path]:
-    """A `with` block in which no writer changes the folder; gives the path of the configuration."""
+    """A `with` block in which no writer changes the folder. Its value is the path of the configuration."""
     with _locked(directory, exclusive=False):
         yield config_path(directory)
 
 
 def config_path(directory: Path) -> Path:
-    """The configuration that belongs to the tensors: where a writer was stopped between two renames, the new one."""
+    """The configuration of the tensors. After a kill between the two renames: the new file under its first name."""
     waiting = set(directory.glob(f"{CONFIG}.*.tmp"))
     if waiting and (directory / WEIGHTS).is_file():
         ready = directory / f"{CONFIG}.{_digest(directory / WEIGHTS)}.tmp"
@@ -75,10 +75,10 @@ def config_path(directory: Path) -> Path:
 
 
 def _finish(directory: Path) -> None:
-    """Do what a writer that was killed has left undone, and clear away what it left."""
+    """Do the second rename of a killed writer, and remove its temporary files."""
     if (ready := config_path(directory)).suffix == ".tmp":
         os.replace(ready, directory / CONFIG)
-    if fcntl:  # else they may be another writer's
+    if fcntl:  # without locks they may be those of another writer
         for path in directory.glob(f"{CONFIG}.*.tmp"):
             path.unlink()
         for path in directory.glob(f"{WEIGHTS}.*.tmp"):
@@ -91,7 +91,7 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk has it."""
+    """Wait until the file is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -101,7 +101,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def _locked(directory: Path, exclusive: bool) -> Iterator[None]:
-    """A `with` block that waits for writers (exclusive: and readers) of the folder, and makes them wait."""
+    """A `with` block with a lock of the folder against writers (exclusive: readers too)."""
     if fcntl is None:
         yield
         return
@@ -111,4 +111,4 @@ def _locked(directory: Path, exclusive: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield
     finally:
-        os.close(handle)  # gives the lock back, as the end of a process does
+        os.close(handle)  # releases the lock, as the end of a process does

@@ -1,19 +1,20 @@
-"""The inits that look at the weight, or at data: one paper, one function, one file.
+"""The inits that read the weight's numbers, or data: one paper, one function, one file.
 
-Importing this enters them into the table of `lora_ref.core.inits`. To add one, write the function and enter it there.
+The import of this package adds them to `METHODS` of `lora_ref.core.inits`. A new init is a function and an entry there.
 """
 
 from functools import partial
 from typing import Any
 
 from ..core.inits import METHODS, Method, find, method_of, uniform
-from . import corda, lora_ga, residual
+from . import corda, lora_ga
 from .loftq import loftq
 from .mica import mica
 from .olora import olora
 from .options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from .orthogonal import check_even, orthogonal
 from .pissa import pissa
+from .residual import check_shape
 
 __all__ = ["METHODS", "Method", "check", "find", "method_of"]
 
@@ -34,36 +35,36 @@ def _check_orthogonal(shape: tuple[int, ...], r: int, scaling: float) -> None:
 
 
 def _check_mica(shape: tuple[int, ...], r: int, scaling: float) -> None:
-    residual.check("mica", shape, r)  # any scaling will do: nothing is divided by it
+    check_shape("mica", shape, r)  # it does not divide by the scaling
 
 
 CHANGES: Any = {"changes_base": True, "reads_weight": True}
 METHODS.update(
     {
         "orthogonal": Method({"linear": orthogonal}, check=_check_orthogonal),
-        "pissa": Method({"linear": pissa}, **CHANGES, check=partial(residual.check, "pissa"), number="niter"),
-        "olora": Method({"linear": olora}, **CHANGES, check=partial(residual.check, "olora")),
+        "pissa": Method({"linear": pissa}, **CHANGES, check=partial(check_shape, "pissa"), number="niter"),
+        "olora": Method({"linear": olora}, **CHANGES, check=partial(check_shape, "olora")),
         "loftq": Method(
             {"linear": loftq},
             **CHANGES,
-            check=partial(residual.check, "loftq"),
+            check=partial(check_shape, "loftq"),
             config=LoftQConfig,
             options=_loftq_options,
         ),
         "corda": Method(
             {"linear": corda.corda},
             **CHANGES,
-            check=partial(residual.check, "corda"),
+            check=partial(check_shape, "corda"),
             prepare="preprocess_corda",
             config=CordaConfig,
         ),
-        # until its pass over the data (`initialize_lora_eva_weights`) as True
+        # `initialize_lora_eva_weights` sets A later
         "eva": Method({"linear": uniform}, config=EvaConfig),
         "mica": Method({"linear": mica, "embedding": mica}, reads_weight=True, train_B=False, check=_check_mica),
         "lora_ga": Method(
             {"linear": lora_ga.lora_ga},
             **CHANGES,
-            check=lora_ga.check,
+            check=lora_ga.check_lora_ga,
             prepare="preprocess_loraga",
             config=LoraGAConfig,
         ),

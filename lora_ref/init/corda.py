@@ -1,8 +1,7 @@
-"""`init_lora_weights="corda"`: the directions of a weight that matter most (or least) to given data.
+"""`init_lora_weights="corda"`: the directions of a weight that matter most (or least) for given data.
 
-PiSSA asks which directions of W are large. CorDA asks which of them the inputs x really excite: it decomposes
-W C, where C is the covariance of x, and takes the leading directions ("ipm", to learn the task that x comes from)
-or the last ones ("kpm", to change as little as possible of what the model does with x).
+PiSSA decomposes W. CorDA decomposes W C, where C is the covariance of the inputs x. "ipm" uses the leading directions,
+to learn the task of x. "kpm" uses the last ones, to change the outputs for x as little as possible.
 """
 
 from typing import Any
@@ -26,23 +25,22 @@ def corda(
     covariance: Float[Array, "in in"],
     corda_method: str = "ipm",
 ) -> Factors:
-    """s * B A = U_r S_r V_r^T C'^-1 = U_r U_r^T W, where U S V^T = W C' and C' is C, damped; W <- W - s * B A.
+    """s * B A = U_r S_r V_r^T C'^-1 = U_r U_r^T W, where U S V^T = W C' and C' is C, damped.
 
-        B = U_r sqrt(S_r / s),  A = U_r^T W / sqrt(S_r s)
+        B = U_r sqrt(S_r / s),  A = U_r^T W / sqrt(S_r s),  residual = W - s B A (the paper's frozen weight)
 
-    No inverse is needed: U_r^T times U S V^T = W C' is U_r^T U S V^T C'^-1 = U_r^T W, and the left side is
-    S_r V_r^T C'^-1. So the update projects W onto r directions of its output; the covariance only says which.
-    "ipm" takes the r largest triples, "kpm" the r smallest of the min(in, out). The product does not depend
-    on s, nor on the scale of C.
+    U_r^T U S V^T = S_r V_r^T, so S_r V_r^T C'^-1 = U_r^T W, and no inverse is needed. The update projects W onto
+    r directions of its output. The covariance only selects them: "ipm" the r largest of the min(in, out) singular
+    triples, "kpm" the r smallest. The product does not depend on s, nor on the scale of C.
 
     Raises:
         ValueError: r > min(in, out), scaling <= 0, an unknown corda_method, a covariance that is zero or not finite,
-            factors that the weight's dtype cannot hold.
+            or the dtype cannot hold the factors.
 
     Source: CorDA, arXiv 2406.05223, section 3 and algorithm 1.
 
-    Differs from PEFT: no inverse of C' and no full SVD, so faster and with less rounding; float64 too; a
-        direction that W C' does not have (W has a lower rank) gives zeros, not a division by zero.
+    Differs from PEFT: no inverse of C' and no full SVD, so it is faster and rounds less. float64 is accepted. A
+        direction with S = 0 (W has a lower rank) gives zeros, not a division by zero.
 
     >>> import numpy as np
     >>> W, C = np.array([[3.0, 0.0], [0.0, 2.0]]), np.diag([1.0, 9.0])
@@ -52,18 +50,18 @@ def corda(
            [0., 2.]]), array([[3., 0.],
            [0., 0.]]))
     """
-    residual.check("corda", weight.shape, r, scaling)
-    return from_directions(weight, *directions(weight, damped(covariance), r, corda_method), scaling)
+    residual.check_shape("corda", weight.shape, r, scaling)
+    return project_weight(weight, *output_directions(weight, damp(covariance), r, corda_method), scaling)
 
 
 def call_covariance(x: Float[Array, "*tokens in"]) -> Float[Array, "in in"]:
-    """X^T X in at least float32, X = x / max|x|: what one call of a layer adds to the covariance of its inputs.
+    """X^T X with X = x / max|x|, in at least float32: one call of a layer, as a part of its covariance.
 
-    Every leading dimension counts tokens. The mean is not subtracted, so this is a second moment in truth.
+    All leading dimensions count tokens. The mean is not subtracted, so this is a second moment.
 
     Source: CorDA, arXiv 2406.05223, section 3; the division by max|x| is from the authors' code.
 
-    Differs from PEFT: there it is |max x|, which is 0 for inputs that are 0 at most, and only batches of one work.
+    Differs from PEFT: PEFT divides by |max x|, which is 0 if max x is. There only batches of one sample work.
 
     >>> import numpy as np
     >>> call_covariance(np.array([[1.0, -2.0], [0.0, 2.0]]))
@@ -76,27 +74,27 @@ def call_covariance(x: Float[Array, "*tokens in"]) -> Float[Array, "in in"]:
     return X.T @ X  # (in, tokens) @ (tokens, in) -> (in, in)
 
 
-def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
+def damp(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     """C' = C + d * mean(diag C) * I with the first d of .01, .02, .04, ... for which ||C' C'^-1 - I||_F < .05.
 
-    Few tokens make a singular C; d bounds the condition number of C' by 1 + in / d. How near the product comes to I
-    is a matter of rounding: in float64 d is always .01, in float32 it may double for a C of 2,000 rows and more.
-    No inverse is needed to tell:
+    With fewer tokens than inputs C is singular. The condition number of C' is at most 1 + in / d. Only rounding keeps
+    C' C'^-1 from I: in float64 d is always .01, in float32 it may double for a C of 2,000 rows or more.
+    The norm is estimated without an inverse:
 
-    - the error was never seen above 7 u ||C'||_F ||C'^-1||_2, and ||C'^-1||_2 <= 1 / (d mean): mostly that will do;
-    - else, for z ~ N(0, I), E ||(C' X - I) z||^2 = ||C' X - I||_F^2 (Hutchinson), where X z is the solution of
-      C' x = z: 16 of these cost one LU factorisation, a sixth of the inverse and the product;
-    - where the error is large, 1 / (d mean) makes it so, and doubling d halves it.
+    - It was never measured above 7 u ||C'||_F ||C'^-1||_2, and ||C'^-1||_2 <= 1 / (d mean). Usually that suffices.
+    - Else E ||(C' X - I) z||^2 = ||C' X - I||_F^2 for z ~ N(0, I) (Hutchinson), where X z solves C' x = z.
+      16 such z cost one LU factorisation, a sixth of the inverse and the product.
+    - A large norm comes from 1 / (d mean), so doubling d halves it.
 
     Raises:
         ValueError: C is zero or not finite, or has a negative number on its diagonal.
 
     Source: PEFT's preprocess_corda; the authors' code has the same loop.
 
-    Differs from PEFT: the error is estimated, to 30 % at worst; so within that of .05, d may differ by a factor of two.
+    Differs from PEFT: the norm is estimated, to 30 % at worst. Near .05, d may differ by a factor of two.
 
     >>> import numpy as np
-    >>> damped(np.diag([1.0, 3.0]))
+    >>> damp(np.diag([1.0, 3.0]))
     array([[1.02, 0.  ],
            [0.  , 3.02]])
     """
@@ -115,23 +113,21 @@ def damped(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
         Z = seeded_normal((len(C), PROBES), C, seed=0)
         error = xp.linalg.norm(D @ xp.linalg.solve(D, Z) - Z) / PROBES**0.5  # (in, in) @ (in, probes)
     while error >= 0.05:
-        D[ii, ii] += damping * mean  # twice as much in all
+        D[ii, ii] += damping * mean  # now twice the damping
         damping, error = 2 * damping, error / 2
     return numerics.times_power(D, e)
 
 
-def directions(
+def output_directions(
     weight: Float[Array, "out in"], covariance: Float[Array, "in in"], r: int, corda_method: str = "ipm"
 ) -> tuple[Float[Array, "out r"], Float[Array, " r"]]:
-    """U_r and S_r of W C: the r leading left singular vectors ("ipm") or the last r ("kpm"); C is `damped` already.
+    """U_r and S_r of W C: the r leading left singular vectors ("ipm") or the last r ("kpm"). C is damped already.
 
-    S_k is computed as |u_k^T W C|, so that it belongs to u_k even where it is lost in the rounding of W C.
-
-    Raises:
-        ValueError: an unknown corda_method; weight or covariance are not finite.
+    S_k is computed as |u_k^T W C|. So it belongs to u_k even if it is smaller than the rounding of W C.
+    ValueError: an unknown corda_method; weight or covariance is not finite.
 
     >>> import numpy as np
-    >>> directions(np.diag([3.0, 2.0]), np.diag([1.0, 9.0]), r=1, corda_method="kpm")
+    >>> output_directions(np.diag([3.0, 2.0]), np.diag([1.0, 9.0]), r=1, corda_method="kpm")
     (array([[1.],
            [0.]]), array([3.]))
     """
@@ -143,29 +139,26 @@ def directions(
     if corda_method == "ipm":
         U = numerics.leading_svd(G, r)[0]
     else:
-        _, R = numerics.qr(G.T)  # G = R^T Q^T has the left singular vectors of the small R^T
+        _, R = numerics.qr(G.T)  # G = R^T Q^T and the small R^T have the same left singular vectors
         U = numerics.svd(R.T)[0][:, -r:]
-    S = ((U.T @ G) ** 2).sum(-1) ** 0.5  # (r, out) @ (out, in) -> (r, in), a norm for each row
+    S = ((U.T @ G) ** 2).sum(-1) ** 0.5  # (r, out) @ (out, in) -> (r, in), the norms of its rows
     return U, numerics.times_power(S, w + c)
 
 
-def from_directions(
+def project_weight(
     weight: Float[Array, "out in"], U: Float[Array, "out r"], S: Float[Array, " r"], scaling: float
 ) -> Factors:
-    """B = U sqrt(S / s), A = U^T W / sqrt(S s) and W - s * B A. A row of A for which S is 0 is 0.
-
-    Raises:
-        ValueError: scaling <= 0.
+    """B = U sqrt(S / s), A = U^T W / sqrt(S s), residual = W - s * B A. Where S is 0, the row of A is 0.
 
     >>> import numpy as np
-    >>> A, B, *_ = from_directions(np.diag([3.0, 2.0]), np.array([[0.0], [1.0]]), np.array([16.0]), scaling=4.0)
+    >>> A, B, *_ = project_weight(np.diag([3.0, 2.0]), np.array([[0.0], [1.0]]), np.array([16.0]), scaling=4.0)
     >>> A, B.T
     (array([[0.  , 0.25]]), array([[0., 2.]]))
     """
-    residual.check("corda", weight.shape, U.shape[1], scaling)
+    residual.check_shape("corda", weight.shape, U.shape[1], scaling)
     W = numerics.at_least_float32(weight)
     U, S = numerics.cast(U, W), numerics.cast(S, W)
     A = U.T @ W / (S + (S == 0))[:, None] ** 0.5 / scaling**0.5  # (r, out) @ (out, in) -> (r, in)
     largest = A[list(range(len(A))), abs(A).argmax(-1)]
     sign = 1 - 2 * (largest < 0)  # the largest entry of each row of A is positive
-    return residual.take_out(weight, A * sign[:, None], U * (S**0.5 / scaling**0.5) * sign, scaling)
+    return residual.factors_with_residual(weight, A * sign[:, None], U * (S**0.5 / scaling**0.5) * sign, scaling)

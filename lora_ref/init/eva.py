@@ -1,6 +1,6 @@
-"""`init_lora_weights="eva"`: A from the principal components of the layer's inputs, the ranks shared out anew.
+"""`init_lora_weights="eva"`: A from the principal components of the layer's inputs, and new ranks.
 
-What it needs of the data is in `lora_ref.numerics.pca`; `lora_ref.calibration.eva` collects it from a model.
+`lora_ref.numerics.pca` computes the components, `lora_ref.calibration.eva` records the inputs of a model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,13 @@ def eva(
     components: Components,
     whiten: bool = False,
 ) -> Factors:
-    """A = the r leading principal components of the inputs, B = 0: the start is a no-op.
+    """A = the r leading principal components of the inputs, B = 0: the first update is zero.
 
-    The rows of A are orthonormal, A A^T = I, and the r-dimensional subspace that they span holds
-    more of the inputs' variance than any other. With `whiten` row i is divided by sqrt(sigma_i), the
-    root of its singular value, so that A x varies less unevenly.
+    The rows of A are orthonormal, A A^T = I. They span the r-dimensional subspace with most of the inputs' variance.
+    With `whiten` row i is divided by sqrt(sigma_i), its singular value. Then the entries of A x vary more evenly.
 
     Raises:
-        ValueError: fewer than r components are given, one to be whitened has singular value 0, or one so
-            small that A is beyond the weight's dtype.
+        ValueError: fewer than r components. With `whiten`: a singular value is 0, or too small for the weight's dtype.
 
     Source: EVA, arXiv 2410.07170, section 3.
 
@@ -56,22 +54,21 @@ def eva(
     return Factors(numerics.cast_finite(A, weight), numerics.zeros((weight.shape[0], r), weight))
 
 
-def most(r: int, rho: float) -> int:
-    """round(r * rho), the rank that a layer of rank r may grow to; Python's rounding, ties to even.
+def largest_rank(r: int, rho: float) -> int:
+    """round(r * rho): the largest new rank of a layer of rank r. Python's rounding: ties to even.
 
-    >>> most(8, 2.0), most(5, 1.5)
+    >>> largest_rank(8, 2.0), largest_rank(5, 1.5)
     (16, 8)
     """
     return round(r * rho)
 
 
 def redistribute(ratios: Mapping[str, Sequence[float]], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
-    """{layer: new rank}: the sum of all ranks is spent on the components that explain most, whosever they are.
+    """{layer: new rank}: how many of the sum(ranks) largest ratios, over all layers, are the layer's.
 
-    `ratios` are the parts of the variance of each layer's input that its components explain, falling; of
-    layer l the first round(r_l * rho) take part, so no rank exceeds that, and with rho = 1 all stay. A
-    layer may come out with rank 0. Equal ratios go to the layer that comes first, so of layers that share
-    an input, and with it the ratios, the first gets the highest rank (as far as its own limit goes).
+    `ratios` holds for each layer the explained variance ratios of its components, in falling order. Of layer l only
+    the first round(r_l * rho) count, so no new rank is larger. With rho = 1 all ranks stay. A new rank may be 0. Of
+    equal ratios the earlier layer's counts first. So of layers with the same input the first has the highest rank.
 
     Source: EVA, arXiv 2410.07170, section 3 and algorithm 1.
 
@@ -80,7 +77,7 @@ def redistribute(ratios: Mapping[str, Sequence[float]], ranks: Mapping[str, int]
     >>> redistribute({"a": [0.2, 0.1], "b": [0.5, 0.3]}, {"a": 1, "b": 1}, rho=2.0)
     {'a': 0, 'b': 2}
     """
-    offers = [(float(ratio), layer) for layer, r in ranks.items() for ratio in ratios[layer][: most(r, rho)]]
+    offers = [(float(ratio), layer) for layer, r in ranks.items() for ratio in ratios[layer][: largest_rank(r, rho)]]
     best = sorted(offers, key=lambda offer: -offer[0])[: sum(ranks.values())]  # stable: ties keep their order
     taken = [layer for _, layer in best]
     return {layer: taken.count(layer) for layer in ranks}

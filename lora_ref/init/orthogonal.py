@@ -1,4 +1,4 @@
-"""`init_lora_weights="orthogonal"`: both factors non-zero, their product zero."""
+"""`init_lora_weights="orthogonal"`: A and B are not zero, their product B A is."""
 
 from typing import Any
 
@@ -9,12 +9,11 @@ from ..core.update import Array, Factors
 
 
 def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
-    """A = (X P)^T / 10, B = Y Q / 10, where P and Q share out the rows of a random orthogonal matrix.
+    """A = (X P)^T / 10, B = Y Q / 10, where P and Q are the even and the odd rows of a random orthogonal matrix.
 
-    P (r/2, r) has its even rows, Q (r/2, r) its odd rows, X (in, r/2) and Y (out, r/2) are standard
-    normal. Rows of an orthogonal matrix are orthogonal to each other, Q P^T = 0, so B A = 0: the start
-    is a no-op although both factors are non-zero and both get gradients at the first step. The
-    price: A and B have rank r/2. Neither of them is an orthogonal matrix.
+    P and Q are (r/2, r). X (in, r/2) and Y (out, r/2) are standard normal. Rows of an orthogonal matrix are
+    orthogonal to each other: Q P^T = 0, so B A = 0. The first update is zero, and both factors get gradients
+    at the first step. But A and B have rank r/2 only. Neither of them is an orthogonal matrix.
 
     Raises:
         ValueError: r is odd.
@@ -23,7 +22,7 @@ def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng
 
     >>> import numpy as np
     >>> A, B, *_ = orthogonal(np.zeros((6, 8)), r=4, rng=np.random.default_rng(0))
-    >>> (abs(B @ A) <= 8 * 4**2 * 2**-53 * (abs(B) @ abs(A))).all()  # zero, but for the roundings of the QR
+    >>> (abs(B @ A) <= 8 * 4**2 * 2**-53 * (abs(B) @ abs(A))).all()  # zero but for rounding in the QR decomposition
     np.True_
     >>> np.linalg.matrix_rank(A), np.linalg.matrix_rank(B)
     (np.int64(2), np.int64(2))
@@ -37,6 +36,6 @@ def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng
 
 
 def check_even(r: int) -> None:
-    """Raise ValueError unless the rows of an (r, r) matrix can be shared out evenly."""
+    """Raise ValueError unless r is even."""
     if r % 2:
         raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, r={r} is odd")

@@ -1,8 +1,9 @@
-"""What the initialisations share that take their first update out of the base weight.
+"""The shared part of PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ, whose first update is not zero.
 
-    W = residual + s * B @ A      the adapted weight at the start is W, the frozen part of it smaller
+    residual = W - s * B @ A      the paper's frozen weight (LoftQ: the quantised weight Q)
 
-They divide by s, so they need s > 0, and there are no more than min(in, out) directions to take.
+The layer keeps W. It computes y = W x + s B A x - D0 x with D0 = s0 B0 A0, the first update (LoftQ: W - Q).
+These inits divide by s, and a weight has min(in, out) singular values.
 """
 
 from typing import Any
@@ -15,10 +16,10 @@ from ..core.update import Array, Factors
 from ..numerics.arrays import library
 
 
-def check(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> None:
-    """Raise ValueError unless this method can take r directions out of a weight of this shape at this scaling.
+def check_shape(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> None:
+    """Raise ValueError unless r <= min(in, out) and scaling > 0.
 
-    >>> check("pissa", (4, 8), r=6)
+    >>> check_shape("pissa", (4, 8), r=6)
     Traceback (most recent call last):
     ...
     ValueError: init_lora_weights='pissa' needs r <= min(in, out) = 4, r=6 is more
@@ -29,16 +30,16 @@ def check(method: str, shape: tuple[int, ...], r: int, scaling: float = 1.0) -> 
         raise ValueError(f"init_lora_weights={method!r} divides by the scaling: lora_alpha must be > 0")
 
 
-def take_out(
+def factors_with_residual(
     weight: Float[Array, "out in"], A: Float[Array, "r in"], B: Float[Array, "out r"], scaling: float
 ) -> Factors:
-    """A, B and W - s * B @ A, with A and B rounded to the weight's dtype first; ValueError where one overflows.
+    """A and B in the weight's dtype, and residual = W - s * B @ A of these rounded factors.
 
-    Rounding afterwards would leave s * (B @ A - stored B @ stored A) out of the adapted weight:
-    in a half precision far more than the rounding of the residual itself.
+    Rounding them later would change the adapted weight. In a half precision that is far more than the rounding of
+    the residual. ValueError: the dtype cannot hold a factor or the residual.
 
     >>> import numpy as np
-    >>> take_out(np.eye(2), np.array([[2.0, 0.0]]), np.array([[1.0], [0.0]]), scaling=0.5).residual
+    >>> factors_with_residual(np.eye(2), np.array([[2.0, 0.0]]), np.array([[1.0], [0.0]]), scaling=0.5).residual
     array([[0., 0.],
            [0., 1.]])
     """
@@ -50,7 +51,7 @@ def take_out(
 def cast_factors(
     weight: Float[Array, "out in"], A: Float[Array, "r in"], B: Float[Array, "out r"], scaling: float
 ) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
-    """A and B in the weight's dtype; ValueError if they, their product or the scaling are too large for it."""
+    """A and B in the weight's dtype; ValueError if it cannot hold a factor, the product or the scaling."""
     largest = library(weight).finfo(numerics.at_least_float32(weight[:0]).dtype).max
     check_scaling(scaling, largest)
     A, B = numerics.cast_finite(A, weight), numerics.cast_finite(B, weight)

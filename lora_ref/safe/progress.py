@@ -1,4 +1,4 @@
-"""A progress bar for work that takes minutes: on stderr, if that is a terminal or a notebook; gone when it is done."""
+"""A progress bar on stderr, if that is a terminal or a notebook. It disappears at the end."""
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 def progress_bar(show: bool = True) -> "Progress":
-    """A `rich` progress bar, to be used in a `with` statement: an exception takes it down, too."""
-    from rich.console import Console  # it takes as long to import as all of lora_ref
+    """A `rich` progress bar for a `with` statement. It disappears after an exception too."""
+    from rich.console import Console  # its import is as slow as that of lora_ref
     from rich.progress import Progress
 
     console = Console(stderr=True)
@@ -23,7 +23,7 @@ def progress_bar(show: bool = True) -> "Progress":
 
 @contextmanager
 def steps(items: Sequence[T], what: str, show: bool = True) -> Iterator[Iterable[T]]:
-    """The items again, with a bar that follows them.
+    """The items, with a progress bar for the iteration.
 
     >>> with steps([1, 2, 3], "adding") as numbers:
     ...     sum(numbers)

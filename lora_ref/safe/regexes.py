@@ -1,7 +1,7 @@
-"""Regular expressions that cannot hang the process.
+"""Regular expressions with a time limit.
 
-They come out of downloaded files, and `(a|aa)+$` takes time exponential in the length of the name.
-`regex` (unlike `re`) can stop a match that runs too long.
+They come from downloaded files, and the time of `(a|aa)+$` is exponential in the length of the name. The package
+`regex`, unlike `re`, can stop a match after a timeout.
 """
 
 import math
@@ -14,26 +14,26 @@ import regex
 from ..core import config
 
 MAX_LENGTH = 100_000  # characters of one pattern
-MAX_REPEAT = 10_000  # product of its {n} counts, which the compiler unrolls;
-MAX_UNROLLED = 1_000_000  # times the pattern's length, that is memory
-MAX_PATTERNS, MAX_CLASSES = 5_000, 300  # keys of one option, and [...] in them: some take 10 ms to compile
-TIME_LIMIT = 1.0  # seconds that a pattern may spend on all the names of a model; a dict or list of them: 3 times
+MAX_REPEAT = 10_000  # product of its {n} counts: the compiler unrolls them
+MAX_UNROLLED = 1_000_000  # that product times the pattern's length: it needs this much memory
+MAX_PATTERNS, MAX_CLASSES = 5_000, 300  # keys of one option, and [...] in them: a class may need 10 ms to compile
+TIME_LIMIT = 1.0  # seconds for one pattern on all names of a model; for a dict or list of patterns 3 times as much
 
-ORDINARY = 1e-5  # seconds of one match that do not count
+ORDINARY = 1e-5  # seconds of each match that are not counted
 
-# `regex` reads more into a brace than `re`: fuzzy matches, counts with spaces in them
+# in `regex` a brace has more meanings than in `re`: fuzzy matches, counts with spaces
 NO_COUNT = re.compile(r"(\\N\{[^}]*\}|\\.|\{[0-9]*,?[0-9]*\})|\{", re.DOTALL)
 
 
 class Clock:
-    """The seconds that one pattern, or several together, may still spend."""
+    """The remaining seconds of one pattern, or of several together."""
 
     def __init__(self, left: float):
         self.left = left
 
 
 class Pattern(config.Pattern):
-    """A regular expression whose matches end in time, or with a ValueError.
+    """A regular expression. A match that is too slow raises ValueError.
 
     >>> bool(Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj"))
     True
@@ -57,7 +57,7 @@ class Pattern(config.Pattern):
             self.compiled = regex.compile(template.replace("{}", text))
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
-        # one repetition, and no group that could be repeated: such a match is ordinary, and needs no clock
+        # one repetition and no group: such a match is fast and needs no clock
         self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 1
 
     @classmethod
@@ -79,7 +79,7 @@ class Pattern(config.Pattern):
         return self.run("fullmatch", name)
 
     def run(self, method: str, name: str) -> "regex.Match[str] | None":
-        """`re`'s method ("match", "fullmatch") of this name, within what is left of the time."""
+        """Call this method of `re` ("match", "fullmatch") within the remaining time."""
         if self.is_quick:
             return getattr(self.compiled, method)(name)
         left = self.clock.left
@@ -95,7 +95,7 @@ class Pattern(config.Pattern):
                 f"{self.option}: the regular expression {self.text[:80]!r} is too slow: it backtracks without end "
                 f"on {name[:80]!r}; write it without nested repetition"
             ) from None
-        # an ordinary match is free, however many there are: a slow machine must not refuse what a fast one takes
+        # any number of ordinary matches is free: a slow machine must not refuse what a fast one accepts
         spent = time.perf_counter() - started - ORDINARY
         if spent > 0:
             self.clock.left = left - spent

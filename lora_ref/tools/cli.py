@@ -1,7 +1,7 @@
 """The `lora-ref` command: `lora-ref demo`, `lora-ref inspect DIR`, `lora-ref check IMPL ...` and `lora-ref plan`.
 
-Exit codes: 0 done, 1 it could not be done (one sentence on standard error says why) or a check failed,
-2 wrong usage, 130 interrupted. Heavy imports wait until a subcommand needs them, so that `--help` answers at once.
+Exit codes: 0 done, 1 an error (one sentence on standard error) or a failed check, 2 wrong usage, 130 interrupted.
+Each subcommand imports its modules when it runs, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with `arguments` (default: those of the process) and return its exit code.
+    """Run the command with `arguments` (default: sys.argv[1:]) and return its exit code.
 
     >>> main(["--version"])  # doctest: +ELLIPSIS
     lora-ref ...
@@ -24,20 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = parser().parse_args(arguments)
-    except SystemExit as stop:  # argparse's way to end after --help, --version and a wrong usage
+    except SystemExit as stop:  # argparse ends so after --help, --version and wrong usage
         return int(stop.code or 0)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
+        sys.stdout.reconfigure(errors="replace")  # "?" for a character that the terminal cannot show
     try:
         code = options.action(options)
-        sys.stdout.flush()  # a closed pipe shows here at the latest, not while the interpreter ends
+        sys.stdout.flush()  # a closed pipe raises here, not at the end of the interpreter
         return code or 0
     except BrokenPipeError:
-        # The reader has left, as in `lora-ref inspect DIR | head -1`: nobody is there to be told.
+        # the reader closed the pipe, as in `lora-ref inspect DIR | head -1`: no message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        text = "".join(c if c.isprintable() else " " for c in str(error))  # a file's names may be hostile
+        text = "".join(c if c.isprintable() else " " for c in str(error))  # names in a file may be hostile
         sentence = " ".join(text.split()) or type(error).__name__
         print(f"lora-ref: error: {sentence}", file=sys.stderr)
         return 1
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option of every subcommand."""
+    """The parser with all subcommands and options."""
     top = argparse.ArgumentParser(
         prog="lora-ref",
         description="LoRA, shown, inspected, checked and planned: a demo that trains adapters, a look into adapter "
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def seed(text: str) -> int:
-    """An integer that every random generator here accepts."""
+    """An integer that the random generators accept."""
     number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**32, not {number}")
@@ -135,7 +135,7 @@ def seed(text: str) -> int:
 
 
 def rank(text: str) -> int:
-    """A rank that the demo's network has room for."""
+    """A rank that fits the demo's network."""
     number = int(text)
     if not 1 <= number <= 256:
         raise argparse.ArgumentTypeError(f"a rank is from 1 to 256 (the network's width), not {number}")
@@ -143,7 +143,7 @@ def rank(text: str) -> int:
 
 
 def version() -> str:
-    """The installed version, or a word that says that there is none."""
+    """The installed version, or "(not installed)"."""
     try:
         return importlib.metadata.version("lora_ref")
     except importlib.metadata.PackageNotFoundError:
@@ -151,21 +151,21 @@ def version() -> str:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from .demo import run
+    from .demo import show_demo
 
-    run(options.out, options.seed, options.quick, getattr(options, "r", None), options.lora_alpha)
+    show_demo(options.out, options.seed, options.quick, getattr(options, "r", None), options.lora_alpha)
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    from .inspect import run
+    from .inspect import print_contents
 
-    run(options.directory, options.json, options.figure)
+    print_contents(options.directory, options.json, options.figure)
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    from .plan import run
+    from .plan import print_plan
 
-    run(options.params, options.r, options.gpus, options.tokens, options.gpu_memory, options.context)
+    print_plan(options.params, options.r, options.gpus, options.tokens, options.gpu_memory, options.context)
 
 
 def run_check(options: argparse.Namespace) -> int:

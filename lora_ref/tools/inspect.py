@@ -1,7 +1,7 @@
-"""`lora-ref inspect DIR`: what is in an adapter folder, module by module.
+"""`lora-ref inspect DIR`: the contents of an adapter folder, module by module.
 
-The singular values of an update D = s*B@A say how much of its rank it uses: r equal bars use all of it, one high bar
-and a row of low ones would have done with a smaller r.
+The singular values of an update D = s*B@A show how much of its rank it uses. If r of them are equal, it uses all of
+it. If one is large and the others are small, a smaller r would suffice.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that `inspect` tells of a folder; `extra` are the tensors that are no LoRA factor."""
+    """The contents of a folder. `extra` are the tensors that are not LoRA factors."""
 
     directory: str
     config: dict[str, Any]
@@ -56,12 +56,12 @@ class Contents:
     bytes: int
 
 
-def contents(directory: Path) -> Contents:
-    """Read a folder and describe it.
+def read_contents(directory: Path) -> Contents:
+    """Read an adapter folder.
 
     Raises:
-        OSError, ValueError: the folder cannot be read, or is no adapter (see `storage.read_adapter`), or the shapes
-            of two factors fit neither each other nor the configured rank.
+        OSError, ValueError: the folder cannot be read or is not an adapter (see `read_adapter`), or two factors do
+            not fit the configured rank.
     """
     config, tensors = read_adapter(directory)
     pairs: dict[str, dict[str, tuple[str, Tensor]]] = {}
@@ -72,7 +72,7 @@ def contents(directory: Path) -> Contents:
             pairs.setdefault(match["module"], {})[match["factor"]] = (match["kind"], tensor)
         else:
             extra.append({"name": name, "shape": list(tensor.shape), "parameters": tensor.numel()})
-    ranks, alphas = (
+    patterns = (
         Rule("rank_pattern", config.rank_pattern, config.pattern_type),
         Rule("alpha_pattern", config.alpha_pattern, config.pattern_type),
     )
@@ -80,7 +80,7 @@ def contents(directory: Path) -> Contents:
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{name}: lora_{'B' if 'A' in pair else 'A'} is missing")
-        modules.append(describe(name, pair["A"][1], pair["B"][1], "embedding" in pair["A"][0], config, (ranks, alphas)))
+        modules.append(describe_update(name, pair["A"][1], pair["B"][1], "embedding" in pair["A"][0], config, patterns))
     return Contents(
         directory=str(directory),
         config=main_options(config),
@@ -91,18 +91,18 @@ def contents(directory: Path) -> Contents:
     )
 
 
-def describe(
+def describe_update(
     module: str, A: Tensor, B: Tensor, embedding: bool, config: LoraConfig, patterns: tuple[Rule, Rule]
 ) -> Update:
-    """The row of one module, from its stored factors A (r, in, ...) and B (out, r, ...)."""
-    # The file names the module of a raw parameter, the config the parameter: "experts" and "experts.down_proj".
+    """One module, from its stored factors A (r, in, ...) and B (out, r, ...)."""
+    # For a raw parameter the file has the module's name, "experts", the config "experts.down_proj".
     name = module.replace(".base_layer", "")
     targets = [target.rpartition(".") for target in config.target_parameters or []]
     parameters = [
         f"{name}.{parameter}" for parent, _, parameter in targets if name == parent or name.endswith(f".{parent}")
     ]
-    r = first(patterns[0], config.rank_pattern, [name, *parameters], config.r)
-    alpha = first(patterns[1], config.alpha_pattern, [name, *parameters], config.lora_alpha)
+    r = look_up(patterns[0], config.rank_pattern, [name, *parameters], config.r)
+    alpha = look_up(patterns[1], config.alpha_pattern, [name, *parameters], config.lora_alpha)
     s = scaling(r, alpha, config.use_rslora)
 
     a = A.detach().to(float64).cpu().numpy().reshape(A.shape[0], -1)  # (r, in) or (r, in * kernel)
@@ -115,9 +115,9 @@ def describe(
         a, b = unpack_experts(a, b, len(a) // r)  # (E, r, in), (E, out, r)
     if not a.shape[-2] == b.shape[-1] == r:
         raise ValueError(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit the configured rank {r}")
-    # Experts are the blocks of one block-diagonal update, whose singular values are those of all blocks together.
+    # Experts are the blocks of a block-diagonal update. Its singular values are those of all blocks.
     values = np.sort(singular_values(a, b, s).ravel())[::-1]
-    norm = math.hypot(*values)  # with no squares that overflow
+    norm = math.hypot(*values)  # without overflow of the squares
     if not math.isfinite(norm):
         raise ValueError(f"{module}: its update s*B*A, with s = {s:g}, is beyond the numbers of float64")
     return Update(
@@ -135,27 +135,25 @@ def describe(
     )
 
 
-def first(rule: Rule, values: dict[str, Any], names: list[str], default: Any) -> Any:
-    """The value of rank_pattern or alpha_pattern for the first of several names that it knows."""
+def look_up(rule: Rule, values: dict[str, Any], names: list[str], default: Any) -> Any:
+    """The value in rank_pattern or alpha_pattern of the first name that matches a key, else the default."""
     keys = (rule.match(name) for name in names)
     return next((values[key] for key in keys if key is not None), default)
 
 
 def main_options(config: LoraConfig) -> dict[str, Any]:
-    """What the header shows: the options that say what was adapted and how."""
+    """The options for the header."""
     always = ["r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"]
     where_set = ["target_parameters", "rank_pattern", "alpha_pattern", "modules_to_save", "base_model_name_or_path"]
     shown = {name: getattr(config, name) for name in always}
     return shown | {name: value for name in where_set if (value := getattr(config, name))}
 
 
-def run(directory: Path, as_json: bool = False, figure: Path | None = None) -> None:
-    """Print the folder's contents, as a table or as one JSON document; with `figure`, draw them as well."""
-    found = contents(directory)
+def print_contents(directory: Path, as_json: bool = False, figure: Path | None = None) -> None:
+    """Print the folder's contents as a table or as one JSON document. With `figure`, draw them too."""
+    found = read_contents(directory)
     if figure is not None:
-        from .inspect_figure import draw
-
-        draw(found.modules, figure)
+        draw_spectra(found.modules, figure)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
@@ -165,7 +163,7 @@ def run(directory: Path, as_json: bool = False, figure: Path | None = None) -> N
     console.print(found.directory, style="bold")
     for name, value in found.config.items():
         console.print(f"  {name}: {printable(str(value))}")
-    console.print(table(found.modules))
+    console.print(modules_table(found.modules))
     for tensor in found.extra:
         console.print(f"  also stored: {printable(tensor['name'])} {tensor['shape']}")
     console.print(f"{len(found.modules)} adapted modules, {found.parameters:,} parameters, {found.bytes:,} bytes")
@@ -174,7 +172,7 @@ def run(directory: Path, as_json: bool = False, figure: Path | None = None) -> N
 
 
 def printable(text: str) -> str:
-    """Text out of a downloaded file, which must not steer the terminal.
+    """Text of a downloaded file without control characters: it must not control the terminal.
 
     >>> printable("fc1\\x1b[2J")
     'fc1�[2J'
@@ -182,7 +180,7 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
-def table(modules: list[Update]) -> Any:
+def modules_table(modules: list[Update]) -> Any:
     """The modules as a rich table."""
     from rich import box
     from rich.table import Table
@@ -204,3 +202,38 @@ def table(modules: list[Update]) -> Any:
             bar(update.singular_values),
         )
     return view
+
+
+def draw_spectra(modules: list[Update], path: Path) -> None:
+    """The figure of `--figure`: a row for each module, its singular values divided by the largest.
+
+    Raises:
+        ImportError: matplotlib is not installed. ValueError: there are no modules.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--figure needs {error.name}: pip install 'lora_ref[demo]'") from None
+    if not modules:
+        raise ValueError("the folder has no adapted module, so there are no singular values to draw")
+    longest = max(len(update.singular_values) for update in modules)
+    values = np.full((len(modules), longest), np.nan)  # NaN is drawn white
+    for row, update in zip(values, modules, strict=True):
+        largest = update.singular_values[0] or 1.0  # 0 if the update is 0
+        row[: len(update.singular_values)] = [value / largest for value in update.singular_values]
+
+    height = min(1.6 + 0.3 * len(modules), 60)
+    figure = Figure(figsize=(8, height), layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    # cividis is readable for colour-blind readers and in grey; reversed: large is dark
+    image = axis.imshow(values, aspect="auto", cmap="cividis_r", vmin=0, vmax=1, interpolation="nearest")
+    # parse_math=False: a "$" in a name is a dollar sign, not a formula
+    names = [f"{printable(update.module)}   ‖sBA‖ = {update.frobenius_norm:.3g}" for update in modules]
+    axis.set_yticks(range(len(modules)), names, fontsize=9, parse_math=False)
+    axis.set_xticks(sorted({*range(0, longest, -(-longest // 16)), longest - 1}))
+    axis.set_xticklabels([str(int(tick) + 1) for tick in axis.get_xticks()])
+    axis.set(xlabel="singular value of s·B·A, in falling order")
+    figure.suptitle("How much of its rank each update uses", fontweight="bold")
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, label="share of the largest", pad=0.02)
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

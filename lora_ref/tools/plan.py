@@ -1,24 +1,24 @@
-"""What training an adapter of a big model needs: bytes for each GPU and operations for each token, before renting one.
+"""Memory and operations to train an adapter of a big model: bytes for each GPU, operations for each token.
 
     operations a token     4 P + 6 A    (full fine-tuning: 6 P)
-    bytes of a process     2 P + 16 A,  plus what the backward pass keeps
+    bytes of a process     2 P + 16 A,  plus the activations for the backward pass
 
-P is the number of weights that tokens are multiplied with, A that of the adapters. Forward and backward are two
-operations a weight each; of the frozen weights there is no gradient, which would be two more. A frozen weight is held
-in bfloat16. An adapter's is in float32, with its gradient and Adam's two moments: 16 bytes.
+P is the number of base weights in matrix products, A that of adapter weights. A weight needs two operations forward
+and two for the gradient of its input. A trained weight needs two more for its own gradient. A frozen weight is in
+bfloat16. An adapter weight is in float32, with its gradient and Adam's two moments: 16 bytes.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-BASE, TRAINED = 2, 16  # bytes of a frozen weight (bfloat16), and of a trained one with its gradient and two moments
+FROZEN_BYTES, TRAINED_BYTES = 2, 16  # of a base weight and of an adapter weight
 ENGINES = ("one process", "DDP", "FSDP2", "tensor parallel")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like transformer: seven linear layers a block, an embedding, and a head of its own.
+    """A Llama-like transformer: seven linear layers a block, an embedding and a separate head.
 
     >>> f"{SHAPES['8B'].parameters():,}"
     '8,030,261,248'
@@ -27,7 +27,7 @@ class Shape:
     layers: int
     hidden: int
     intermediate: int
-    kv: int  # the outputs of k_proj and of v_proj: heads share them
+    kv: int  # the outputs of k_proj, and of v_proj
     vocab: int
 
     def linear(self) -> dict[str, tuple[int, int]]:
@@ -37,16 +37,16 @@ class Shape:
         return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
 
     def block(self) -> int:
-        """Weights of a block's linear layers."""
+        """The weights of a block's linear layers."""
         return sum(n_in * n_out for n_in, n_out in self.linear().values())
 
     def parameters(self) -> int:
-        """All of them: blocks, norms, embedding and head."""
+        """The weights of blocks, norms, embedding and head."""
         norms = (2 * self.layers + 1) * self.hidden
         return self.layers * self.block() + norms + 2 * self.vocab * self.hidden
 
     def adapter(self, r: int) -> int:
-        """r (in + out) for each linear layer of each block: target_modules="all-linear" leaves the head out."""
+        """r (in + out) for each linear layer of each block. target_modules="all-linear" excludes the head."""
         return self.layers * r * sum(n_in + n_out for n_in, n_out in self.linear().values())
 
 
@@ -58,28 +58,28 @@ SHAPES = {
 }
 
 
-def shape_of(parameters: float) -> Shape:
-    """The shape of SHAPES that is nearest in size, with as many blocks as come nearest to `parameters`.
+def nearest_shape(parameters: float) -> Shape:
+    """The nearest shape of SHAPES in size, with the number of blocks that is nearest to `parameters`.
 
     Raises:
         ValueError: fewer parameters than the smallest shape with one block.
 
-    >>> shape_of(13e9).layers, f"{shape_of(13e9).parameters():.3g}"
+    >>> nearest_shape(13e9).layers, f"{nearest_shape(13e9).parameters():.3g}"
     (55, '1.3e+10')
     """
-    near = min(SHAPES.values(), key=lambda shape: abs(math.log(max(parameters, 1) / shape.parameters())))
-    one_block = Shape(1, near.hidden, near.intermediate, near.kv, near.vocab)
+    nearest = min(SHAPES.values(), key=lambda shape: abs(math.log(max(parameters, 1) / shape.parameters())))
+    one_block = Shape(1, nearest.hidden, nearest.intermediate, nearest.kv, nearest.vocab)
     if not parameters >= one_block.parameters():
         raise ValueError(f"params={parameters:g}: must be at least {one_block.parameters():.3g}, which is one block")
-    blocks = 1 + round((parameters - one_block.parameters()) / (near.block() + 2 * near.hidden))
-    return Shape(blocks, near.hidden, near.intermediate, near.kv, near.vocab)
+    blocks = 1 + round((parameters - one_block.parameters()) / (nearest.block() + 2 * nearest.hidden))
+    return Shape(blocks, nearest.hidden, nearest.intermediate, nearest.kv, nearest.vocab)
 
 
 def operations(shape: Shape, r: int, context: int = 0, full: bool = False) -> int:
-    """Operations to train on one token: 4 P + 6 A, or 6 P with full fine-tuning, and attention over `context` tokens.
+    """4 P + 6 A operations to train on one token (full fine-tuning: 6 P), plus attention over `context` tokens.
 
-    P counts the head and not the embedding, which is looked up. A token attends to half of its context on average:
-    4 context hidden / 2 forward, twice that backward. Activation checkpointing adds another forward: a half of 4 P.
+    P includes the head, but not the embedding, which is looked up. A token attends to half of its context on average:
+    4 context hidden / 2 forward, twice that backward. Not included: the second forward of activation checkpointing.
     """
     P, A = shape.layers * shape.block() + shape.vocab * shape.hidden, shape.adapter(r)
     attention = 3 * 2 * shape.layers * context * shape.hidden
@@ -87,36 +87,36 @@ def operations(shape: Shape, r: int, context: int = 0, full: bool = False) -> in
 
 
 def memory(shape: Shape, r: int, engine: str, gpus: int, tokens: int) -> dict[str, float]:
-    """Bytes that each of `gpus` processes needs to train on `tokens` tokens at a time, with activation checkpointing.
+    """Bytes for each of `gpus` processes, with `tokens` tokens at a time and activation checkpointing.
 
-    Returns {"weights", "adapters", "gathered", "activations", "total"}. FSDP2 cuts weights and adapters and gathers two
-    units at a time: blocks, or a block and the head (the embedding and the head are units of their own). Tensor
-    parallelism cuts the base weights alone. With checkpointing each block keeps its input, in bfloat16, and the block
-    at work the inputs and outputs of its layers; logits are there twice, in float32.
+    Returns {"weights", "adapters", "gathered", "activations", "total"}. FSDP2 shards weights and adapters. It gathers
+    two units at a time: two blocks, or a block and the head (embedding and head are separate units). Tensor
+    parallelism shards the base weights only. With checkpointing each block stores its input in bfloat16, and the
+    running block the inputs and outputs of its layers. Two copies of the logits are stored in float32.
 
     Raises:
-        ValueError: an engine that is not one of ENGINES, several GPUs for one process, no GPU or no token.
+        ValueError: an unknown engine, several GPUs for one process, no GPU or no token.
     """
     if engine not in ENGINES or gpus < 1 or tokens < 1 or (engine == "one process" and gpus > 1):
         raise ValueError(
             f"engine={engine!r}, gpus={gpus}, tokens={tokens}: must be one of {', '.join(ENGINES)}, with at least one "
             "GPU (one process: just one) and one token"
         )
-    cut = gpus if engine in ("FSDP2", "tensor parallel") else 1
-    at_work = sum(n_in + n_out for n_in, n_out in shape.linear().values()) * BASE
-    kept = tokens * (shape.layers * shape.hidden * BASE + at_work + 2 * 4 * shape.vocab)
+    shards = gpus if engine in ("FSDP2", "tensor parallel") else 1
+    running = sum(n_in + n_out for n_in, n_out in shape.linear().values()) * FROZEN_BYTES
+    kept = tokens * (shape.layers * shape.hidden * FROZEN_BYTES + running + 2 * 4 * shape.vocab)
     units = shape.block() + max(shape.block(), shape.vocab * shape.hidden)
-    found = {
-        "weights": BASE * shape.parameters() / cut,
-        "adapters": TRAINED * shape.adapter(r) / (cut if engine == "FSDP2" else 1),
-        "gathered": BASE * units if engine == "FSDP2" and gpus > 1 else 0,
+    sizes = {
+        "weights": FROZEN_BYTES * shape.parameters() / shards,
+        "adapters": TRAINED_BYTES * shape.adapter(r) / (shards if engine == "FSDP2" else 1),
+        "gathered": FROZEN_BYTES * units if engine == "FSDP2" and gpus > 1 else 0,
         "activations": kept,
     }
-    return found | {"total": sum(found.values())}
+    return sizes | {"total": sum(sizes.values())}
 
 
-def table(shape: Shape, r: int, gpus: list[int], tokens: int, gpu_memory: float) -> Any:
-    """What each engine needs on each number of GPUs, as a rich table; in red what `gpu_memory` GiB do not hold."""
+def memory_table(shape: Shape, r: int, gpus: list[int], tokens: int, gpu_memory: float) -> Any:
+    """The memory by engine and number of GPUs, as a rich table. Totals above `gpu_memory` GiB are red."""
     from rich import box
     from rich.table import Table
 
@@ -135,13 +135,13 @@ def table(shape: Shape, r: int, gpus: list[int], tokens: int, gpu_memory: float)
     return view
 
 
-def run(parameters: float, r: int, gpus: list[int], tokens: int, gpu_memory: float, context: int) -> None:
-    """Print the plan for a model of so many parameters."""
+def print_plan(parameters: float, r: int, gpus: list[int], tokens: int, gpu_memory: float, context: int) -> None:
+    """Print operations and memory for a model of about `parameters` weights."""
     from rich.console import Console
 
-    shape, console = shape_of(parameters), Console(highlight=False)
+    shape, console = nearest_shape(parameters), Console(highlight=False)
     ours, full = (operations(shape, r, context, full) for full in (False, True))
     sizes = f"{shape.layers} blocks of width {shape.hidden}: {shape.parameters():,} weights"
     console.print(f"A Llama-like model with {sizes}; adapters of rank {r}, all-linear: {shape.adapter(r):,}.")
     console.print(f"Operations a token: {ours:.3g}, {ours / full:.2f} of full fine-tuning's (context {context:,}).")
-    console.print(table(shape, r, gpus, tokens, gpu_memory))
+    console.print(memory_table(shape, r, gpus, tokens, gpu_memory))

@@ -1,4 +1,4 @@
-"""The singular values of an update s*B@A, found from its thin factors, and a way to show them in a line."""
+"""The singular values of an update s*B@A, computed from its factors, and their bar chart in one line."""
 
 import numpy as np
 from jaxtyping import Float
@@ -11,21 +11,21 @@ BARS = "▁▂▃▄▅▆▇█"
 def singular_values(
     A: Float[np.ndarray, "*batch r in"], B: Float[np.ndarray, "*batch out r"], s: float
 ) -> Float[np.ndarray, "*batch k"]:
-    """The min(r, in, out) singular values of D = s*B@A, falling, without forming D (out, in).
+    """The min(r, in, out) singular values of D = s*B@A, in falling order. D (out, in) is not computed.
 
-    Leading dimensions, the experts of a mixture, are a batch. See `numerics.svd_of_product`.
+    Leading dimensions, such as the experts of a mixture, are a batch. See `numerics.svd_of_product`.
 
     >>> A, B = np.diag([3.0, 4.0]) @ np.eye(2, 5), np.eye(7, 2)
     >>> singular_values(A, B, s=-2.0)
     array([8., 6.])
-    >>> np.linalg.svd(-2.0 * B @ A, compute_uv=False).round(6)  # the same, and zeros
+    >>> np.linalg.svd(-2.0 * B @ A, compute_uv=False).round(6)  # the same and zeros
     array([8., 6., 0., 0., 0.])
     """
     return abs(s) * numerics.svd_of_product(B, A)[1]
 
 
 def bar(values: list[float], width: int = 16) -> str:
-    """The values as a row of blocks, the largest full; of more than `width` values, evenly spaced ones.
+    """A bar for each value, the largest with full height. Of more than `width` values it shows evenly spaced ones.
 
     >>> bar([8.0, 4.0, 1.0, 0.0])
     '█▅▂▁'
@@ -39,7 +39,7 @@ def bar(values: list[float], width: int = 16) -> str:
 
 
 def block_diagonal(b: Float[np.ndarray, "out width"], groups: int) -> Float[np.ndarray, "out r"]:
-    """B (out, r) of a grouped convolution, whose group g of outputs reads the g-th part of the r inputs only.
+    """B (out, r) of a grouped convolution: block g maps the g-th part of the r inputs to group g of the outputs.
 
     >>> block_diagonal(np.array([[1.0], [2.0], [3.0], [4.0]]), groups=2).tolist()
     [[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]]

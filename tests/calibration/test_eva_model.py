@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_ref
 from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
-from lora_ref.calibration import eva_statistics as eva_pass
+from lora_ref.calibration import eva_statistics
 from lora_ref.calibration.eva import initialize_lora_eva_weights
 from lora_ref.core.model import describe
 from lora_ref.numerics import pca
@@ -168,7 +168,7 @@ def test_a_mask_of_other_positions_is_refused_by_name():
 
 def test_flattened_inputs_are_masked_in_their_order():
     batch = {"attention_mask": torch.tensor([[1, 0], [0, 1]])}
-    rows = eva_pass.kept_rows(torch.arange(4.0)[:, None], batch, EvaConfig())
+    rows = eva_statistics.kept_rows(torch.arange(4.0)[:, None], batch, EvaConfig())
     assert rows.flatten().tolist() == [0.0, 3.0]
 
 
@@ -468,7 +468,7 @@ def test_small_batches_are_skipped_and_only_small_ones_are_an_error():
 # -- what is refused, and that failing changes nothing ------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["share", "first batch", "later", "loader", "rewrite"])
+@pytest.mark.parametrize("where", ["share", "first batch", "later", "loader", "install"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_failure_leaves_the_model_as_it_was(where, error, monkeypatch):
     model = get_peft_model(block(), config([*"qkvo", "head"], lora_dropout=0.5))
@@ -489,7 +489,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, error, monkeypatch):
                 raise error
             yield batch
 
-    if where == "rewrite":
+    if where == "install":
         original, done = lora_ref.LoraLayer.add_adapter, []
 
         def add_adapter(self, *args, **kwargs):

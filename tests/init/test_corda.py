@@ -22,7 +22,7 @@ import lora_ref
 from lora_ref import CordaConfig, LoraConfig
 from lora_ref.calibration.preprocess import preprocess_corda
 from lora_ref.init import corda as method
-from lora_ref.init.corda import call_covariance, corda, damped, directions
+from lora_ref.init.corda import call_covariance, corda, damp, output_directions
 from spec_tests import agree, close
 
 SHAPES = [(1, 5), (5, 1), (4, 4), (3, 7), (8, 3), (12, 16)]
@@ -70,7 +70,7 @@ def test_the_update_is_the_formula_with_the_inverse(problem, s, library):
     assert A.shape == (r, W.shape[1]) and B.shape == (W.shape[0], r) and R.shape == W.shape and exact
     D = C + 0.01 * np.trace(C) / len(C) * np.eye(len(C))
     G, u, n = W @ D, 2.0**-53, sum(W.shape)
-    U, S = (np.asarray(x) for x in directions(library(W), library(D), r, mode))
+    U, S = (np.asarray(x) for x in output_directions(library(W), library(D), r, mode))
     size, condition = np.linalg.norm(W), np.linalg.cond(D)
     # U_r S_r V_r^T C'^-1, with the inverse that the code does without; U_r^T G = S_r V_r^T
     with_inverse = U @ (U.T @ G) @ np.linalg.inv(D)
@@ -117,7 +117,7 @@ def test_by_hand():
 def test_lower_precisions_follow_float64(dtype, mode, seed, shape, s):
     rng, r = np.random.default_rng(seed), max(1, min(shape) // 2)
     C = call_covariance(inputs_of("many", shape[1], rng))
-    D = damped(C)
+    D = damp(C)
     # singular values of W C': 1, 1/2, 1/4, ...
     W = torch.from_numpy(weight_of("decaying", *shape, rng) @ np.linalg.inv(D)).to(dtype)
     W64 = W.double().numpy()
@@ -169,7 +169,7 @@ def test_a_call_adds_the_second_moment_of_its_normalised_tokens(seed, negative, 
 def test_the_damping_is_one_hundredth_of_the_mean_variance_in_float64(seed, kind, n, library):
     C = call_covariance(inputs_of(kind, n, np.random.default_rng(seed)))
     want = C + 0.01 * np.trace(C) / n * np.eye(n)
-    close(damped(library(C)), want, terms=n + 3, size=want)  # the trace, divided, times 0.01, added
+    close(damp(library(C)), want, terms=n + 3, size=want)  # the trace, divided, times 0.01, added
 
 
 def dampings(C: torch.Tensor, probe: torch.Tensor) -> tuple[float, float]:
@@ -180,7 +180,7 @@ def dampings(C: torch.Tensor, probe: torch.Tensor) -> tuple[float, float]:
     layer = nn.Linear(len(C), 1, bias=False)
     layer.weight.data, layer.covariance_matrix = probe[None].clone(), C.clone()
     mean = C.diagonal().mean().item()
-    ours = (probe @ (damped(C) @ probe)).item() / mean
+    ours = (probe @ (damp(C) @ probe)).item() / mean
     return ours, collect_eigens_for_layer(layer, None).S_WC.item() / mean
 
 
@@ -275,7 +275,7 @@ def test_products_and_residuals_are_peft_s(mode, alpha):
         W = original.get_submodule(name).weight.detach()
         A, B, R, _ = ours.get_submodule(name).prepared_init["corda"](W, r, s)
         x = data if name != "out" else [hidden(original, x) for x in data]
-        D = damped(sum(call_covariance(x.detach().double()) for x in x) / len(x))
+        D = damp(sum(call_covariance(x.detach().double()) for x in x) / len(x))
         every = torch.linalg.svdvals(W.double() @ D)
         split = r if mode == "ipm" else len(every) - r
         gap = (every[split - 1] - every[split]).item()
@@ -405,8 +405,8 @@ def test_inputs_that_only_look_shared_are_told_apart(mode):
 
     preprocess_corda(model, settings(target_modules=["a", "b", "c"]), run, progress=False)
     for name, layer in model.named_children():
-        D = damped(sum(map(call_covariance, seen[name])) / len(seen[name]))
-        U, S = directions(layer.weight.detach(), D, 2)
+        D = damp(sum(map(call_covariance, seen[name])) / len(seen[name]))
+        U, S = output_directions(layer.weight.detach(), D, 2)
         got = layer.prepared_init["corda"].start.keywords
         agree(got["S"], S)
         agree(got["U"] @ got["U"].T, U @ U.T)
@@ -471,9 +471,9 @@ def test_another_copy_of_the_model_can_do_the_running():
     runner.load_state_dict(model.state_dict())
     preprocess_corda(model, settings(), running(runner, batches(torch.float64)), hooked_model=runner, progress=False)
     W, C = (runner.out.weight.detach(), sum(call_covariance(hidden(runner, x)) for x in batches(torch.float64)) / 3)
-    want = directions(W, damped(C), 2)[1]
+    want = output_directions(W, damp(C), 2)[1]
     # a singular value is off by no more than W C' is: by the rounding of C', the product and the decomposition
-    size = W.norm() * damped(C).norm()
+    size = W.norm() * damp(C).norm()
     close(model.out.prepared_init["corda"].start.keywords["S"], want, terms=2 * sum(W.shape), size=size)
     assert not any(hasattr(m, "prepared_init") for m in runner.modules())
     with pytest.raises(ValueError, match="q: hooked_model has no module"):

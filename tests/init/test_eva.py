@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import IncrementalPCA
 
-from lora_ref.init.eva import eva, most, redistribute
+from lora_ref.init.eva import eva, largest_rank, redistribute
 from lora_ref.numerics import pca
 from spec_tests import agree, close
 
@@ -240,7 +240,7 @@ def test_lanczos_is_believed_only_with_a_proof(monkeypatch):
 def test_the_budget_is_kept_and_no_rank_is_above_its_limit(seed, r, rho, tied):
     rng = np.random.default_rng(seed)
     ranks = {f"layer{i}": x for i, x in enumerate(r)}
-    ratios = {name: sorted(rng.random(most(x, rho)).tolist(), reverse=True) for name, x in ranks.items()}
+    ratios = {name: sorted(rng.random(largest_rank(x, rho)).tolist(), reverse=True) for name, x in ranks.items()}
     if tied:
         ratios = {name: [round(y, 1) for y in x] for name, x in ratios.items()}
     got = redistribute(ratios, ranks, rho)

@@ -42,7 +42,7 @@ from lora_ref.core.scaling import scaling
 from lora_ref.fast import linear as fused
 from lora_ref.init import corda, eva, lora_ga
 from lora_ref.numerics import pca, quantization
-from lora_ref.tools.inspect import contents
+from lora_ref.tools.inspect import read_contents
 from lora_ref.tools.spectrum import bar, singular_values
 from spec_tests import close
 
@@ -752,7 +752,7 @@ def test_a_spectrum_is_right_or_refused(tmp_path_factory: Any, data: Any) -> Any
     model.save_pretrained(folder)
     s = alpha / r
     a, b = exact(A, B)
-    made = refusal(lambda: contents(folder))
+    made = refusal(lambda: read_contents(folder))
     size = norm(b) * norm(a) * max(1, s)
     if isinstance(made, ValueError):
         assert size > top(torch.float64) / 64
@@ -843,7 +843,7 @@ def test_a_bar_of_large_numbers() -> None:
 
 def test_a_covariance_has_no_negative_variance() -> None:
     with pytest.raises(ValueError, match="has a negative variance"):
-        corda.damped(np.diag([-5.0, 1.0]))
+        corda.damp(np.diag([-5.0, 1.0]))
 
 
 def test_a_start_whose_product_overflows_is_refused() -> None:
@@ -883,7 +883,7 @@ def test_components_of_data_whose_squares_overflow_are_refused() -> None:
 def test_a_damping_is_found_for_a_covariance_of_any_size() -> None:
     for size in (1e-300, 1e-160, 1.0, 1e160, 1e300):
         # the mean of two, its product with 0.01, the sum; the two with `size`, and the quotient
-        close(corda.damped(np.diag([1.0, 3.0]) * size) / size, np.diag([1.02, 3.02]), terms=7, size=3.02)
+        close(corda.damp(np.diag([1.0, 3.0]) * size) / size, np.diag([1.02, 3.02]), terms=7, size=3.02)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -893,7 +893,7 @@ def test_a_saved_adapter_that_is_not_finite_cannot_be_read(value: float, tmp_pat
     with pytest.warns(UserWarning, match="holds NaN or infinite numbers"):
         adapted(nn.Linear(3, 2), A, torch.zeros(2, 1), 1.0).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lora_A\.weight: holds NaN or infinite numbers"):
-        contents(tmp_path)
+        read_contents(tmp_path)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
@@ -901,10 +901,10 @@ def test_corda_takes_out_the_same_part_of_a_weight_of_any_size(size: float) -> N
     """Norms of U^T W C in float32: their squares leave it from 1e-20 and 1e20 on."""
     W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(W.double()).tolist()
-    want = corda.directions(W, torch.eye(5), 2)[1]
+    want = corda.output_directions(W, torch.eye(5), 2)[1]
     roundings = 8 * 6 * 5 + 4  # of the decomposition, and of W and C times their sizes
     for of_W, of_C in ((size, 1.0), (1.0, size), (size, 1 / size)):
-        S = corda.directions(W * of_W, torch.eye(5) * of_C, 2)[1]
+        S = corda.output_directions(W * of_W, torch.eye(5) * of_C, 2)[1]
         found = (exact(S) / Long(of_W) / Long(of_C)).astype(float)
         close(found, want, roundings, size=values[0], dtype=torch.float32)
     made, want = (corda.corda(x, 2, covariance=torch.eye(5)) for x in (W * size, W))

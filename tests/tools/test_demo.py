@@ -87,7 +87,7 @@ def test_reported_differences_are_within_derived_bounds(quick):
 def trained_base(results):
     """The base network of a run, which its seed determines."""
     upright = digits.load(results["seed"])
-    with experiment.seeded(results["seed"]):
+    with experiment.fixed_seed(results["seed"]):
         base = digits.Network()
     digits.train(base, upright, results["epochs"]["base"], experiment.BASE_RATE, results["seed"])
     return base, upright.rotated()
@@ -116,7 +116,7 @@ def test_the_saved_adapter_reads_rotated_digits(quick):
 def test_the_same_seed_gives_the_same_numbers_over_the_same_files(quick, tmp_path):
     _, results, _ = quick
     for _ in range(2):  # the second run writes over the files of the first
-        demo.run(tmp_path, seed=results["seed"], quick=True, ranks=[8])
+        demo.show_demo(tmp_path, seed=results["seed"], quick=True, ranks=[8])
     again = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert rows(again, "LoRA") == rows(results, "LoRA")[-1:]  # a run does not depend on the runs before it
     assert again["measured"] == results["measured"]
@@ -128,7 +128,7 @@ def test_the_global_state_of_torch_and_numpy_is_left_alone(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    demo.run(tmp_path, seed=1, quick=True, ranks=[1])
+    demo.show_demo(tmp_path, seed=1, quick=True, ranks=[1])
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_ref.tools import cli
-from lora_ref.tools.inspect import contents, run
+from lora_ref.tools.inspect import print_contents, read_contents
 from spec_tests import agree
 
 
@@ -68,7 +68,7 @@ def same_spectrum(got: list[float], want: np.ndarray) -> None:
     ],
 )
 def test_linear_layers(tmp_path, options, scalings):
-    found = contents(write(tmp_path, target_modules=["q_proj", "k_proj"], **options))
+    found = read_contents(write(tmp_path, target_modules=["q_proj", "k_proj"], **options))
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {update.module: update.scaling for update in found.modules} == scalings
     for update in found.modules:
@@ -82,7 +82,7 @@ def test_linear_layers(tmp_path, options, scalings):
 
 
 def test_embeddings_and_convolutions(tmp_path):
-    found = contents(write(tmp_path, r=4, lora_alpha=8, target_modules=["emb", "conv", "grouped"]))
+    found = read_contents(write(tmp_path, r=4, lora_alpha=8, target_modules=["emb", "conv", "grouped"]))
     stored = {
         key.removeprefix("base_model.model."): value
         for key, value in load_file(tmp_path / "adapter_model.safetensors").items()
@@ -103,7 +103,7 @@ def test_experts_are_told_by_target_parameters(tmp_path):
     net = nn.ModuleDict({"experts": Experts(3, 7, 5)})
     write(tmp_path, net, r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.stack"])
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    (update,) = contents(tmp_path).modules
+    (update,) = read_contents(tmp_path).modules
     A, B = (stored[f"base_model.model.experts.lora_{factor}.weight"] for factor in "AB")
     assert (update.module, update.kind, update.r, update.scaling) == ("experts", "3 experts", 2, 3.0)
     A, B = A.reshape(3, 2, -1), B.reshape(B.shape[0], 2, 3)
@@ -114,7 +114,7 @@ def test_experts_are_told_by_target_parameters(tmp_path):
 
 def test_what_is_no_factor_is_listed(tmp_path):
     write(tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["head"], bias="lora_only")
-    found = contents(tmp_path)
+    found = read_contents(tmp_path)
     shapes = {tensor["name"]: tensor["shape"] for tensor in found.extra}
     assert shapes["head.weight"] == [5, 20] and shapes["q_proj.base_layer.bias"] == [20]
     stored = load_file(tmp_path / "adapter_model.safetensors").values()
@@ -127,7 +127,7 @@ def test_half_precision_factors_are_read_exactly(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     halves = {key: value.bfloat16() for key, value in load_file(path).items()}
     save_file(halves, path, metadata={"format": "pt"})
-    (update,) = contents(tmp_path).modules
+    (update,) = read_contents(tmp_path).modules
     A, B = (halves[f"base_model.model.q_proj.lora_{factor}.weight"] for factor in "AB")
     assert update.dtype == "bfloat16"
     same_spectrum(update.singular_values, explicit(A, B, 2.0))
@@ -205,8 +205,8 @@ def test_names_cannot_steer_the_terminal(tmp_path, capsys):
 
 
 def test_inspect_prints_a_table_unless_asked_for_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(write(tmp_path, r=2, target_modules=["q_proj"]))
+    print_contents(write(tmp_path, r=2, target_modules=["q_proj"]))
     with pytest.raises(json.JSONDecodeError):
         json.loads(capsys.readouterr().out)
-    run(tmp_path, as_json=True)
+    print_contents(tmp_path, as_json=True)
     assert json.loads(capsys.readouterr().out)["config"]["r"] == 2

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ref import LoraConfig, get_peft_model
 from lora_ref.tools.cli import main
-from lora_ref.tools.plan import SHAPES, Shape, memory, operations, shape_of
+from lora_ref.tools.plan import SHAPES, Shape, memory, nearest_shape, operations
 
 SMALL = Shape(layers=3, hidden=64, intermediate=160, kv=32, vocab=100)
 
@@ -95,18 +95,18 @@ def test_sharding_divides_what_it_says() -> None:
 
 
 def test_a_size_between_the_published_ones_has_more_blocks() -> None:
-    assert [shape_of(shape.parameters()) for shape in SHAPES.values()] == list(SHAPES.values())
-    assert shape_of(13e9).parameters() == pytest.approx(13e9, rel=0.02)
+    assert [nearest_shape(shape.parameters()) for shape in SHAPES.values()] == list(SHAPES.values())
+    assert nearest_shape(13e9).parameters() == pytest.approx(13e9, rel=0.02)
     for size in (0, -1, 1e6, float("nan")):
         with pytest.raises(ValueError, match="must be at least 1"):
-            shape_of(size)
+            nearest_shape(size)
 
 
 def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--params", "70e9", "--gpus", "4", "--gpu-memory", "80"]) == 0
     printed = capsys.readouterr().out
     lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
-    full, ours = (operations(shape_of(70e9), 16, 4096, full) for full in (True, False))
+    full, ours = (operations(nearest_shape(70e9), 16, 4096, full) for full in (True, False))
     assert f"{ours:.3g}, {ours / full:.2f} of full fine-tuning's" in " ".join(printed.split())
     assert lines["DDP"].split()[-1] == "no" and lines["FSDP2"].split()[-1] == "yes"
     assert main(["plan", "--params", "1"]) == 1

@@ -1,8 +1,8 @@
-"""`lora-ref demo`: a network that reads handwritten digits learns to read them rotated.
+"""`lora-ref demo`: a network for handwritten digits is adapted to rotated digits.
 
-Without adaptation it fails. Full fine-tuning mends that but forgets the upright digits for good. LoRA trains a few
-per cent of the parameters, beside the weights: switched on, it reads rotated digits; switched off, the network is
-what it was. Under `torchrun --nproc-per-node 2 --no-python lora-ref demo` two processes train together.
+The base network fails on rotated digits. After full fine-tuning it fails on upright digits. LoRA trains a few per
+cent of the parameters and keeps the weights: with the adapter disabled the network is the base again.
+`torchrun --nproc-per-node 2 --no-python lora-ref demo` trains in two processes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 RANKS, QUICK_RANKS = [1, 2, 4, 8], [2, 8]
 
 
-def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None = None, alpha: float = 8) -> None:
-    """Train, compare, save, reload, merge and draw; prints a table and writes into `out`.
+def show_demo(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None = None, alpha: float = 8) -> None:
+    """Train, save, reload and merge. Print a table and write `demo.png`, `results.json` and `adapter/` into `out`.
 
-    Writes `demo.png`, `results.json` and the folder `adapter/`, over those of an earlier run.
-    Raises ImportError without matplotlib or scikit-learn, ValueError for an impossible rank or alpha, and OSError
-    where `out` cannot be written.
+    Raises:
+        ImportError: matplotlib or scikit-learn is missing. ValueError: a bad rank or alpha. OSError: writing failed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -30,11 +29,11 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .experiment import configurations, differences, epochs, experiment, one_thread, seeded, together
-    from .figure import draw
+    from .experiment import configurations, epochs, fixed_seed, measure, one_thread, process_group, run_experiment
+    from .figure import draw_experiment
 
     configs = configurations(ranks or (QUICK_RANKS if quick else RANKS), alpha)
-    out.mkdir(parents=True, exist_ok=True)  # before the training, so that a wrong path fails at once
+    out.mkdir(parents=True, exist_ok=True)  # before the training: a wrong path fails early
 
     console = Console()
     base_epochs, adapt_epochs = epochs(quick)
@@ -42,11 +41,11 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
     columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     with (
         one_thread(),
-        together() as rank,
+        process_group() as rank,
         Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=rank > 0) as progress,
     ):
         bar = progress.add_task("", total=total)
-        done = experiment(
+        done = run_experiment(
             configs,
             seed,
             quick,
@@ -54,10 +53,10 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
             tick=lambda: progress.advance(bar),
         )
     if rank > 0:
-        return  # all have the same networks: one speaks for them
-    with one_thread(), seeded(seed):  # loading draws a fresh adapter before it fills it
-        measured = differences(done, out / "adapter")
-    draw(done, out / "demo.png")
+        return  # all processes have the same networks: one reports
+    with one_thread(), fixed_seed(seed):  # loading initialises an adapter before it fills it
+        measured = measure(done, out / "adapter")
+    draw_experiment(done, out / "demo.png")
     results = {
         "seed": seed,
         "epochs": {"base": base_epochs, "adaptation": adapt_epochs},
@@ -66,15 +65,15 @@ def run(out: Path, seed: int = 0, quick: bool = False, ranks: list[int] | None =
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    console.print(table(results["runs"]))
+    console.print(results_table(results["runs"]))
     best = configs[-1].r
     console.print(f"The adapter of rank {best}, saved, loaded onto a fresh copy of the base, and merged:")
     done.adapted.print_trainable_parameters()
-    console.print(measurements(measured), highlight=False)
+    console.print(measured_lines(measured), highlight=False)
     console.print(f"Written to {out}: demo.png, results.json, adapter/", soft_wrap=True, highlight=False)
 
 
-def table(runs: Any) -> Any:
+def results_table(runs: Any) -> Any:
     """The rows of `results.json` as a rich table."""
     from rich import box
     from rich.table import Table
@@ -82,7 +81,7 @@ def table(runs: Any) -> Any:
     def share(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"
 
-    # Narrow gaps: the whole table fits a terminal of 80 columns.
+    # with narrow gaps the table fits a terminal of 80 columns
     view = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -106,8 +105,8 @@ def table(runs: Any) -> Any:
     return view
 
 
-def measurements(measured: dict[str, float | int]) -> str:
-    """The measured differences and sizes, a line each."""
+def measured_lines(measured: dict[str, float | int]) -> str:
+    """The measured differences and file sizes, one line each."""
     largest, unit = measured["largest_logit"], 2.0**-24
     return "\n".join(
         [

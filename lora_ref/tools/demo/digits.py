@@ -1,4 +1,4 @@
-"""The demo's data, network and training loop: plain PyTorch, nothing about LoRA yet."""
+"""The demo's data, network and training loop: plain PyTorch without LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 8, 8) with values in [0, 1] and labels (n,), cut into a training and a test part."""
+    """Images (n, 8, 8) with values in [0, 1] and labels (n,), for training and for testing."""
 
     train: Tensor
     train_labels: Tensor
@@ -24,7 +24,7 @@ class Digits:
     test_labels: Tensor
 
     def rotated(self) -> Digits:
-        """The same digits, each turned by a quarter, counter-clockwise.
+        """The same digits, rotated by 90 degrees counter-clockwise.
 
         >>> one = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
         >>> Digits(one, torch.tensor([1]), one, torch.tensor([1])).rotated().test.tolist()
@@ -35,7 +35,7 @@ class Digits:
 
 
 def load(seed: int) -> Digits:
-    """scikit-learn's 1,797 handwritten digits, shuffled by `seed`; a quarter is kept for testing."""
+    """scikit-learn's 1,797 handwritten digits, shuffled by `seed`. A quarter is for testing."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -62,10 +62,10 @@ class Network(nn.Module):
         return cast(Tensor, self.out(x))  # (n, 10)
 
 
-def process() -> tuple[int, int]:
-    """(which process this is, how many there are)."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+def rank_and_world_size() -> tuple[int, int]:
+    """The rank of this process and the number of processes: (0, 1) without torch.distributed."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The share of test digits that the model reads rightly, in [0, 1]."""
+    """The share of correctly classified test digits, in [0, 1]."""
     right = logits(model, digits.test).argmax(dim=1) == digits.test_labels
     return right.double().mean().item()
 
@@ -89,13 +89,13 @@ def train(
     seed: int,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Train whatever `requires_grad` in `model`; returns the test accuracy before and after each epoch.
+    """Train the parameters with `requires_grad`. Return the test accuracy before training and after each epoch.
 
-    Adam, mini-batches of 64, and a learning rate that falls linearly to zero. The same loop trains the base
-    network, the adapters and the fully fine-tuned copy: LoRA changes what is trained, not how. Of several
-    processes (torchrun) each takes its share of every mini-batch, and the gradients are averaged.
+    Adam, mini-batches of 64, a learning rate that falls linearly to zero. This loop trains the base network, the
+    adapters and the fully fine-tuned copy: LoRA changes only which parameters are trained. With several processes
+    (torchrun) each has a part of every mini-batch, and the gradients are averaged.
     """
-    rank, world = process()
+    rank, world = rank_and_world_size()
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     shuffle = torch.Generator().manual_seed(seed)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]

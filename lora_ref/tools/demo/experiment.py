@@ -1,4 +1,4 @@
-"""What the demo measures: one base network, adapted to rotated digits in several ways."""
+"""The demo's experiment: one base network, adapted to rotated digits in several ways."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ...core.scaling import scaling
 from .digits import Digits, Network, accuracy, load, logits, train
 
 TARGETS = ["fc1", "fc2", "out"]
-# A rank-r branch moves the weight by s*B*A with small B and A, so it takes larger steps than the weight itself.
+# B and A are small, so their steps change s*B*A little: LoRA has a larger learning rate than the weight.
 BASE_RATE, LORA_RATE, FULL_RATE = 1e-3, 5e-3, 1e-3
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table. Accuracies are shares of the test digits; `None` means "does not apply"."""
+    """One row of the table. Accuracies are shares of the test digits. `None`: does not apply."""
 
     name: str
     rank: int | None
@@ -51,8 +51,8 @@ class Experiment:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """New layers are drawn from `seed`; afterwards torch's global generator is as it was."""
+def fixed_seed(seed: int) -> Iterator[None]:
+    """A `with` block in which torch's global generator starts from `seed`. At the end its state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -60,9 +60,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch works in one thread: on matrices this small, threads wait for each other longer than they compute.
+    """A `with` block in which PyTorch uses one thread. So the sums do not depend on the number of cores.
 
-    On a busy machine that wait made the demo ten times slower; and the number of cores no longer alters the sums.
+    And with matrices this small, threads wait longer than they compute: on a busy machine ten times longer.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -73,33 +73,33 @@ def one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[int]:
-    """Joins the processes that torchrun has started, if it has; gives the number of this one, 0 if it is alone."""
+def process_group() -> Iterator[int]:
+    """A `with` block in torchrun's process group. Its value is the rank of this process; 0 without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
     torch.distributed.init_process_group("gloo")
     try:
         yield torch.distributed.get_rank()
-        torch.distributed.barrier()  # nobody leaves while another still talks
+        torch.distributed.barrier()  # no process leaves while another still communicates
     finally:
         torch.distributed.destroy_process_group()
 
 
 def configurations(ranks: list[int], alpha: float) -> list[LoraConfig]:
-    """One `LoraConfig` a rank, in rising order; ValueError for a rank or an alpha that cannot be."""
+    """One `LoraConfig` a rank, in rising order; ValueError for an invalid rank or alpha."""
     return [LoraConfig(r=r, lora_alpha=alpha, target_modules=list(TARGETS)) for r in sorted(set(ranks))]
 
 
 def epochs(quick: bool) -> tuple[int, int]:
-    """How long the base network trains, and each adaptation."""
+    """The epochs of the base network, and of each adaptation."""
     return (10, 10) if quick else (30, 30)
 
 
-def experiment(
+def run_experiment(
     configs: list[LoraConfig], seed: int, quick: bool, start: Callable[[str], None], tick: Callable[[], None]
 ) -> Experiment:
-    """Train the base on upright digits, then adapt copies of it to rotated ones.
+    """Train the base on upright digits, then adapt copies of it to rotated digits.
 
     `start(name)` is called before each training and `tick()` after each epoch.
     """
@@ -108,7 +108,7 @@ def experiment(
     rotated = upright.rotated()
 
     start("base network, upright digits")
-    with seeded(seed):
+    with fixed_seed(seed):
         base = Network()
     train(base, upright, base_epochs, BASE_RATE, seed, tick)
     size = sum(parameter.numel() for parameter in base.parameters())
@@ -118,8 +118,8 @@ def experiment(
 
     for config in configs:
         start(f"LoRA, r = {config.r}")
-        with seeded(seed):
-            # get_peft_model puts adapters into the network that it is given, so it is given a copy.
+        with fixed_seed(seed):
+            # get_peft_model changes its argument, so it gets a copy
             adapted = get_peft_model(copy.deepcopy(base), config)
         curve = train(adapted, rotated, adapt_epochs, LORA_RATE, seed, tick)
         trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
@@ -149,10 +149,10 @@ def experiment(
     return Experiment(upright, rotated, base, adapted, runs)
 
 
-def differences(done: Experiment, folder: Path) -> dict[str, float | int]:
-    """Save the adapter to `folder`, load it onto a fresh copy of the base, merge, and measure.
+def measure(done: Experiment, folder: Path) -> dict[str, float | int]:
+    """Save the adapter to `folder`, load it into a copy of the base, merge it, and compare the logits.
 
-    Each difference is max |logit - logit| over the rotated test digits, whose largest logit is `largest_logit`.
+    Each difference is max |logit - logit| over the rotated test digits. Their largest logit is `largest_logit`.
     """
     images = done.rotated.test
     done.adapted.save_pretrained(str(folder))
@@ -161,7 +161,7 @@ def differences(done: Experiment, folder: Path) -> dict[str, float | int]:
     reloaded_logits = logits(reloaded, images)
     with reloaded.disable_adapter():
         disabled_logits = logits(reloaded, images)
-    merged: nn.Module = reloaded.merge_and_unload()  # a plain Network again: W + s*B*A in place of W
+    merged: nn.Module = reloaded.merge_and_unload()  # a plain Network with W + s*B*A in place of W
 
     def largest(difference: torch.Tensor) -> float:
         return difference.abs().max().item()

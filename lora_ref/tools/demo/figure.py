@@ -12,14 +12,14 @@ from torch import Tensor
 from .digits import logits
 from .experiment import Experiment, Run
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; line styles tell them apart in grey.
+# Okabe and Ito's colours, for colour-blind readers. Line styles differ too, for prints in grey.
 RIGHT, WRONG, FULL = "#0072B2", "#D55E00", "#000000"
 RANK_COLOURS = ["#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#0072B2", "#D55E00"]
 RANK_STYLES: list[Any] = [(0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 2)), "-"]
 
 
-def draw(done: Experiment, path: Path) -> None:
-    """Write the figure to `path` as PNG, on white, so that it reads on dark pages too."""
+def draw_experiment(done: Experiment, path: Path) -> None:
+    """Write the figure to `path` as PNG, on white, so that it is readable on dark pages too."""
     figure = Figure(figsize=(9, 8), layout="constrained", facecolor="white")
     best = [run for run in done.runs if run.rank is not None][-1]
     figure.suptitle(title(best), fontsize=13, fontweight="bold", x=0.02, ha="left")
@@ -30,7 +30,7 @@ def draw(done: Experiment, path: Path) -> None:
 
 
 def title(best: Run) -> str:
-    """What the figure shows, in numbers of this run."""
+    """The result in numbers of this run."""
     return (
         f"Turned by 90°, {best.rotated_before:.0%} of the digits are read rightly. An adapter of rank {best.rank},\n"
         f"{best.percent:.0f}% of the network's size, makes that {best.rotated_after:.0%}; "
@@ -39,9 +39,9 @@ def title(best: Run) -> str:
 
 
 def draw_digits(done: Experiment, best: Run, area: SubFigure) -> None:
-    """Three rows: upright and rotated digits read by the base network, then rotated ones with the adapter."""
+    """Three rows: upright and rotated digits with the base network, rotated digits with the adapter."""
     labels = done.upright.test_labels
-    # The first test digit of each class: chosen by position, not by how it is read.
+    # the first test digit of each class, whatever its prediction
     chosen = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
     rows = [
         ("upright,\nbase network", done.upright.test[chosen], done.base),
@@ -57,7 +57,7 @@ def draw_digits(done: Experiment, best: Run, area: SubFigure) -> None:
 
 
 def draw_digit(axis: Any, image: Tensor, right: bool, prediction: int) -> None:
-    """One image, and under it how it was read: a tick or a cross, so that colour is not needed."""
+    """One image and its prediction, with a tick or a cross: the colour is not needed."""
     colour = RIGHT if right else WRONG
     axis.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1)
     axis.set(xticks=[], yticks=[])
@@ -68,13 +68,13 @@ def draw_digit(axis: Any, image: Tensor, right: bool, prediction: int) -> None:
 
 
 def draw_curves(runs: list[Run], area: SubFigure) -> None:
-    """Accuracy on rotated test digits, over the epochs of adaptation, one line a run."""
+    """Accuracy on rotated test digits by epoch of adaptation, one line a run."""
     axis = area.subplots()
     base = runs[0]
     axis.axhline(100 * base.rotated_after, color="#666666", linewidth=1.2, linestyle=(0, (1, 3)))
     lora = [run for run in runs if run.rank is not None]
     for number, run in enumerate(lora):
-        # The highest rank gets the solid line, whatever the number of ranks.
+        # the highest rank has the solid line
         style = RANK_STYLES[max(0, len(RANK_STYLES) - len(lora) + number)]
         colour = RANK_COLOURS[number % len(RANK_COLOURS)]
         draw_curve(axis, run, f"LoRA r = {run.rank}", color=colour, linestyle=style)
