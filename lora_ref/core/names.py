@@ -111,6 +111,13 @@ class Match:
     lora_alpha: float | None = None
     scaling: float | None = None
 
+    def place(self) -> tuple[str, str]:
+        """The name of the module, and that of its parameter or ""."""
+        if self.action != "adapt parameter":
+            return self.name, ""
+        module, _, parameter = self.name.rpartition(".")
+        return module, parameter
+
 
 @dataclass
 class Targeting:
