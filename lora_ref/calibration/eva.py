@@ -135,7 +135,7 @@ def rewrite(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Ma
             adjusted_alpha(layer.lora_alpha[adapter_name], layer.r[adapter_name], rank, config),
             config,
             functools.partial(_given, new),
-            autocast_adapter_dtype=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
+            autocast=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
         )
         for factor, was in zip(layer.factors(adapter_name), old, strict=True):
             factor.requires_grad_(was.requires_grad)

@@ -14,17 +14,6 @@ from torch import nn
 OWN = ("delegate", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
 
 
-def lazy_parts(name: str) -> Any:
-    """A ModuleDict {adapter: module} that is created when it is first used. Most layers never need it."""
-
-    def get(module: nn.Module) -> Any:
-        if name not in module._modules:
-            module._modules[name] = nn.ModuleDict()
-        return module._modules[name]
-
-    return property(get)
-
-
 class AdapterModule(nn.Module):
     """A wrapped module, and dicts {adapter: value}, which a subclass lists in `by_adapter`."""
 
@@ -50,13 +39,11 @@ class AdapterModule(nn.Module):
         return self.base
 
     def adapters(self) -> list[str]:
-        """The names of the adapters of this module."""
         return list(dict.fromkeys(name for attribute in self.by_adapter for name in getattr(self, attribute)))
 
     def part(self, attribute: str, adapter: str) -> Any:
         """attribute[adapter] of a dict of modules, or None."""
-        parts: Any = self._modules.get(attribute)
-        return None if parts is None else parts._modules.get(adapter)
+        return self._modules[attribute]._modules.get(adapter)  # type: ignore[union-attr]
 
     def inner_modules(self) -> Iterable[nn.Module]:
         """The modules in it that may hold further wrappers: all but those with A and B."""
@@ -90,10 +77,9 @@ class AdapterModule(nn.Module):
 
     def names_of_batch(self, batch: int) -> list[str]:
         """`adapter_names`, checked to be one name for each sample."""
-        names = list(self.adapter_names or [])
+        names, where = list(self.adapter_names or []), type(self).__name__
         if len(names) != batch:
-            where = f"a batch of {batch} samples at {type(self).__name__}"
-            raise ValueError(f"adapter_names has {len(names)} names for {where}")
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} samples at {where}")
         return names
 
     def groups_of_batch(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

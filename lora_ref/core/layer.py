@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter_modules import AdapterModule, lazy_parts, unwrapped
+from .adapter_modules import AdapterModule, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, method_of
 from .scaling import check_scaling, scaling
@@ -66,8 +66,8 @@ class LoraLayer(AdapterModule):
 
     lora_A: Any  # {adapter: module}, (*tokens, in) -> (*tokens, r)
     lora_B: Any  # {adapter: module}, (*tokens, r) -> (*tokens, out)
-    lora_dropout = lazy_parts("lora_dropout")  # {adapter: module}, for adapters with dropout
-    lora_initial = lazy_parts("lora_initial")  # {adapter: D0}, for inits that change the base
+    lora_dropout: Any  # {adapter: module}, for adapters with dropout
+    lora_initial: Any  # {adapter: D0}, for inits whose first update is not 0
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -80,7 +80,8 @@ class LoraLayer(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+        self._modules["base_layer"] = base_layer
+        self._modules.update({name: nn.ModuleDict() for name in ("lora_A", "lora_B", "lora_dropout", "lora_initial")})
         vars(self).update(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
@@ -118,22 +119,14 @@ class LoraLayer(AdapterModule):
         return y
 
     def add_adapter(
-        self,
-        name: str,
-        r: int,
-        lora_alpha: float,
-        config: LoraConfig,
-        init: Init,
-        autocast_adapter_dtype: bool = True,
-        rounded: bool = True,
+        self, name: str, r: int, lora_alpha: float, config: LoraConfig, init: Init, autocast: bool, rounded: bool = True
     ) -> None:
-        """Add an adapter, inactive and frozen.
+        """Add an adapter, inactive and frozen, on the base weight's device.
 
-        A and B get the base weight's device and (if `rounded`) its dtype. Half precisions are then held in float32
-        (unless told not to).
+        A and B are rounded to the weight's dtype (if `rounded`), and kept in the dtype of `adapter_dtype`.
         """
         W = self.unmerged_weight.detach()
-        dtype = adapter_dtype(W.dtype, autocast_adapter_dtype)
+        dtype = adapter_dtype(W.dtype, autocast)
         s = checked_scaling(scaling(r, lora_alpha, config.use_rslora), dtype)
         A, B, residual, exact = init(self.logical(W), r, s)
         # tensors without numbers yet (on "meta") get them, and a device, from a file

@@ -6,7 +6,7 @@ Every method checks first, then changes. `lora_ref.api.model` adds speed, all re
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 

@@ -17,9 +17,9 @@ from .scaling import scaling
 class Rule:
     """One option of names. It records which of its items matched.
 
-    A list matches literally: an item is a name, or a dotted end of one ("q_proj" of "attn.q_proj"). A string is one
-    regular expression for the whole name. The keys of a dict are regular expressions, the first that matches wins. A
-    key must reach the end of the name and may start at any dot; "^" ties it to the start.
+    An item of a list is a name, or a dotted end of one, taken literally. A string is one regular expression for the
+    whole name. The keys of a dict are regular expressions, the first that matches wins. A key must reach the end of the
+    name and may start at any dot; "^" ties it to the start.
 
     >>> [Rule("target_modules", ["q_proj"]).match(name) for name in ("q_proj", "attn.q_proj", "attn.xq_proj")]
     ['q_proj', 'q_proj', None]
@@ -46,11 +46,12 @@ class Rule:
         self.used.update(hits)
         return hits[0] if hits else None
 
-    def ancestor(self, name: str) -> str | None:
-        """The item that matches the name, or its closest parent that has one."""
-        while name and not (hit := self.match(name)):
-            name = name.rpartition(".")[0]
-        return hit if name else None
+    def match_parent(self, name: str) -> str | None:
+        """The item that matches the closest parent of the name."""
+        while name := name.rpartition(".")[0] if self.items else "":
+            if hit := self.match(name):
+                return hit
+        return None
 
 
 def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
@@ -94,7 +95,7 @@ def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pat
 class ModelNames:
     """What targeting knows of a model: names in order of traversal, and their kinds."""
 
-    kinds: dict[str, str]  # module name -> "linear", "embedding", "conv" or "" (anything else)
+    kinds: dict[str, str]  # module name -> its key in the table of layer types, or ""
     parameters: tuple[str, ...] = ()  # "<module>.<parameter>"
     model_type: str | None = None
     heads: tuple[str, ...] = ()  # output layers, which "all-linear" leaves out
@@ -113,10 +114,7 @@ class Match:
 
     def place(self) -> tuple[str, str]:
         """The name of the module, and that of its parameter or ""."""
-        if self.action != "adapt parameter":
-            return self.name, ""
-        module, _, parameter = self.name.rpartition(".")
-        return module, parameter
+        return self.name.rpartition(".")[::2] if self.action == "adapt parameter" else (self.name, "")
 
 
 @dataclass
@@ -140,9 +138,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
     `defaults` are the target_modules of each architecture, for target_modules=None.
-
-    Raises:
-        ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
+    Raises: ValueError if that architecture is not known, or a pattern is too slow.
 
     >>> names = ModelNames({"layers.0.q": "linear", "layers.0.up": "linear", "head": "linear"})
     >>> config = LoraConfig(target_modules=["q"], modules_to_save=["head"], rank_pattern={"q": 2})
@@ -160,8 +156,8 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     parameter = Rule("target_parameters", config.target_parameters)
     ranks = Rule("rank_pattern", config.rank_pattern, pattern_type)
     alphas = Rule("alpha_pattern", config.alpha_pattern, pattern_type)
-    indices = config.layers_to_transform
-    indices = [indices] if isinstance(indices, int) else indices
+    given = config.layers_to_transform
+    indices = [given] if isinstance(given, int) else given
     lists = layer_lists(config.layers_pattern, pattern_type) if indices else []
 
     def adapted(name: str, action: str, rule: str) -> Match:
@@ -174,7 +170,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
 
     def decide(name: str) -> Match:
         saved, excluded = save.match(name), exclude.match(name)
-        saved_parent = save.ancestor(name.rpartition(".")[0]) if save.items else None
+        saved_parent = save.match_parent(name)
         if saved and not saved_parent:  # even a module that is excluded, from being adapted
             return Match(name, "save", f"modules_to_save '{saved}'")
         if excluded is not None:
@@ -207,8 +203,6 @@ def _targets(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[
     if targets is not None or config.target_parameters:
         return [] if targets is None else targets
     if names.model_type is None or names.model_type not in defaults:
-        raise ValueError(
-            f"Please specify target_modules: it is None, and there is no default for model_type="
-            f"{names.model_type!r}; for every linear layer say target_modules='all-linear'"
-        )
+        reason = f"it is None, and there is no default for model_type={names.model_type!r}"
+        raise ValueError(f"Please specify target_modules: {reason}; for every linear layer say 'all-linear'")
     return defaults[names.model_type]

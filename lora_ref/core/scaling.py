@@ -9,9 +9,7 @@ def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
     A larger r lowers s. rsLoRA lowers it less: the size of the update's output, and of its gradients, stays the same.
 
-    Raises:
-        ValueError: r is not an int > 0, or lora_alpha is not a finite number.
-
+    Raises: ValueError if r is not an int > 0, or lora_alpha is not a finite number.
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732, section 3.
 
     >>> scaling(8, 16), scaling(16, 16), scaling(64, 16)
@@ -44,7 +42,7 @@ def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
 
 
 def check_scaling(s: float, largest: float) -> float:
-    """s, if numbers up to `largest` can be multiplied by 2 s (dropout scales up what it keeps). Else ValueError.
+    """s, or ValueError if numbers up to `largest` cannot be multiplied by 2 s: dropout scales up what it keeps.
 
     >>> check_scaling(1e300, largest=3.4e38)
     Traceback (most recent call last):
