@@ -1,5 +1,6 @@
 """`explain(model, config)`: what a configuration adapts, as a table, before anything is adapted."""
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,11 @@ from .default_targets import ARCHITECTURES
 
 class Explanation(Targeting):
     """A `Targeting` that prints itself as a table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"modules": {name: {action, rule, r, lora_alpha, scaling}}, "unused": {option: items}}."""
+        rows = [asdict(match) for match in self.matches]
+        return {"modules": {row.pop("name"): row for row in rows}, "unused": self.unused}
 
     def table(self) -> Any:
         """A `rich` table of the decisions, and a line for each rule that matched nothing."""

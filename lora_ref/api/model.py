@@ -8,6 +8,7 @@ The rooms are attached here, in three places:
    are refused once the model is sharded.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -85,7 +86,14 @@ class LoraModel(core.LoraModel):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A `with` block in which the model is the base model, merged or not; afterwards all is as before."""
-        active, configs, was_off = self.active_adapters, dict(self.peft_config), self._is_off()
+        active, configs = self.active_adapters, dict(self.peft_config)
+        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
+        for name in [name for name in active if configs[name].bias != "none"]:
+            warnings.warn(
+                f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
+                "with the adapters disabled, trained biases stay, and the output is not the original's",
+                stacklevel=3,
+            )
         states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in self.wrappers()]
         trains = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}

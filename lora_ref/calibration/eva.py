@@ -127,7 +127,7 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
             adjusted_alpha(layer.lora_alpha[adapter_name], layer.r[adapter_name], rank, config),
             config,
             functools.partial(_return_factors, new),
-            autocast_adapter_dtype=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
+            autocast=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
         )
         for factor, old_factor in zip(layer.factors(adapter_name), old, strict=True):
             factor.requires_grad_(old_factor.requires_grad)

@@ -1,7 +1,6 @@
-"""Modules that hold one variant for each named adapter, and a switch.
+"""Modules that hold one variant for each named adapter, and a switch: the active adapters, or none of them.
 
-`AdapterModule` has the switch: the adapters that exist, those that are active, and "all off".
-`ModulesToSave` is its simplest subclass: a full copy of a module for each adapter.
+`ModulesToSave` is the simplest: a full copy of a module for each adapter. `layer.LoraLayer` holds factors.
 """
 
 import copy
@@ -15,47 +14,24 @@ from torch import nn
 OWN = ("delegate", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
 
 
-def lazy_parts(name: str) -> Any:
-    """A ModuleDict {adapter: module} that is created when it is first used. Most layers never need it."""
-
-    def get(module: nn.Module) -> Any:
-        if name not in module._modules:
-            module._modules[name] = nn.ModuleDict()
-        return module._modules[name]
-
-    return property(get)
-
-
-def add_part(module: nn.Module, attribute: str, adapter: str, part: nn.Module) -> None:
-    """module.attribute[adapter] = part, in half the time of ModuleDict's own assignment."""
-    if attribute not in module._modules:
-        module._modules[attribute] = nn.ModuleDict()
-    parts: Any = module._modules[attribute]
-    parts._modules[adapter] = part
-
-
 class AdapterModule(nn.Module):
-    """A wrapped module, and dicts {adapter: value}.
-
-    A subclass lists the attributes that are such dicts in `by_adapter`. Renaming and deleting an adapter then works
-    on all of them.
-    """
+    """A wrapped module, and dicts {adapter: value}, which a subclass lists in `by_adapter`."""
 
     by_adapter: tuple[str, ...] = ()
+    base_attribute = "base_layer"  # the attribute that holds the wrapped module
     active_adapters: list[str]
     disable_adapters: bool
     adapter_names: Sequence[str] | None  # one adapter for each sample of the batch
 
     def __init__(self) -> None:
         super().__init__()
-        # vars(): nn.Module.__setattr__ first tests each value for being a module, a parameter or a buffer. For a dozen
-        # attributes that costs more than to create the module
+        # vars(): nn.Module.__setattr__ is slow, and a model has hundreds of layers
         vars(self).update(active_adapters=[], disable_adapters=False, adapter_names=None)
 
     @property
     def base(self) -> nn.Module:
         """The module that is wrapped."""
-        raise TypeError(f"{type(self).__name__} wraps nothing")
+        return getattr(self, self.base_attribute)
 
     @property
     def delegate(self) -> nn.Module:
@@ -63,13 +39,11 @@ class AdapterModule(nn.Module):
         return self.base
 
     def adapters(self) -> list[str]:
-        """The names of the adapters of this module."""
         return list(dict.fromkeys(name for attribute in self.by_adapter for name in getattr(self, attribute)))
 
     def part(self, attribute: str, adapter: str) -> Any:
         """attribute[adapter] of a dict of modules, or None."""
-        parts: Any = self._modules.get(attribute)
-        return None if parts is None else parts._modules.get(adapter)
+        return self._modules[attribute]._modules.get(adapter)  # type: ignore[union-attr]
 
     def inner_modules(self) -> Iterable[nn.Module]:
         """The modules in it that may hold further wrappers: all but those with A and B."""
@@ -78,13 +52,10 @@ class AdapterModule(nn.Module):
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters of adapters."""
         for attribute in self.by_adapter:
-            part: Any = self._modules.get(attribute)  # a ModuleDict or a ParameterDict; not a dict of plain values
-            for name, value in part.items() if part else ():
-                if isinstance(value, nn.Module):
-                    modules = value.modules() if value._modules else (value,)
-                    yield from ((name, p) for m in modules for p in m._parameters.values() if p is not None)
-                else:
-                    yield name, value
+            parts: Any = self._modules.get(attribute) or {}  # none for a dict of plain values
+            for name, part in parts.items():
+                for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                    yield name, parameter
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again as they were."""
@@ -106,11 +77,9 @@ class AdapterModule(nn.Module):
 
     def names_of_batch(self, batch: int) -> list[str]:
         """`adapter_names`, checked to be one name for each sample."""
-        names = list(self.adapter_names or [])
+        names, where = list(self.adapter_names or []), type(self).__name__
         if len(names) != batch:
-            raise ValueError(
-                f"adapter_names has {len(names)} names for a batch of {batch} samples at {type(self).__name__}"
-            )
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} samples at {where}")
         return names
 
     def groups_of_batch(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,8 +89,6 @@ class AdapterModule(nn.Module):
             yield name, torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
 
     def __getattr__(self, name: str) -> Any:
-        if name in (modules := self.__dict__.get("_modules", {})):
-            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -131,12 +98,10 @@ class AdapterModule(nn.Module):
 
 
 class ModulesToSave(AdapterModule):
-    """A module that trains in full: the original, and a copy for each adapter.
-
-    It computes with the active adapter's copy; without one, or when disabled, with the original.
-    """
+    """A module that trains in full: the original, and a copy for each adapter. The active adapter's copy computes."""
 
     by_adapter = ("modules_to_save",)
+    base_attribute = "original_module"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -145,13 +110,8 @@ class ModulesToSave(AdapterModule):
         self.training = module.training
 
     @property
-    def base(self) -> nn.Module:
-        """The module that is wrapped."""
-        return self.original_module
-
-    @property
     def delegate(self) -> nn.Module:
-        """The module whose forward and whose weight are used now."""
+        """The module in use: the active adapter's copy; without one, or when disabled, the original."""
         if self.disable_adapters or not self.active_adapters:
             return self.original_module
         return self.modules_to_save[self.active_adapters[0]]
@@ -177,7 +137,7 @@ class ModulesToSave(AdapterModule):
 
 
 def modules_without_factors(model: nn.Module) -> list[nn.Module]:
-    """All modules except those that hold A and B. Activating, disabling and merging change attributes of these only."""
+    """All modules except those that hold A and B. Only these change when adapters are switched or merged."""
     found: dict[int, nn.Module] = {}
     waiting = [model]
     while waiting:

@@ -1,11 +1,7 @@
-"""LoraConfig: what a user asks for. Every option is checked when the object is made.
-
-Options have PEFT's names, defaults and meaning, so that configurations move both ways.
-"""
+"""LoraConfig: what a user asks for. Options have PEFT's names, defaults and meaning."""
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -15,7 +11,7 @@ from .scaling import check_alpha, check_rank
 
 
 class TaskType(StrEnum):
-    """What the base model does. SEQ_CLS and TOKEN_CLS save the classification head with the adapter."""
+    """What the base model does. SEQ_CLS and TOKEN_CLS train and save the classification head."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -26,23 +22,14 @@ class TaskType(StrEnum):
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ValueError that says what was given and what is allowed, unless ok."""
+    """ValueError that says what was given and what is allowed, unless ok."""
     if not ok:
         shown = repr(value)
         raise ValueError(f"{name}={shown[:80]}{'...' if len(shown) > 80 else ''}: must be {allowed}")
 
 
-def name_list(option: str, value: Any) -> list[str]:
-    """A list of strings from any collection of strings, sets in sorted order."""
-    if isinstance(value, str):
-        raise TypeError(f"{option}={value!r}: must be a list of names; write [{value!r}]")
-    ok = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(x, str) and x for x in value)
-    require(ok, option, value, "a list of non-empty strings")
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-
-
 class Pattern:
-    """A regular expression of an option. `safe.regexes` has one that ends in time.
+    """A regular expression of an option, with `re`'s methods; ValueError if it cannot be compiled.
 
     >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj") is not None
     True
@@ -57,16 +44,14 @@ class Pattern:
             raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
 
     def match(self, name: str) -> Any:
-        """`re.match`: from the start of the name."""
         return self.compiled.match(name)
 
     def fullmatch(self, name: str) -> Any:
-        """`re.fullmatch`: the whole name."""
         return self.compiled.fullmatch(name)
 
     @classmethod
     def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list["Pattern"]:
-        """The patterns of one option; ValueError for one that cannot be compiled."""
+        """The patterns of one option."""
         return [cls(text, option, template) for text in texts]
 
 
@@ -78,14 +63,13 @@ class LoraConfig:
         r: rank of the update, an int > 0. A (r, in), B (out, r).
         lora_alpha: numerator of the scaling s = lora_alpha / r; any finite number.
         use_rslora: s = lora_alpha / sqrt(r) instead.
-        target_modules: which modules. A list of names or dotted ends of names ("q_proj",
-            "self_attn.q_proj"); a string is one regular expression that must match the whole name;
-            "all-linear"; [] for none (with target_parameters); None to choose by architecture.
+        target_modules: a list of names or dotted ends of names ("q_proj", "self_attn.q_proj"); a string is one regular
+            expression that must match the whole name; "all-linear"; [] for none (with target_parameters); None to
+            choose by architecture.
         exclude_modules: the same forms; wins over target_modules.
-        layers_to_transform: only these layer indices (with a list of targets).
-        layers_pattern: name(s) of the layer list the index belongs to.
-        rank_pattern, alpha_pattern: {regular expression: value}; it must reach the end of a module's
-            name and may start at any dot; the first that matches wins.
+        layers_to_transform, layers_pattern: only these layer indices (with a list of targets), of this layer list.
+        rank_pattern, alpha_pattern: {regular expression: value}; it must reach the end of a module's name and may
+            start at any dot; the first that matches wins.
         target_parameters: raw parameters to adapt, "experts.gate_up_proj"; 2-D or 3-D.
         modules_to_save: modules trained in full, a copy for each adapter.
         lora_dropout: probability in [0, 1] on the input of A, in training only.
@@ -96,14 +80,11 @@ class LoraConfig:
         eva_config, loftq_config, corda_config, lora_ga_config: options of the inits of these names.
         base_model_name_or_path, revision: notes for the reader of the adapter file.
 
-    Raises:
-        ValueError: a value outside of what is allowed; TypeError: an unknown option name.
-
     Numbers are plain Python numbers, not NumPy's.
+    Raises: ValueError for a value outside of what is allowed, TypeError for an unknown option.
 
-    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`,
-    `bias="al"` or `init_lora_weights="gausian"` are found late or never); the object that a user
-    passes to `get_peft_model` is not changed.
+    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
+    `init_lora_weights="gausian"` are found late or never); `get_peft_model` does not change a user's object.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
     LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})
@@ -137,77 +118,30 @@ class LoraConfig:
     pattern_type: ClassVar[type[Pattern]] = Pattern
 
     def __post_init__(self) -> None:
+        self.check_options()
         check_rank(self.r)
         check_alpha(self.lora_alpha)
         p = self.lora_dropout
         require(type(p) in (int, float) and 0 <= p <= 1, "lora_dropout", p, "a number in [0, 1]")
         require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "'none', 'all' or 'lora_only'")
-        for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        require(self.peft_type == "LORA", "peft_type", self.peft_type, "'LORA'")
-        self._check_targets()
-        self._check_init()
-        if self.task_type is not None:
-            require(self.task_type in list(TaskType), "task_type", self.task_type, f"one of {', '.join(TaskType)}")
-        for name in ("base_model_name_or_path", "revision"):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, str), name, value, "a string or None")
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                require(value != "", name, value, "a non-empty string, a list or None")
-                self.pattern_type.compile_all([value], name)
-            elif value is not None:
-                setattr(self, name, name_list(name, value))
-        if isinstance(self.layers_pattern, list):
-            self.pattern_type.compile_all(self.layers_pattern, "layers_pattern")
-        for name in ("target_parameters", "modules_to_save"):
-            if getattr(self, name) is not None:
-                setattr(self, name, name_list(name, getattr(self, name)))
-        indices = self.layers_to_transform
-        for index in indices if isinstance(indices, (list, tuple)) else [0 if indices is None else indices]:
-            require(type(index) is int, "layers_to_transform", indices, "an int, a list of ints or None")
-        self.layers_to_transform = list(indices) if isinstance(indices, tuple) else indices
-        if indices not in (None, [], ()) and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform needs target_modules to be a list; put the layers into the regex")
-        if self.layers_pattern and indices in (None, [], ()):
-            raise ValueError("layers_pattern is given without layers_to_transform: say which layers")
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
-            value = {} if getattr(self, name) is None else getattr(self, name)
-            require(isinstance(value, dict), name, value, "a dict {regular expression: value}")
-            for key, number in value.items():
-                require(isinstance(key, str), name, key, "a dict whose keys are strings")
-                check(number, f"{name}[{key[:80]!r}]")
-            if value:
-                self.pattern_type.compile_all(value, name)
-            setattr(self, name, dict(value))
-        if self.target_parameters and (self.lora_dropout or self.fan_in_fan_out):
-            raise ValueError(
-                "target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: the update is added "
-                "to the parameter itself, so there is no input of A to drop"
-            )
-
-    def _check_init(self) -> None:
+            setattr(self, name, dict(getattr(self, name) or {}))
+            for key, value in getattr(self, name).items():
+                check(value, f"{name}[{key[:80]!r}]")
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
-        chosen = method_of(self.init_lora_weights)
-        for name, method in METHODS.items():
-            option, cls = f"{name}_config", method.config
-            if cls is None:
-                continue
+        method_of(self.init_lora_weights)
+        for option, cls in [(f"{name}_config", method.config) for name, method in METHODS.items() if method.config]:
             value = getattr(self, option)
             if isinstance(value, dict):
                 setattr(self, option, cls(**value) if value else None)
             else:
                 require(value is None or isinstance(value, cls), option, value, f"a {cls.__name__}, a dict or None")
-        if self.loftq_config is not None and chosen != "loftq":
-            warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=4)
-        if chosen == "loftq" and self.loftq_config is None:
-            raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
+
+    def check_options(self) -> None:
+        """The class of users refuses wrong types and combinations here: `safe.strict.check_options`."""
 
     def __repr__(self) -> str:
-        default = {f.name: f.default if f.default is not dataclasses.MISSING else {} for f in dataclasses.fields(self)}
-        said = {name: value for name, value in vars(self).items() if name in default and value != default[name]}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+        default = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
+        shown = [f"{name}={value!r}" for name, value in vars(self).items() if value != default.get(name, value)]
+        return f"{type(self).__name__}({', '.join(shown)})"

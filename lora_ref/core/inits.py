@@ -1,13 +1,14 @@
 """How A and B start: the table of `init_lora_weights`, and the inits that need no more than the weight's shape.
 
-With one factor zero the update s B A is exactly zero, so an adapted model starts as the base model. With both zero no
-gradient would ever reach either. An init is a pure function (weight, r, scaling, rng) -> Factors, on NumPy arrays and
-torch tensors alike. The weight comes in its logical orientation, (out, in); a batch of weights (..., out, in) gives a
-batch of factors. `lora_ref.init` enters those that look at the weight's numbers, or at data.
+With one factor zero the update s B A is zero, so an adapted model starts as the base model. With both zero no gradient
+would ever reach either. An init is a pure function (weight, r, scaling, rng) -> Factors, on NumPy arrays and torch
+tensors. The weight is (out, in); a batch (..., out, in) gives a batch of factors. `lora_ref.init` enters the inits that
+look at the weight's numbers, or at data.
 """
 
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +25,10 @@ Weight = Float[Array, "*batch out in"]
 def uniform(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: `init_lora_weights=True`.
 
-    The bound is that of a fresh `torch.nn.Linear` (Kaiming uniform with a = sqrt(5)). For a
-    convolution, `in` counts input channels times kernel size.
+    The bound is that of a fresh `torch.nn.Linear`. For a convolution, `in` counts input channels times kernel size.
 
     Source: microsoft/LoRA, `loralib/layers.py`; LoRA, arXiv 2106.09685, section 4.1 (there Gaussian).
 
-    >>> import numpy as np
     >>> A, B, residual, _ = uniform(np.zeros((3, 4)), r=2, rng=np.random.default_rng(0))
     >>> A.shape, B.shape, bool((abs(A) <= 0.5).all()), B.any(), residual
     ((2, 4), (3, 2), True, np.False_, None)
@@ -44,7 +43,6 @@ def gaussian(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> F
 
     Source: PEFT's LoraConfig, `init_lora_weights`.
 
-    >>> import numpy as np
     >>> A, B, *_ = gaussian(np.zeros((3, 10_000)), r=4, rng=np.random.default_rng(0))
     >>> round(float(A.std()), 2)
     0.25
@@ -59,25 +57,21 @@ def unzeroed(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> F
 
     Source: PEFT's LoraConfig, `init_lora_weights`.
 
-    >>> import numpy as np
     >>> A, B, *_ = unzeroed(np.zeros((3, 4)), r=2, rng=np.random.default_rng(0))
     >>> bool(A.all() and B.all())
     True
     """
-    *batch, n_out, n_in = weight.shape
-    A = draw_uniform((*batch, r, n_in), 1 / math.sqrt(n_in), weight, rng)
-    return Factors(A, draw_uniform((*batch, n_out, r), 1 / math.sqrt(r), weight, rng))
+    A, B, *_ = uniform(weight, r, scaling, rng)
+    return Factors(A, draw_uniform(B.shape, 1 / math.sqrt(r), weight, rng))
 
 
 def embedding(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
     """A = 0, B ~ N(0, 1): True and "gaussian" for an embedding, weight (dim, vocabulary).
 
-    Reversed, because A is looked up, not multiplied: zero rows of A^T move one token at a
-    time, each only when it has been seen.
+    Reversed, because A is looked up: a zero row of A^T changes only when its token has been seen.
 
     Source: microsoft/LoRA, `loralib/layers.py`, Embedding.
 
-    >>> import numpy as np
     >>> A, B, *_ = embedding(np.zeros((3, 10)), r=2, rng=np.random.default_rng(0))
     >>> A.any(), bool(B.all())
     (np.False_, True)
@@ -89,12 +83,8 @@ def embedding(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> 
 
 def embedding_unzeroed(weight: Weight, r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
     """A, B ~ N(0, 1): `init_lora_weights=False` for an embedding. NOT a no-op: for tests."""
-    *batch, _, n_in = weight.shape
-    B = embedding(weight, r, scaling, rng).B
-    return Factors(draw_normal((*batch, r, n_in), 1.0, weight, rng), B)
-
-
-# -- the table -----------------------------------------------------------------------------------
+    A, B, *_ = embedding(weight, r, scaling, rng)
+    return Factors(draw_normal(A.shape, 1.0, weight, rng), B)
 
 
 @dataclass(frozen=True)
@@ -120,10 +110,7 @@ METHODS: dict[bool | str, Method] = {
 
 
 def method_of(init_lora_weights: bool | str) -> bool | str:
-    """The key of `METHODS` that a value of init_lora_weights names, without its number.
-
-    Raises:
-        ValueError: there is none; lists what there is.
+    """The key of `METHODS` that a value of init_lora_weights names, without its number. ValueError if there is none.
 
     >>> method_of("pissa_niter_4"), method_of(True)
     ('pissa', True)
@@ -132,20 +119,15 @@ def method_of(init_lora_weights: bool | str) -> bool | str:
         if init_lora_weights in METHODS:
             return init_lora_weights
         for name, method in METHODS.items():
-            start = f"{name}_{method.number}_"
-            if method.number and isinstance(init_lora_weights, str) and init_lora_weights.startswith(start):
-                digits = init_lora_weights.removeprefix(start)
-                if digits.isascii() and digits.isdigit():
-                    return name
+            if method.number and re.fullmatch(f"{name}_{method.number}_[0-9]+", str(init_lora_weights)):
+                return name
     numbered = [repr(f"{name}_{method.number}_<n>") for name, method in METHODS.items() if method.number]
     allowed = ", ".join([*map(repr, METHODS), *numbered])
     raise ValueError(f"init_lora_weights={repr(init_lora_weights)[:80]}: must be one of {allowed}")
 
 
 def find(init_lora_weights: bool | str, kind: str, layer: str = "this layer", **options: Any) -> Callable[..., Factors]:
-    """The init of a layer of this kind ("linear", "embedding", "conv", "parameter").
-
-    `options` are the method's own (LoftQ's bits and iterations).
+    """The init of a layer of this kind. `options` are the method's own (LoftQ's bits and iterations).
 
     Raises:
         ValueError: there is none; names the layer, the method and what there is instead.
@@ -171,36 +153,30 @@ use True, False, 'gaussian', 'mica', or exclude the layer
     return functools.partial(method.kinds[kind], **options) if options else method.kinds[kind]
 
 
-# -- zeros and random numbers in two libraries ---------------------------------------------------
-
-
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros in the library of `like`, where and as `draw_normal` draws."""
-    return sys.modules["torch"].zeros(shape, **_as(like)) if is_torch(like) else np.zeros(shape)
+    """Zeros in the library of `like`: in NumPy float64, in torch the dtype of `like`, at least float32, on the CPU."""
+    if not is_torch(like):
+        return np.zeros(shape)
+    torch = sys.modules["torch"]
+    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+    return torch.zeros(shape, dtype=dtype, device="meta" if like.is_meta else "cpu")
 
 
 def draw_normal(shape: tuple[int, ...], std: float, like: Array, rng: Any = None) -> Array:
-    """Draws of N(0, std^2) in the library of `like`.
+    """Draws of N(0, std^2), in the dtype and library of `zeros`.
 
-    NumPy: float64 from `rng`, a `numpy.random.Generator` (None: a fresh one). torch: in at least float32, float64
-    where `like` is, from `rng`, a `torch.Generator` (None: the global one). They are drawn on the CPU whatever the
-    device of `like`, so that a seed gives the same adapter on every device.
+    `rng` is a `numpy.random.Generator` (None: a fresh one) or a `torch.Generator` (None: the global one). torch draws
+    on the CPU, so that a seed gives the same adapter on every device.
 
     Differs from PEFT: there a float64 weight gets draws in the default dtype.
     """
     if is_torch(like):
-        return sys.modules["torch"].empty(shape, **_as(like)).normal_(0, std, generator=rng)
+        return zeros(shape, like).normal_(0, std, generator=rng)
     return (rng or np.random.default_rng()).normal(0.0, std, shape)
 
 
 def draw_uniform(shape: tuple[int, ...], bound: float, like: Array, rng: Any = None) -> Array:
-    """Draws of U(-bound, bound) in the library of `like`; see `draw_normal`."""
+    """Draws of U(-bound, bound); see `draw_normal`."""
     if is_torch(like):
-        return sys.modules["torch"].empty(shape, **_as(like)).uniform_(-bound, bound, generator=rng)
+        return zeros(shape, like).uniform_(-bound, bound, generator=rng)
     return (rng or np.random.default_rng()).uniform(-bound, bound, shape)
-
-
-def _as(like: Array) -> dict[str, Any]:
-    """Where and in which dtype torch draws. A weight on "meta" has no numbers to start from."""
-    dtype = like.dtype if like.dtype.itemsize >= 4 else sys.modules["torch"].float32
-    return {"dtype": dtype, "device": "meta" if like.device.type == "meta" else "cpu"}

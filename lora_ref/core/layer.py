@@ -3,8 +3,8 @@
     y = base(x) + sum over active adapters of  s B A dropout(x) - D0 x
 
 D0 is 0 for most inits. PiSSA, OLoRA, CorDA and LoRA-GA start from an update s0 B0 A0 that is not 0, and LoftQ from a
-quantised weight W - D0. D0 is subtracted where the adapter acts, so the base weight W never changes. With the adapter
-disabled, deleted or replaced by another one, the layer is the base layer bit for bit.
+quantised weight W - D0. The branch subtracts D0, so the base weight W never changes. Without the adapter, the layer is
+the base layer bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter_modules import AdapterModule, add_part, lazy_parts, unwrapped
+from .adapter_modules import AdapterModule, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, method_of
 from .scaling import check_scaling, scaling
@@ -27,9 +27,9 @@ Init = Callable[[Tensor, int, float], Factors]  # (W (out, in), r, s) -> A, B an
 class InitialUpdate(nn.Module):
     """D0 x, where D0 (out, in) = s0 B0 A0 or a dense matrix. Its buffers move, and are saved, with the model."""
 
-    D: Any
     A: Any
     B: Any
+    D: Any
 
     def __init__(self, A: Tensor | None = None, B: Tensor | None = None, s: float = 1.0, D: Tensor | None = None):
         super().__init__()
@@ -52,14 +52,12 @@ class InitialUpdate(nn.Module):
 class LoraLayer(AdapterModule):
     """What all adapted layers share. A layer type (`layer_types`) adds how A, B and the weight are stored.
 
-    `kind` is the key of this layer type in the table of inits. `weight_name` is the base parameter that a merge adds
-    the update to.
-
     Differs from PEFT: an adapter without dropout has no entry in `lora_dropout`, where PEFT has an nn.Identity.
     """
 
-    kind = "linear"
-    weight_name = "weight"
+    kind = "linear"  # the key in the table of inits
+    weight_name = "weight"  # the base parameter that a merge adds the update to
+    fan_in_fan_out = False  # is it stored as W^T?
     groups = 1  # pairs of factors that share the rank
     by_adapter: tuple[str, ...] = (
         *("lora_A", "lora_B", "lora_dropout", "lora_initial"),
@@ -68,8 +66,8 @@ class LoraLayer(AdapterModule):
 
     lora_A: Any  # {adapter: module}, (*tokens, in) -> (*tokens, r)
     lora_B: Any  # {adapter: module}, (*tokens, r) -> (*tokens, out)
-    lora_dropout = lazy_parts("lora_dropout")  # {adapter: module}, for adapters with dropout
-    lora_initial = lazy_parts("lora_initial")  # {adapter: D0}, for inits that change the base
+    lora_dropout: Any  # {adapter: module}, for adapters with dropout
+    lora_initial: Any  # {adapter: D0}, for inits whose first update is not 0
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -82,11 +80,10 @@ class LoraLayer(AdapterModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+        self._modules["base_layer"] = base_layer
+        self._modules.update({name: nn.ModuleDict() for name in ("lora_A", "lora_B", "lora_dropout", "lora_initial")})
         vars(self).update(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
-
-    # -- forward -----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -121,35 +118,27 @@ class LoraLayer(AdapterModule):
                 y[rows] = self.add_branches(y[rows], x[rows], [name])
         return y
 
-    # -- adapters ----------------------------------------------------------------------------------
-
     def add_adapter(
-        self,
-        name: str,
-        r: int,
-        lora_alpha: float,
-        config: LoraConfig,
-        init: Init,
-        autocast_adapter_dtype: bool = True,
-        rounded: bool = True,
+        self, name: str, r: int, lora_alpha: float, config: LoraConfig, init: Init, autocast: bool, rounded: bool = True
     ) -> None:
-        """Add an adapter, inactive and frozen.
+        """Add an adapter, inactive and frozen, on the base weight's device.
 
-        A and B get the base weight's device and (if `rounded`) its dtype. They are then held in float32 where that
-        is a half precision (unless told not to).
+        A and B are rounded to the weight's dtype (if `rounded`), and kept in the dtype of `adapter_dtype`.
         """
         W = self.unmerged_weight.detach()
-        dtype = adapter_dtype(W.dtype, autocast_adapter_dtype)
+        dtype = adapter_dtype(W.dtype, autocast)
         s = checked_scaling(scaling(r, lora_alpha, config.use_rslora), dtype)
         A, B, residual, exact = init(self.logical(W), r, s)
         # tensors without numbers yet (on "meta") get them, and a device, from a file
         A, B = (x.to(x.device if x.is_meta else W.device, W.dtype if rounded else dtype).to(dtype) for x in (A, B))
-        if residual is not None:
-            dense = None if exact else at_least_float32(self.logical(W)) - at_least_float32(residual)
-            add_part(self, "lora_initial", name, InitialUpdate(A, B, s) if exact else InitialUpdate(D=dense))
         self.build(name, A, B)
+        if residual is not None and exact:
+            self.lora_initial[name] = InitialUpdate(A, B, s)
+        elif residual is not None:
+            D = at_least_float32(self.logical(W)) - at_least_float32(residual)
+            self.lora_initial[name] = InitialUpdate(D=D)
         if config.lora_dropout and self.kind != "embedding":
-            add_part(self, "lora_dropout", name, nn.Dropout(config.lora_dropout).train(self.training))
+            self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = METHODS[method_of(config.init_lora_weights)].train_B
@@ -181,12 +170,11 @@ class LoraLayer(AdapterModule):
     def _rescale(self, scalings: dict[str, float]) -> None:
         self.scaling.update({name: checked_scaling(s, self.base_weight.dtype) for name, s in scalings.items()})
 
-    # -- storage: what a layer type must say -------------------------------------------------------
+    # storage: a layer type overrides what it stores in another way
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         """Create the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
-        add_part(self, "lora_A", name, linear_of(A))
-        add_part(self, "lora_B", name, linear_of(B))
+        self.lora_A[name], self.lora_B[name] = linear_of(A), linear_of(B)
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
         """A and B of one adapter in logical orientation."""
@@ -198,29 +186,25 @@ class LoraLayer(AdapterModule):
 
     def logical(self, W: Tensor) -> Float[Tensor, "*batch out in"]:
         """A weight as stored, seen as (out, in): the inverse of `stored`."""
-        return W
+        return W.mT if self.fan_in_fan_out else W
 
     def stored(self, D: Float[Tensor, "*batch out in"]) -> Tensor:
         """A logical update in the shape that the base weight is stored in."""
-        return D.reshape(self.base_weight.shape)
-
-    # -- the weight, and merging: W + s B A - D0 ---------------------------------------------------
-
-    @property
-    def base(self) -> nn.Module:
-        return self.base_layer
+        return D.mT if self.fan_in_fan_out else D
 
     def get_base_layer(self) -> nn.Module:
         """The module inside of nested wrappers."""
-        return unwrapped(self._modules["base_layer"])  # type: ignore[arg-type]
+        return unwrapped(self)
 
     def inner_modules(self) -> Iterable[nn.Module]:
-        return [self._modules["base_layer"]]  # type: ignore[list-item]
+        return [self.base]
+
+    # the weight, and merging: W + s B A - D0
 
     @property
     def base_weight(self) -> nn.Parameter:
         """The base parameter that the update belongs to, as stored."""
-        return getattr(self.get_base_layer(), self.weight_name)
+        return getattr(unwrapped(self), self.weight_name)
 
     @property
     def unmerged_weight(self) -> nn.Parameter:
@@ -251,13 +235,12 @@ class LoraLayer(AdapterModule):
         D, initial = self.delta(name), self.part("lora_initial", name)
         return D if initial is None else D - self.stored(initial.matrix())
 
-    @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """W + the updates of these adapters, in W's dtype and storage. One rounding for the sum.
+        """The base weight + the updates of these adapters, in its dtype and storage. One rounding for the sum.
 
-        Differs from PEFT: there each update is rounded to W's dtype first.
+        Differs from PEFT: there each update is rounded to the weight's dtype first.
         """
-        W = self.base_weight.detach()
+        W = self.base_weight
         total = at_least_float32(W)
         for name in names:
             total = total + self.update(name)
@@ -274,7 +257,7 @@ class LoraLayer(AdapterModule):
 
     def install_weight(self, weight: nn.Parameter, set_aside: list[nn.Parameter], merged_adapters: list[str]) -> None:
         """Install a weight and the list of adapters merged into it. Assignments only, so it cannot fail half-way."""
-        setattr(self.get_base_layer(), self.weight_name, weight)
+        setattr(unwrapped(self), self.weight_name, weight)
         vars(self).update(set_aside=set_aside, merged_adapters=merged_adapters)
 
     def unmerge(self) -> None:
@@ -289,23 +272,20 @@ class LoraLayer(AdapterModule):
         super().enable_adapters(enabled)
 
     def __repr__(self) -> str:
-        def state(name: str) -> str:
+        parts = [repr(self.base_layer)]
+        for name, r in self.r.items():
             flags = ["active"] * (name in self.active_adapters) + ["merged"] * (name in self.merged_adapters)
-            said = f"r={self.r[name]} alpha={self.lora_alpha[name]:g} s={self.scaling[name]:.4g}"
-            return f"{name}: {said}" + (f" ({', '.join(flags)})" if flags else "")
-
-        off = ["all disabled"] if self.disable_adapters else []
-        return f"lora.{type(self).__name__}({'; '.join([repr(self.base_layer), *map(state, self.r), *off])})"
+            numbers = f"{name}: r={r} alpha={self.lora_alpha[name]:g} s={self.scaling[name]:.4g}"
+            parts.append(numbers + (f" ({', '.join(flags)})" if flags else ""))
+        parts += ["all disabled"] * self.disable_adapters
+        return f"lora.{type(self).__name__}({'; '.join(parts)})"
 
 
 def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
-    """x in the dtype of the module's weight.
+    """x in the dtype of the module's weight. ValueError: they are on different devices.
 
-    A hook or a patched forward may move or cast the weight before the product (offloading, layerwise casting). There
-    x is not cast to a narrower dtype.
-
-    Raises:
-        ValueError: x and the weight are on different devices, and nothing will move the weight.
+    A hook or a patched forward may move or cast the weight before the product (offloading, layerwise casting). Then
+    another device is no error, and x is not cast to a narrower dtype.
     """
     weight = module._parameters.get("weight")
     weight = next(module.parameters(), None) if weight is None else weight
@@ -313,10 +293,8 @@ def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
         return x
     observed = bool(module._forward_pre_hooks) or "forward" in vars(module)
     if weight.device != x.device and not observed:
-        raise ValueError(
-            f"the input is on {x.device}, the adapter's weight on {weight.device}: move the model to one device, "
-            "for example model.to(x.device)"
-        )
+        where = f"the input is on {x.device}, the adapter's weight on {weight.device}"
+        raise ValueError(f"{where}: move the model to one device, for example model.to(x.device)")
     narrower = weight.dtype.itemsize < x.dtype.itemsize
     return x if observed and narrower else x.to(weight.dtype)
 
@@ -327,7 +305,7 @@ def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool = True) -> tor
 
 
 def checked_scaling(s: float, dtype: torch.dtype) -> float:
-    """s, or ValueError: factors of this dtype cannot be multiplied by it (half precisions are, as float32)."""
+    """s, or ValueError if factors of this dtype (at least float32) cannot be multiplied by it."""
     return check_scaling(s, torch.finfo(torch.promote_types(dtype, torch.float32)).max)
 
 

@@ -8,46 +8,32 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .layer import LoraLayer
-from .update import at_least_float32, pack_experts, unpack_experts
+from .update import pack_experts, unpack_experts
 
 
 class Linear(LoraLayer):
     """y = x W^T + b + s (x A^T) B^T for `nn.Linear`, and for transformers' `Conv1D`, which stores W^T."""
 
-    fan_in_fan_out: bool
-
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         vars(self).update(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
-
-    def logical(self, W: Tensor) -> Float[Tensor, "out in"]:
-        return W.T if self.fan_in_fan_out else W
-
-    def stored(self, D: Float[Tensor, "out in"]) -> Tensor:
-        return D.T if self.fan_in_fan_out else D
 
 
 class Embedding(LoraLayer):
     """y[i] = E[i] + s A^T[i] B^T for `nn.Embedding` (V, d): a linear layer on one-hot vectors.
 
     A (r, V) is looked up, B (d, r) multiplied. lora_dropout does not apply: the input is a token. At padding_idx the
-    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch too, so that
-    merging changes nothing.
+    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch too.
     """
 
     kind = "embedding"
+    fan_in_fan_out = True
     by_adapter = ("lora_embedding_A", "lora_embedding_B", *LoraLayer.by_adapter)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
-
-    def logical(self, W: Tensor) -> Float[Tensor, "dim vocabulary"]:
-        return W.T
-
-    def stored(self, D: Float[Tensor, "dim vocabulary"]) -> Tensor:
-        return D.T
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A.contiguous(), requires_grad=False)
@@ -67,15 +53,14 @@ class Embedding(LoraLayer):
 class Conv(LoraLayer):
     """y = conv(x) + s conv_1x1(conv_A(dropout(x))) for `nn.Conv1d`, `Conv2d` and `Conv3d`.
 
-    A (r, in, *kernel) has the base's kernel, stride, padding and dilation. B (out, r / groups, 1, ...) has kernel 1
-    and the base's groups. Flattened, that is A (r, in * prod(kernel)) and the usual product.
+    A (r, in, *kernel) has the base's kernel, stride, padding and dilation. B (out, r / groups, 1, ...) has the base's
+    groups: each has its own r / groups rows of A and columns of B. Flattened, A is (r, in * prod(kernel)).
     """
 
     kind = "conv"
 
     @property
     def groups(self) -> int:  # type: ignore[override]
-        """The base's groups: each has its own r / groups rows of A and columns of B."""
         return self.get_base_layer().groups  # type: ignore[return-value]
 
     def logical(self, W: Tensor) -> Float[Tensor, "out fan_in"]:
@@ -84,15 +69,17 @@ class Conv(LoraLayer):
         # A sees the inputs of all groups, which no grouped kernel does: a weight of that shape, without memory
         return W.new_zeros(()).expand(self.out_channels, self.in_channels * W[0, 0].numel())
 
+    def stored(self, D: Float[Tensor, "out fan_in"]) -> Tensor:
+        return D.reshape(self.base_weight.shape)
+
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         base: Any = self.get_base_layer()
         r, kernel, ones = A.shape[0], base.kernel_size, (1,) * len(base.kernel_size)
-        cls: Any = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(base, c))
+        cls: Any = next(c for c in CONVOLUTIONS if isinstance(base, c))
         like_base = {k: getattr(base, k) for k in ("stride", "padding", "dilation", "padding_mode")}
         lora_A = cls(base.in_channels, r, kernel, bias=False, device="meta", **like_base)
         lora_B = cls(r, base.out_channels, ones, groups=base.groups, bias=False, device="meta")
         lora_A.weight = nn.Parameter(A.reshape(r, base.in_channels, *kernel), requires_grad=False)
-        # each group of outputs sees its own r / groups rows of A
         B = B[:, : r // base.groups].reshape(base.out_channels, -1, *ones)
         lora_B.weight = nn.Parameter(B.contiguous(), requires_grad=False)
         self.lora_A[name], self.lora_B[name] = lora_A, lora_B
@@ -110,9 +97,9 @@ class Conv(LoraLayer):
 class Parameter(LoraLayer):
     """W_e <- W_e + s B_e A_e for a raw parameter of a module, (out, in) or a stack (E, out, in) of experts.
 
-    The module runs as it is, with the adapted parameter installed for the time of the call. A stack whose module says
-    `is_transposed` is stored as (E, in, out). In the adapter file the experts are packed into A (r*E, in) and
-    B (out, r*E), see `update.pack_experts`. Several parameters of one module nest: a wrapper in a wrapper.
+    The module runs with the adapted parameter installed for the time of the call. A stack whose module says
+    `is_transposed` is stored as (E, in, out). The file's layout is that of `update.pack_experts`. Several parameters of
+    one module nest: a wrapper in a wrapper.
 
     Differs from PEFT: the module is not parametrised during the call, and merged adapters may be mixed with active
     ones.
@@ -124,12 +111,6 @@ class Parameter(LoraLayer):
         super().__init__(base_layer)
         self.weight_name = parameter_name
         self.fan_in_fan_out = self.base_weight.ndim == 3 and getattr(self.get_base_layer(), "is_transposed", False)
-
-    def logical(self, W: Tensor) -> Float[Tensor, "*experts out in"]:
-        return W.mT if self.fan_in_fan_out else W
-
-    def stored(self, D: Float[Tensor, "*experts out in"]) -> Tensor:
-        return D.mT if self.fan_in_fan_out else D
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         super().build(name, *(pack_experts(A, B) if A.ndim == 3 else (A, B)))
@@ -145,22 +126,14 @@ class Parameter(LoraLayer):
         names = [name for name in self.active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not names or self.adapter_names is not None:
             return self.base_layer(*args, **kwargs)
-        W = self.base_weight
-        total = at_least_float32(W)
-        for name in names:
-            total = total + self.update(name)
         path, inner = self.weight_name, self.base_layer
         while isinstance(inner, LoraLayer):
             path, inner = f"base_layer.{path}", inner.base_layer
-        return torch.func.functional_call(self.base_layer, {path: total.to(W.dtype)}, args, kwargs)
+        return torch.func.functional_call(self.base_layer, {path: self.merged_weight(names)}, args, kwargs)
 
 
-LAYER_TYPES: dict[str, type[LoraLayer]] = {
-    "linear": Linear,
-    "embedding": Embedding,
-    "conv": Conv,
-    "parameter": Parameter,
-}
+LAYER_TYPES: dict[str, type[LoraLayer]] = {t.kind: t for t in (Linear, Embedding, Conv, Parameter)}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -181,4 +154,4 @@ def kind_of(module: nn.Module) -> str:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    return "conv" if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ""
+    return "conv" if isinstance(module, CONVOLUTIONS) else ""

@@ -6,11 +6,11 @@ Every method checks first, then changes. `lora_ref.api.model` adds speed, all re
 import copy
 import dataclasses
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 
 from .adapter_modules import AdapterModule, ModulesToSave, modules_without_factors, unwrapped
@@ -70,7 +70,7 @@ class LoraModel(nn.Module):
                 raise ValueError(f"there is no adapter {name!r}; there are {list(self.peft_config)}")
 
     def _names_or_active(self, names: str | Sequence[str] | None) -> list[str]:
-        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else list(names)
+        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else names
         self._check_known(*chosen)
         return list(chosen)
 
@@ -79,16 +79,13 @@ class LoraModel(nn.Module):
             raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
         reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
         if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
-            raise ValueError(
-                f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, not the name of a method"
-            )
+            allowed = "letters, digits, '_', '-' or spaces, not the name of a method"
+            raise ValueError(f"adapter name {name!r}: must be {allowed}")
 
     def _check_not_merged(self, names: Sequence[str], what: str) -> None:
         merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
         if merged:
             raise ValueError(f"{what} is not possible while {', '.join(merged)} is merged: call unmerge_adapter first")
-
-    # -- adding, choosing, deleting ----------------------------------------------------------------
 
     def add_adapter(
         self,
@@ -107,55 +104,53 @@ class LoraModel(nn.Module):
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
-        other = next((name for name, c in self.peft_config.items() if c.bias != "none"), None)
-        if config.bias != "none" and other is not None:
-            raise ValueError(
-                f"bias={config.bias!r}: adapter {other!r} already trains biases of the base model in place; "
-                "only one adapter of a model can"
-            )
+        others = [name for name, c in self.peft_config.items() if c.bias != "none"]
+        if config.bias != "none" and others:
+            taken = f"adapter {others[0]!r} already trains biases of the base model in place"
+            raise ValueError(f"bias={config.bias!r}: {taken}; only one adapter of a model can")
         plan = self.plan(config)
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
         if heads := HEADS.get(config.task_type or ""):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         self.refuse(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
-        is_off, layers = self._is_off(), []
+        is_off, transposed = any(wrapper.disable_adapters for wrapper in self.wrappers()), False
         places, held = {name: place for name, *place in walk(self.model)}, holders(self.model)
         with self.progress([match for match in plan.matches if match.action], config, init is None) as matches:
             for match in matches:
                 wrapper = self._wrap(match, places, held)
                 if isinstance(wrapper, ModulesToSave):
                     wrapper.add_adapter(adapter_name)
-                elif isinstance(wrapper, LoraLayer):
-                    method = init(match.name) if init else _init_of(config, wrapper)
-                    r, alpha = cast(int, match.r), cast(float, match.lora_alpha)
-                    try:
-                        wrapper.add_adapter(adapter_name, r, alpha, config, method, autocast_adapter_dtype, not init)
-                    except ValueError as error:
-                        raise ValueError(f"{match.name}: {error}") from error
-                    layers.append(wrapper)
+                    continue
+                method = init(match.name) if init else _init_of(config, wrapper)
+                r, alpha, rounded = match.r, match.lora_alpha, init is None
+                try:
+                    wrapper.add_adapter(adapter_name, r, alpha, config, method, autocast_adapter_dtype, rounded)
+                except ValueError as error:
+                    raise ValueError(f"{match.name}: {error}") from error
+                transposed |= isinstance(wrapper, Linear) and wrapper.fan_in_fan_out
         if is_off:  # then the new wrappers are, too
             self.disable_adapter_layers()
-        self.peft_config[adapter_name] = config
-        transposed = any(isinstance(layer, Linear) and layer.fan_in_fan_out for layer in layers)
         config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
+        self.peft_config[adapter_name] = config
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
-        """Raise ValueError for what cannot be adapted as asked. Nothing has changed yet. `safe.refusals` says more."""
+        """ValueError for what cannot be adapted as asked, before anything changes. `safe.refusals` says more."""
         if not any(match.r for match in plan.matches):
             raise ValueError(f"nothing to adapt: target_modules={config.target_modules!r} match no module")
         places: dict[str, Any] = {name: place for name, *place in walk(self.model)}
-        for match in plan.matches:
-            is_parameter, (name, _, last) = match.action == "adapt parameter", match.name.rpartition(".")
-            parent, attribute = places[name if is_parameter else match.name]
-            module: Any = parent._modules[attribute]
-            kind = "parameter" if is_parameter else kind_of(unwrapped(module))
-            if match.action and isinstance(parent, nn.MultiheadAttention):
+        for match in [match for match in plan.matches if match.action]:
+            name, parameter = match.place()
+            parent, attribute = places[name]
+            module: Any = unwrapped(parent._modules[attribute])
+            kind = "parameter" if parameter else kind_of(module)
+            if isinstance(parent, nn.MultiheadAttention):
                 raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
-            if not match.r or match.scaling is None:
+            if match.r is None or match.scaling is None:
                 continue
-            weight: Any = getattr(unwrapped(module), last if is_parameter else "weight", None)
-            if not kind or isinstance(module, ModulesToSave) or not weight.is_floating_point():
+            weight = getattr(module, parameter or "weight", None)
+            saved = isinstance(parent._modules[attribute], ModulesToSave)
+            if not kind or saved or weight is None or not weight.is_floating_point():
                 raise ValueError(f"{match.name}: {type(module).__name__} cannot be adapted")
             if kind == "conv" and match.r % module.groups:
                 raise ValueError(f"{match.name}: r={match.r} must be divisible by groups={module.groups}")
@@ -164,18 +159,16 @@ class LoraModel(nn.Module):
                 if check := METHODS[method_of(config.init_lora_weights)].check:
                     check(weight.shape, match.r, match.scaling)
 
-    def progress(
-        self, matches: list[Match], config: LoraConfig, will_init: bool
-    ) -> AbstractContextManager[Iterable[Match]]:
+    def progress(self, matches: list[Match], config: LoraConfig, will_init: bool) -> Any:
         """A `with` block around the work on these matches. `api.model` shows a bar."""
         return nullcontext(matches)
 
-    def _wrap(self, match: Match, places: Mapping[str, Any], held: Mapping[int, Any]) -> AdapterModule:
+    def _wrap(self, match: Match, places: Mapping[str, Any], held: Mapping[int, Any]) -> Any:
         """The wrapper of a match, installed wherever the module is held, unless it is there already."""
-        name, parameter = match.name.rpartition(".")[::2] if match.action == "adapt parameter" else (match.name, "")
+        name, parameter = match.place()
         parent, attribute = places[name]
         module = wrapper = parent._modules[attribute]
-        if match.action == "save" and isinstance(module, ModulesToSave):
+        if isinstance(module, ModulesToSave):
             return module
         while isinstance(wrapper, LoraLayer):
             if not parameter or wrapper.weight_name == parameter:
@@ -199,10 +192,9 @@ class LoraModel(nn.Module):
 
         Differs from PEFT: unmerging there subtracts the update, and leaves rounding errors in the weights.
         """
-        names = self._names_or_active(adapter_name)
+        names, wrappers = self._names_or_active(adapter_name), self.wrappers()
         if len(set(names)) != len(names):
             raise ValueError(f"an adapter is named twice: {names}")
-        wrappers = self.wrappers()
         for wrapper in wrappers:
             if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
                 raise ValueError(f"adapters {both} each save a module (modules_to_save): only one can be active")
@@ -219,11 +211,10 @@ class LoraModel(nn.Module):
         """Delete an adapter. If it was the only active one, the first of the others is activated."""
         self._check_known(adapter_name)
         self._check_not_merged([adapter_name], "deleting")
-        for bias in biases(self.model, self.peft_config[adapter_name].bias, adapter_name).values():
+        for bias in biases(self.model, self.peft_config.pop(adapter_name).bias, adapter_name).values():
             bias.requires_grad_(False)
         for wrapper in self.wrappers():
             wrapper.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
         was_active = adapter_name in self.active_adapters
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
         if was_active and not self.active_adapters and self.peft_config:
@@ -242,8 +233,6 @@ class LoraModel(nn.Module):
             if adapter_name in layer.r:
                 layer.set_scale(adapter_name, factor)
 
-    # -- for a while: off, and each sample its own -------------------------------------------------
-
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
         for wrapper in self.wrappers():
@@ -254,19 +243,10 @@ class LoraModel(nn.Module):
         for wrapper in self.wrappers():
             wrapper.enable_adapters(True)
 
-    def _is_off(self) -> bool:
-        return any(wrapper.disable_adapters for wrapper in self.wrappers())
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A `with` block in which the model is the base model, merged or not."""
-        for name in [name for name in self.active_adapters if self.peft_config[name].bias != "none"]:
-            warnings.warn(
-                f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
-                "with the adapters disabled, trained biases stay, and the output is not the original's",
-                stacklevel=3,
-            )
-        was_off = self._is_off()
+        """A `with` block in which the model is the base model, merged or not. Trained biases stay trained."""
+        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
         self.disable_adapter_layers()
         try:
             yield
@@ -298,25 +278,22 @@ class LoraModel(nn.Module):
             for wrapper in wrappers:
                 wrapper.adapter_names = None
 
-    # -- merging -----------------------------------------------------------------------------------
-
+    @torch.no_grad()
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the updates of the active (or the named) adapters to the base weights, reversibly.
 
-        The output afterwards is base + every adapter that is active or merged. The original weights are kept, so
-        unmerging is exact, and costs one copy of each merged weight. `safe_merge` is for PEFT's scripts: the merged
-        weights are always checked before the first one is installed.
+        Adapters that are active and not merged still act. The original weights are kept, which costs a copy of each
+        merged weight. `safe_merge` is for PEFT's scripts: merged weights are always checked first.
 
         Raises:
             ValueError: an unknown adapter; adapters are disabled; a grouped convolution; a merged weight that would
                 not be finite.
 
-        Differs from PEFT: all layers merge or none; active adapters that are not merged still contribute; unmerging
-            is exact.
+        Differs from PEFT: all layers merge or none; active adapters that are not merged still act; unmerging is exact.
         """
-        layers, names = self.layers(), self._names_or_active(adapter_names)
-        new = to_merge(layers, names)
-        weights = {where: layers[where].merged_weight(added) for where, added in new.items()}
+        layers = self.layers()
+        new = to_merge(layers, self._names_or_active(adapter_names))
+        weights = {where: layers[where].merged_weight(names) for where, names in new.items()}
         for where, weight in weights.items():
             if not weight.isfinite().all():
                 raise ValueError(f"{where}: merging gives weights that are not finite; nothing was merged")
@@ -327,9 +304,8 @@ class LoraModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit. Active adapters stay active."""
-        for wrapper in self.wrappers():
-            if isinstance(wrapper, LoraLayer):
-                wrapper.unmerge()
+        for layer in self.layers().values():
+            layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
@@ -363,9 +339,6 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
 
-# -- the module tree -------------------------------------------------------------------------------
-
-
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, parent, attribute) of every module, as if no wrapper were there. Shared modules come once."""
     seen: set[int] = set()
@@ -395,8 +368,7 @@ def unwrap(model: nn.Module) -> None:
     for parent, attribute in [place for places in holders(model).values() for place in places]:
         module = getattr(parent, attribute)
         if isinstance(module, AdapterModule):
-            inner = module.delegate if isinstance(module, ModulesToSave) else unwrapped(module)
-            setattr(parent, attribute, inner)
+            setattr(parent, attribute, module.delegate if isinstance(module, ModulesToSave) else unwrapped(module))
 
 
 def describe(model: nn.Module) -> ModelNames:
@@ -405,7 +377,7 @@ def describe(model: nn.Module) -> ModelNames:
     get_head = getattr(model, "get_output_embeddings", None)
     head = unwrapped(get_head()) if callable(get_head) and get_head() is not None else None
     for name, parent, attribute in walk(model):
-        module = unwrapped(cast(nn.Module, parent._modules[attribute]))
+        module = unwrapped(getattr(parent, attribute))
         kinds[name] = kind_of(module)
         heads += [name] if module is head else []
         parameters += [f"{name}.{p}" for p in module._parameters]
@@ -426,19 +398,15 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
     """
     if mode == "none":
         return {}
-    # a module that this adapter saves has a bias of its own; the copies of other adapters belong to them
-    saved = [m for m in model.modules() if isinstance(m, ModulesToSave)]
-    excluded = [w if adapter_name in w.adapters() else w.modules_to_save for w in saved]
-    not_base = {id(m) for part in excluded for m in part.modules()}
-    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
-    bases = {id(layer.get_base_layer()) for layer in adapted}
-    return {
-        f"{name}.bias" if name else "bias": bias
-        for name, module in model.named_modules()
-        if (bias := module._parameters.get("bias")) is not None
-        and id(module) not in not_base
-        and (mode == "all" or id(module) in bases)
-    }
+    not_base, adapted = set[nn.Module](), set[nn.Module]()
+    for module in model.modules():
+        if isinstance(module, ModulesToSave):  # the copies are not the base's; nor is what this adapter saves
+            not_base.update((module if adapter_name in module.adapters() else module.modules_to_save).modules())
+        elif isinstance(module, LoraLayer) and adapter_name in module.r:
+            adapted.add(module.get_base_layer())
+    chosen = {name: m for name, m in model.named_modules() if m not in not_base and (mode == "all" or m in adapted)}
+    found = {f"{name}.bias".lstrip("."): module._parameters.get("bias") for name, module in chosen.items()}
+    return {name: bias for name, bias in found.items() if bias is not None}
 
 
 def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, list[str]]:
@@ -448,9 +416,9 @@ def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str,
         if layer.disable_adapters:
             raise ValueError("the adapters are disabled: enable them before merging")
         if layer.groups > 1:
+            reason = "it connects all input channels to all outputs, which the grouped kernel has no room for"
             raise ValueError(
-                f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: "
-                "it connects all input channels to all outputs, which the grouped kernel has no room for"
+                f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: {reason}"
             )
     return {where: added for where, added in new.items() if added}
 
@@ -465,5 +433,4 @@ def _init_of(config: LoraConfig, layer: LoraLayer) -> Init:
 
 
 def _leave_the_fast_path(module: nn.Module, args: Any) -> None:
-    """Does nothing. As soon as a submodule has a hook, TransformerEncoderLayer leaves its fast path, which reads the
-    weights of linear1 and linear2 directly."""
+    """Does nothing. With a hook in it, TransformerEncoderLayer does not read the weights of linear1 and linear2."""

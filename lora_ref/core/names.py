@@ -2,13 +2,12 @@
 
     modules_to_save  ->  exclude_modules  ->  target_modules        the first that matches wins
 
-A name is a module's dotted path in the base model, "model.layers.0.self_attn.q_proj". A list of targets holds names
-or ends of names, taken literally. A string is a regular expression.
+A name is a module's dotted path in the base model, "model.layers.0.self_attn.q_proj".
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import LoraConfig, Pattern, TaskType
@@ -18,9 +17,9 @@ from .scaling import scaling
 class Rule:
     """One option of names. It records which of its items matched.
 
-    A list matches literally: an item is a name, or a dotted end of one ("q_proj" of "attn.q_proj"). A string is one
-    regular expression for the whole name. The keys of a dict are regular expressions, the first that matches wins. A
-    key must reach the end of the name and may start at any dot; "^" ties it to the start.
+    An item of a list is a name, or a dotted end of one, taken literally. A string is one regular expression for the
+    whole name. The keys of a dict are regular expressions, the first that matches wins. A key must reach the end of the
+    name and may start at any dot; "^" ties it to the start.
 
     >>> [Rule("target_modules", ["q_proj"]).match(name) for name in ("q_proj", "attn.q_proj", "attn.xq_proj")]
     ['q_proj', 'q_proj', None]
@@ -31,35 +30,32 @@ class Rule:
     def __init__(self, option: str, value: Any, pattern_type: type[Pattern] = Pattern):
         self.option, self.used = option, set[str]()
         self.items = [value] if isinstance(value, str) else list(value or ())
-        self.literal, self.exact = not isinstance(value, str | dict), set(self.items)
-        template = r"(.*\.)?({})" if isinstance(value, dict) else "{}"
-        self.patterns = [] if self.literal or not value else pattern_type.compile_all(self.items, option, template)
+        self.exact, self.patterns = set(self.items), list[Pattern]()
+        if value and isinstance(value, str | dict):
+            template = "{}" if isinstance(value, str) else r"(.*\.)?({})"
+            self.patterns = pattern_type.compile_all(self.items, option, template)
 
     def match(self, name: str) -> str | None:
         """The item that matches the name (in a list the longest one), or None."""
-        if not self.literal:
-            found = next((pattern.text for pattern in self.patterns if pattern.fullmatch(name)), None)
-            self.used |= {found} if found is not None else set()
-            return found
-        # the dotted ends of a name are few; the items may be hundreds
-        ends = [name[start:] for start in [0, *(i + 1 for i, c in enumerate(name) if c == ".")]]
-        hits = [end for end in ends if end in self.exact]
+        if self.patterns:
+            first = next((pattern.text for pattern in self.patterns if pattern.fullmatch(name)), None)
+            hits = [] if first is None else [first]
+        else:  # the dotted ends of a name are few; the items may be hundreds
+            starts = [0, *(i + 1 for i, c in enumerate(name) if c == ".")] if self.exact else []
+            hits = [name[start:] for start in starts if name[start:] in self.exact]
         self.used.update(hits)
         return hits[0] if hits else None
 
-    def ancestor(self, name: str) -> str | None:
-        """The item that matches the name or a parent of it."""
-        while name:
+    def match_parent(self, name: str) -> str | None:
+        """The item that matches the closest parent of the name."""
+        while name := name.rpartition(".")[0] if self.items else "":
             if hit := self.match(name):
                 return hit
-            name = name.rpartition(".")[0]
         return None
 
 
 def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
-    """The target_modules for these names and no other known one.
-
-    It is the list, or a regular expression where the list would also match longer names with the same end.
+    """The target_modules for these names and no other known one: a regular expression where a list matches too many.
 
     >>> exactly(["fc"], ["fc", "act"]), exactly(["fc", "act.0"], ["fc", "act.0", "block.fc"])
     (['fc'], 'fc|act\\\\.0')
@@ -79,15 +75,15 @@ def layer_index(name: str, patterns: Iterable[Pattern]) -> int | None:
     >>> layer_index("layers.3.up", any_list), layer_index("layers.3.up", layers)
     (None, 3)
     """
-    found = (match for pattern in patterns if (match := pattern.match(name)))
-    return next((int(match["lora_ref_index"]) for match in found), None)
+    found = (pattern.match(name) for pattern in patterns)
+    return next((int(match["lora_ref_index"]) for match in found if match), None)
 
 
 def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Pattern]:
-    """Patterns of a list of layers in a name, followed by the layer's index.
+    """Patterns that find a layer's index in a name, from layers_pattern.
 
-    Without layers_pattern: any number that follows two name segments ("model.layers.3.mlp"). With it: the number
-    after a segment of that name, at the root too.
+    Without it, the index is a number after two name segments ("model.layers.3.mlp"). With it, the number after a
+    segment of that name, at the root too.
     """
     if not names:
         return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
@@ -99,7 +95,7 @@ def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pat
 class ModelNames:
     """What targeting knows of a model: names in order of traversal, and their kinds."""
 
-    kinds: dict[str, str]  # module name -> "linear", "embedding", "conv" or "" (anything else)
+    kinds: dict[str, str]  # module name -> its key in the table of layer types, or ""
     parameters: tuple[str, ...] = ()  # "<module>.<parameter>"
     model_type: str | None = None
     heads: tuple[str, ...] = ()  # output layers, which "all-linear" leaves out
@@ -116,6 +112,10 @@ class Match:
     lora_alpha: float | None = None
     scaling: float | None = None
 
+    def place(self) -> tuple[str, str]:
+        """The name of the module, and that of its parameter or ""."""
+        return self.name.rpartition(".")[::2] if self.action == "adapt parameter" else (self.name, "")
+
 
 @dataclass
 class Targeting:
@@ -125,13 +125,8 @@ class Targeting:
     target_modules: list[str] | str | None  # as used: "all-linear" and None spelt out
     unused: dict[str, list[str]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """{"modules": {name: {action, rule, r, lora_alpha, scaling}}, "unused": {option: items}}."""
-        rows = [asdict(m) for m in self.matches]
-        return {"modules": {row.pop("name"): row for row in rows}, "unused": self.unused}
-
     def names(self, action: str) -> list[str]:
-        """The modules (or parameters) that this happens to."""
+        """The modules (or parameters) with this action."""
         return [m.name for m in self.matches if m.action == action]
 
 
@@ -143,9 +138,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
     `defaults` are the target_modules of each architecture, for target_modules=None.
-
-    Raises:
-        ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
+    Raises: ValueError if that architecture is not known, or a pattern is too slow.
 
     >>> names = ModelNames({"layers.0.q": "linear", "layers.0.up": "linear", "head": "linear"})
     >>> config = LoraConfig(target_modules=["q"], modules_to_save=["head"], rank_pattern={"q": 2})
@@ -163,35 +156,32 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     parameter = Rule("target_parameters", config.target_parameters)
     ranks = Rule("rank_pattern", config.rank_pattern, pattern_type)
     alphas = Rule("alpha_pattern", config.alpha_pattern, pattern_type)
-    indices = config.layers_to_transform
-    indices = [indices] if isinstance(indices, int) else indices
+    given = config.layers_to_transform
+    indices = [given] if isinstance(given, int) else given
     lists = layer_lists(config.layers_pattern, pattern_type) if indices else []
 
     def adapted(name: str, action: str, rule: str) -> Match:
-        rank_key, alpha_key = ranks.match(name), alphas.match(name)
-        r = config.r if rank_key is None else config.rank_pattern[rank_key]
-        alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
-        for option, key in (("rank_pattern", rank_key), ("alpha_pattern", alpha_key)):
-            rule += f", {option} '{key}'" if key is not None else ""
+        r, alpha = config.r, config.lora_alpha
+        if (key := ranks.match(name)) is not None:
+            r, rule = config.rank_pattern[key], f"{rule}, rank_pattern '{key}'"
+        if (key := alphas.match(name)) is not None:
+            alpha, rule = config.alpha_pattern[key], f"{rule}, alpha_pattern '{key}'"
         return Match(name, action, rule, r, alpha, scaling(r, alpha, config.use_rslora))
 
     def decide(name: str) -> Match:
-        excluded = exclude.match(name)  # from being adapted; a module that is saved is still saved
-        if save.items:
-            hit = save.match(name)
-            if hit is not None and save.ancestor(name.rpartition(".")[0]) is None:
-                return Match(name, "save", f"modules_to_save '{hit}'")
+        saved, excluded = save.match(name), exclude.match(name)
+        saved_parent = save.match_parent(name)
+        if saved and not saved_parent:  # even a module that is excluded, from being adapted
+            return Match(name, "save", f"modules_to_save '{saved}'")
         if excluded is not None:
             return Match(name, "", f"exclude_modules '{excluded}'")
-        if save.items and (hit := save.ancestor(name)) is not None:
-            return Match(name, "", f"inside modules_to_save '{hit}'")
+        if saved_parent:
+            return Match(name, "", f"inside modules_to_save '{saved or saved_parent}'")
         if (hit := target.match(name)) is None:
             return Match(name, "", "no target matches")
-        if indices and hit != name and isinstance(targets, list):
-            index = layer_index(name, lists)
-            if index not in indices:
-                where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
-                return Match(name, "", f"target_modules '{hit}', but {where}")
+        if indices and hit != name and isinstance(targets, list) and (index := layer_index(name, lists)) not in indices:
+            where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
+            return Match(name, "", f"target_modules '{hit}', but {where}")
         return adapted(name, "adapt", f"target_modules '{hit}'")
 
     matches = [decide(name) for name in names.kinds]
@@ -207,16 +197,12 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
 def _targets(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str]) -> list[str] | str:
     """target_modules, with "all-linear" and None replaced by names."""
     targets = config.target_modules
-    if targets is None and config.target_parameters:
-        return []
-    if targets is None:
-        if names.model_type is None or names.model_type not in defaults:
-            raise ValueError(
-                f"Please specify target_modules: it is None, and there is no default for model_type="
-                f"{names.model_type!r}; for every linear layer say target_modules='all-linear'"
-            )
-        return defaults[names.model_type]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
         return exactly(linear, names.kinds)
-    return targets
+    if targets is not None or config.target_parameters:
+        return [] if targets is None else targets
+    if names.model_type is None or names.model_type not in defaults:
+        reason = f"it is None, and there is no default for model_type={names.model_type!r}"
+        raise ValueError(f"Please specify target_modules: {reason}; for every linear layer say 'all-linear'")
+    return defaults[names.model_type]

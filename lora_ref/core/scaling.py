@@ -7,12 +7,9 @@ import sys
 def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
 
-    Raising r with lora_alpha fixed lowers s. rsLoRA lowers it by the square root only. That keeps the size of the
-    update's output, and of its gradients, independent of r.
+    A larger r lowers s. rsLoRA lowers it less: the size of the update's output, and of its gradients, stays the same.
 
-    Raises:
-        ValueError: r is not an int > 0, or lora_alpha is not a finite number.
-
+    Raises: ValueError if r is not an int > 0, or lora_alpha is not a finite number.
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732, section 3.
 
     >>> scaling(8, 16), scaling(16, 16), scaling(64, 16)
@@ -26,27 +23,26 @@ def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
 
 def check_rank(r: int, name: str = "r") -> None:
-    """Raise ValueError unless r is an int > 0 (and of a size that a float can hold).
+    """ValueError unless r is an int > 0, of a size that a float can hold.
 
     >>> check_rank(0)
     Traceback (most recent call last):
     ...
     ValueError: r=0: the rank must be an int > 0
     """
-    if not isinstance(r, int) or isinstance(r, bool) or not 0 < r < 2**53:
+    if type(r) is bool or not isinstance(r, int) or not 0 < r < 2**53:
         raise ValueError(f"{name}={_shown(r)}: the rank must be an int > 0")
 
 
 def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
-    """Raise ValueError unless lora_alpha is a finite real number."""
+    """ValueError unless lora_alpha is a finite real number."""
     is_number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
-    # float() of a huge int overflows, so the size is compared before it is converted
-    if not is_number or not abs(lora_alpha) <= sys.float_info.max:
+    if not is_number or not abs(lora_alpha) <= sys.float_info.max:  # float() of a huge int overflows
         raise ValueError(f"{name}={_shown(lora_alpha)}: must be a finite number")
 
 
 def check_scaling(s: float, largest: float) -> float:
-    """s, if numbers up to `largest` can be multiplied by 2 s: dropout scales up the numbers that it keeps.
+    """s, or ValueError if numbers up to `largest` cannot be multiplied by 2 s: dropout scales up what it keeps.
 
     >>> check_scaling(1e300, largest=3.4e38)
     Traceback (most recent call last):
@@ -54,14 +50,12 @@ def check_scaling(s: float, largest: float) -> float:
     ValueError: the scaling is 1e+300: numbers up to 3.4e+38 allow 1.7e+38 at most; lower lora_alpha or the factor
     """
     if not abs(s) <= largest / 2:
-        raise ValueError(
-            f"the scaling is {s:g}: numbers up to {largest:.2g} allow {largest / 2:.2g} at most; "
-            "lower lora_alpha or the factor"
-        )
+        limit = f"numbers up to {largest:.2g} allow {largest / 2:.2g} at most"
+        raise ValueError(f"the scaling is {s:g}: {limit}; lower lora_alpha or the factor")
     return s
 
 
 def _shown(value: object) -> str:
-    """repr, cut short; Python refuses to print an int of more than 4300 digits."""
+    """repr, cut short. Python refuses to print an int of more than 4300 digits."""
     huge = isinstance(value, int) and abs(value) > 10**80
     return "<an int of more than 80 digits>" if huge else repr(value)[:80]

@@ -2,8 +2,8 @@
 
     y = W x + s B (A x)        W (out, in) frozen, A (r, in), B (out, r) trained
 
-Every function here takes NumPy arrays and torch tensors. It takes a *batch* of weights as well as one: leading
-dimensions (experts of a mixture, groups of a convolution) are carried along by `@`.
+Every function takes NumPy arrays or torch tensors, and batches of them: `@` carries leading dimensions along (experts
+of a mixture, groups of a convolution).
 """
 
 import math
@@ -16,11 +16,10 @@ Array = Any  # a numpy.ndarray or a torch.Tensor
 
 
 class Factors(NamedTuple):
-    """The result of an init: A (r, in), B (out, r), and the frozen weight of its paper.
+    """The result of an init: the factors, and the frozen weight of its paper.
 
-    `residual` (out, in) is None for an update that starts at W itself. Else the adapted weight at the start is
-    residual + s B A. That is W again, but for rounding, where `exact`. The residual of LoftQ is a quantised W, and its
-    adapted weight only as near to W as rank r allows (exact=False).
+    `residual` is None where the update is added to W itself. Else the adapted weight at the start is residual + s B A.
+    Where `exact`, that is W but for rounding. LoftQ's is only as near to W as rank r allows.
     """
 
     A: Float[Array, "*batch r in"]
@@ -32,9 +31,7 @@ class Factors(NamedTuple):
 def delta(
     A: Float[Array, "*batch r in"], B: Float[Array, "*batch out r"], scaling: float
 ) -> Float[Array, "*batch out in"]:
-    """D = s B A, the update in the orientation of the logical weight (out, in).
-
-    The rank of D is at most r: that is the whole assumption of LoRA.
+    """D = s B A, the update of the logical weight (out, in). Its rank is at most r: the assumption of LoRA.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
 
@@ -64,7 +61,7 @@ def is_torch(x: Array) -> bool:
 
 
 def at_least_float32(x: Array) -> Array:
-    """x itself in float32 or float64, x cast to float32 in a half precision."""
+    """x itself, or x cast to float32 from a half precision."""
     if x.dtype.itemsize >= 4:
         return x
     return x.float() if is_torch(x) else x.astype("float32")
@@ -84,13 +81,12 @@ def pack_experts(
     """
     n_experts, r, n_in = A.shape
     B = B.swapaxes(0, 1).swapaxes(1, 2)  # (E, out, r) -> (out, r, E)
-    return A.reshape(n_experts * r, n_in), B.reshape(B.shape[0], r * n_experts)
+    return A.reshape(n_experts * r, n_in), B.reshape(len(B), r * n_experts)
 
 
 def unpack_experts(
     A: Float[Array, "packed in"], B: Float[Array, "out packed"], n_experts: int
 ) -> tuple[Float[Array, "experts r in"], Float[Array, "experts out r"]]:
     """The inverse of `pack_experts`: A (E, r, in), B (E, out, r)."""
-    A = A.reshape(n_experts, -1, A.shape[-1])  # (E, r, in)
-    B = B.reshape(B.shape[0], -1, n_experts)  # (out, r, E)
-    return A, B.swapaxes(1, 2).swapaxes(0, 1)  # (out, r, E) -> (E, out, r)
+    B = B.reshape(len(B), -1, n_experts).swapaxes(1, 2).swapaxes(0, 1)  # (out, r, E) -> (E, out, r)
+    return A.reshape(n_experts, -1, A.shape[-1]), B

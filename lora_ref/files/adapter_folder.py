@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core.adapter_modules import add_part
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import Init, InitialUpdate, LoraLayer
@@ -190,7 +189,7 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
             needed = f"{tuple(layer.base_weight.shape)} of floating point"
             raise ValueError(f"{key}: has shape {tuple(W.shape)} of {W.dtype}, the model needs {needed}")
         D = at_least_float32(layer.logical_weight()) - at_least_float32(layer.logical(W.to(layer.base_weight.device)))
-        add_part(layer, "lora_initial", adapter_name, InitialUpdate(D=D))
+        layer.lora_initial[adapter_name] = InitialUpdate(D=D)
     return left
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..core import config as core
 from ..core.inits import METHODS
 from ..safe import regexes
-from ..safe.strict import did_you_mean, strict
+from ..safe.strict import check_options, did_you_mean, strict
 
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
@@ -32,6 +32,7 @@ class LoraConfig(core.LoraConfig):
     """
 
     pattern_type = regexes.Pattern
+    check_options = check_options
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types with PEFT's keys."""

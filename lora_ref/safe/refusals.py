@@ -37,9 +37,7 @@ def check(
     for match in plan.matches:
         if not match.action:
             continue
-        name, parameter = match.name, ""
-        if match.action == "adapt parameter":
-            name, _, parameter = match.name.rpartition(".")
+        name, parameter = match.place()
         if name not in places:
             raise ValueError(f"{match.name}: belongs to the model itself; only a submodule's parameters can be adapted")
         parent, attribute = places[name]

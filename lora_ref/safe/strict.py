@@ -1,11 +1,14 @@
-"""Options that refuse a misspelt name, and say which one is meant."""
+"""Options are checked: their names, their types, and those that do not go together."""
 
 import dataclasses
 import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Collection
 from typing import Any, TypeVar
+
+from ..core.config import LoraConfig, TaskType, require
 
 T = TypeVar("T")
 
@@ -43,3 +46,64 @@ def strict(cls: type[T]) -> type[T]:
     cls.__init__ = __init__  # type: ignore[method-assign]
     cls.__setattr__ = __setattr__  # type: ignore[method-assign]
     return cls
+
+
+def check_options(config: LoraConfig) -> None:
+    """Check the options of a LoraConfig that `core.config` takes as they are, and turn sets and tuples into lists.
+
+    Raises:
+        ValueError: a value of a wrong type, a regular expression that cannot be used, or options that do not go
+            together; TypeError: one name where a list of names is needed.
+    """
+    task_type, allowed = config.task_type, f"one of {', '.join(TaskType)}"
+    require(task_type is None or task_type in list(TaskType), "task_type", task_type, allowed)
+    require(config.peft_type == "LORA", "peft_type", config.peft_type, "'LORA'")
+    for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    for name in ("base_model_name_or_path", "revision"):
+        value = getattr(config, name)
+        require(value is None or isinstance(value, str), name, value, "a string or None")
+    _check_names(config)
+    for name in ("rank_pattern", "alpha_pattern"):
+        value = getattr(config, name)
+        is_dict = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        require(value is None or is_dict, name, value, "a dict {regular expression: value}")
+        if value:
+            config.pattern_type.compile_all(value, name)
+    if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out):
+        raise ValueError(
+            "target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: the update is added "
+            "to the parameter itself, so there is no input of A to drop"
+        )
+    is_loftq = str(config.init_lora_weights).lower() == "loftq"
+    if config.loftq_config is not None and not is_loftq:
+        warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)
+    if is_loftq and not config.loftq_config:
+        raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
+
+
+def _check_names(config: LoraConfig) -> None:
+    regular = ("target_modules", "exclude_modules", "layers_pattern")
+    for name in (*regular, "target_parameters", "modules_to_save"):
+        value = getattr(config, name)
+        if isinstance(value, str) and name in regular:
+            require(value != "", name, value, "a non-empty string, a list or None")
+            config.pattern_type.compile_all([value], name)
+        elif isinstance(value, str):
+            raise TypeError(f"{name}={value!r}: must be a list of names; write [{value!r}]")
+        elif value is not None:
+            ok = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(x, str) and x for x in value)
+            require(ok, name, value, "a list of non-empty strings")
+            setattr(config, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+    if isinstance(config.layers_pattern, list):
+        config.pattern_type.compile_all(config.layers_pattern, "layers_pattern")
+    given: Any = config.layers_to_transform
+    indices = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    ok = all(type(index) is int for index in indices)
+    require(ok, "layers_to_transform", given, "an int, a list of ints or None")
+    if isinstance(given, tuple):
+        config.layers_to_transform = indices
+    if indices and isinstance(config.target_modules, str):
+        raise ValueError("layers_to_transform needs target_modules to be a list; put the layers into the regex")
+    if config.layers_pattern and not indices:
+        raise ValueError("layers_pattern is given without layers_to_transform: say which layers")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora_ref.calibration.hooks import inputs
+from lora_ref.calibration.hooks import record_inputs
 
 
 def test_a_hook_sees_the_first_argument_of_a_layer() -> None:
@@ -13,6 +13,6 @@ def test_a_hook_sees_the_first_argument_of_a_layer() -> None:
 
     seen = []
     layer = Scaled(2, 2)
-    with inputs({"a": layer}, lambda name, x: seen.append(x)):
+    with record_inputs({"a": layer}, lambda name, x: seen.append(x)):
         layer(x := torch.ones(1, 2), 3.0)
     assert seen[0] is x
