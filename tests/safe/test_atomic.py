@@ -168,7 +168,7 @@ def run(action: Callable[[], object], at: int) -> tuple[int, bool]:
         nonlocal lines
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
         # the moment in which a clean-up is about to begin: no code can guard it (and at `try:` no signal comes)
-        if event == "line" and line != "try:" and not line.startswith("surely("):
+        if event == "line" and line != "try:" and not line.startswith(("finish(", "atomic.finish(")):
             lines += 1
             if lines == at:
                 sys.settrace(None)
