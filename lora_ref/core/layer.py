@@ -35,7 +35,9 @@ class InitialUpdate(nn.Module):
         super().__init__()
         self.scaling = s
         for name, tensor in (("A", A), ("B", B), ("D", D)):
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+            self.register_buffer(
+                name, None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+            )
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if self.D is not None:
@@ -249,9 +251,10 @@ class LoraLayer(AdapterModule):
     def as_weight(self, weight: Tensor) -> nn.Parameter:
         """A parameter that can replace the base's: on its device and in its dtype, which may have changed meanwhile."""
         now = self.base_weight
-        if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight, requires_grad=now.requires_grad)
-        if weight.device != now.device or weight.dtype != now.dtype:
+        moved = weight.device != now.device or weight.dtype != now.dtype
+        if not isinstance(weight, nn.Parameter) or (moved and now.is_meta is not weight.is_meta):
+            return nn.Parameter(weight.detach().to(now), requires_grad=now.requires_grad)
+        if moved:
             weight.data = weight.data.to(now)
         return weight
 
