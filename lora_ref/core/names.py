@@ -48,7 +48,7 @@ class Rule:
 
     def match_parent(self, name: str) -> str | None:
         """The item that matches the closest parent of the name."""
-        while name := name.rpartition(".")[0] if self.items else "":
+        while name := name.rpartition(".")[0]:
             if hit := self.match(name):
                 return hit
         return None
@@ -170,7 +170,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
 
     def decide(name: str) -> Match:
         saved, excluded = save.match(name), exclude.match(name)
-        saved_parent = save.match_parent(name)
+        saved_parent = save.match_parent(name) if save.items else None
         if saved and not saved_parent:  # even a module that is excluded, from being adapted
             return Match(name, "save", f"modules_to_save '{saved}'")
         if excluded is not None:

@@ -76,7 +76,7 @@ def check_options(config: LoraConfig) -> None:
             "to the parameter itself, so there is no input of A to drop"
         )
     is_loftq = str(config.init_lora_weights).lower() == "loftq"
-    if config.loftq_config is not None and not is_loftq:
+    if config.loftq_config and not is_loftq:
         warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)
     if is_loftq and not config.loftq_config:
         raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
