@@ -36,6 +36,9 @@ class LoraModel(core.LoraModel):
     layer_types = LAYER_TYPES | {"linear": linear.Linear}
     default_targets = ARCHITECTURES
 
+    def wrappers(self) -> list[AdapterModule]:
+        return [m for m in atomic.modules_without_factors(self.model) if isinstance(m, AdapterModule)]
+
     def _check_known(self, *names: str) -> None:
         for name in names:
             if name not in self.peft_config:

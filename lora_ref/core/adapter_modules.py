@@ -45,10 +45,6 @@ class AdapterModule(nn.Module):
         """attribute[adapter] of a dict of modules, or None."""
         return self._modules[attribute]._modules.get(adapter)  # type: ignore[union-attr]
 
-    def inner_modules(self) -> Iterable[nn.Module]:
-        """The modules in it that may hold further wrappers: all but those with A and B."""
-        return [module for module in self._modules.values() if module is not None]
-
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters of adapters."""
         for attribute in self.by_adapter:
@@ -134,19 +130,6 @@ class ModulesToSave(AdapterModule):
         copies = ", ".join(self.modules_to_save) or "none"
         active = ", ".join(self.active_adapters) or "original"
         return f"ModulesToSave(copies: {copies}; active: {active}; {self.base})"
-
-
-def modules_without_factors(model: nn.Module) -> list[nn.Module]:
-    """All modules except those that hold A and B. Only these change when adapters are switched or merged."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            inner = module.inner_modules() if isinstance(module, AdapterModule) else module._modules.values()
-            waiting += [child for child in inner if child is not None]
-    return list(found.values())
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -143,9 +143,6 @@ class LoraLayer(AdapterModule):
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = METHODS[method_of(config.init_lora_weights)].train_B
 
-    def adapters(self) -> list[str]:
-        return list(self.r)
-
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         super().set_adapter(names, inference_mode)
         for name in self.r:
@@ -195,9 +192,6 @@ class LoraLayer(AdapterModule):
     def get_base_layer(self) -> nn.Module:
         """The module inside of nested wrappers."""
         return unwrapped(self)
-
-    def inner_modules(self) -> Iterable[nn.Module]:
-        return [self.base]
 
     # the weight, and merging: W + s B A - D0
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter_modules import AdapterModule, ModulesToSave, modules_without_factors, unwrapped
+from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, find, method_of
 from .layer import Init, LoraLayer
@@ -21,7 +21,7 @@ from .layer_types import LAYER_TYPES, Linear, kind_of
 from .names import HEADS, Match, ModelNames, Targeting, resolve
 from .scaling import check_alpha
 
-InitOf = Callable[[str], Init]  # a layer's name -> its init
+InitOf = Callable[[str], Init] | None  # a layer's name -> its init
 
 
 class LoraModel(nn.Module):
@@ -45,7 +45,7 @@ class LoraModel(nn.Module):
 
     def wrappers(self) -> list[AdapterModule]:
         """All modules that hold adapters."""
-        return [m for m in modules_without_factors(self.model) if isinstance(m, AdapterModule)]
+        return [module for module in self.model.modules() if isinstance(module, AdapterModule)]
 
     def layers(self) -> dict[str, LoraLayer]:
         """{name: adapted layer}. The name of a raw parameter is its own."""
@@ -85,11 +85,7 @@ class LoraModel(nn.Module):
             raise ValueError(f"{what} is not possible while {', '.join(merged)} is merged: call unmerge_adapter first")
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: LoraConfig,
-        autocast_adapter_dtype: bool = True,
-        init: InitOf | None = None,
+        self, adapter_name: str, peft_config: LoraConfig, autocast_adapter_dtype: bool = True, init: InitOf = None
     ) -> None:
         """Add an adapter, inactive and frozen. `init` gives the init of each layer by name, in place of the config's.
 
@@ -138,7 +134,8 @@ class LoraModel(nn.Module):
         for match in plan.matches:
             name, parameter = match.place()
             parent, attribute = places[name]
-            module, bare = parent._modules[attribute], unwrapped(parent._modules[attribute])
+            module = parent._modules[attribute]
+            bare: Any = unwrapped(module)
             if match.action and isinstance(parent, nn.MultiheadAttention):
                 raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
             if match.r is None or match.scaling is None:
@@ -181,6 +178,7 @@ class LoraModel(nn.Module):
 
         Merged adapters are unmerged first.
         Raises: ValueError for an unknown adapter, one named twice, or two that save the same module.
+        Differs from PEFT: unmerging there leaves rounding errors in the weights.
         """
         names, wrappers = self._names_or_active(adapter_name), self.wrappers()
         if len(set(names)) != len(names):
@@ -272,7 +270,6 @@ class LoraModel(nn.Module):
 
         Raises: ValueError for an unknown or disabled adapter, a grouped convolution, or weights that are not finite.
         Differs from PEFT: all layers merge or none; active adapters that are not merged still act; unmerging is exact.
-        There it subtracts the update, and leaves rounding errors in the weights.
         """
         layers = self.layers()
         new = to_merge(layers, self._names_or_active(adapter_names))
@@ -338,7 +335,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """{id of an unwrapped module: every (parent, attribute) that holds it}. A shared module has several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in modules_without_factors(model):
+    for parent in model.modules():
         for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
             if child is not None:
                 found.setdefault(id(unwrapped(child)), []).append((parent, attribute))

@@ -30,7 +30,7 @@ class Rule:
     def __init__(self, option: str, value: Any, pattern_type: type[Pattern] = Pattern):
         self.option, self.used = option, set[str]()
         self.items = [value] if isinstance(value, str) else list(value or ())
-        self.exact, self.patterns = set(self.items), list[Pattern]()
+        self.exact, self.patterns = set(self.items), list[Any]()
         if value and isinstance(value, str | dict):
             template = "{}" if isinstance(value, str) else r"(.*\.)?({})"
             self.patterns = pattern_type.compile_all(self.items, option, template)
@@ -38,7 +38,8 @@ class Rule:
     def match(self, name: str) -> str | None:
         """The item that matches the name (in a list the longest one), or None."""
         if self.patterns:
-            first = next((pattern.text for pattern in self.patterns if pattern.fullmatch(name)), None)
+            pairs = zip(self.items, self.patterns, strict=True)
+            first = next((item for item, pattern in pairs if pattern.fullmatch(name)), None)
             hits = [] if first is None else [first]
         else:  # the dotted ends of a name are few; the items may be hundreds
             starts = [0, *(i + 1 for i, c in enumerate(name) if c == ".")] if self.exact else []
@@ -66,7 +67,7 @@ def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
     return list(wanted)
 
 
-def layer_index(name: str, patterns: Iterable[Pattern]) -> int | None:
+def layer_index(name: str, patterns: Iterable[Any]) -> int | None:
     """The index of the layer that a module is in, or None. `patterns` come from `layer_lists`.
 
     >>> any_list, layers = layer_lists(None), layer_lists("layers")
@@ -79,14 +80,14 @@ def layer_index(name: str, patterns: Iterable[Pattern]) -> int | None:
     return next((int(match["lora_ref_index"]) for match in found if match), None)
 
 
-def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Pattern]:
+def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Any]:
     """Patterns that find a layer's index in a name, from layers_pattern.
 
     Without it, the index is a number after two name segments ("model.layers.3.mlp"). With it, the number after a
     segment of that name, at the root too.
     """
     if not names:
-        return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
+        return [re.compile(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
     texts = [names] if isinstance(names, str) else names
     return pattern_type.compile_all(texts, "layers_pattern", r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\.")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
 from lora_ref import init as inits
-from lora_ref.core.adapter_modules import modules_without_factors as frame
 from lora_ref.core.layer_types import LoraLayer, is_conv1d_of_transformers
+from lora_ref.safe.atomic import modules_without_factors as frame
 from spec_tests import agree, close, distance
 
 FALSE_ALARM = 1e-6  # how often numbers that follow a law may be taken for some that do not
