@@ -1,7 +1,4 @@
-"""Modules that hold one variant for each named adapter, and a switch: the active adapters, or none of them.
-
-`ModulesToSave` is the simplest: a full copy of a module for each adapter. `layer.LoraLayer` holds factors.
-"""
+"""Modules that hold one variant for each named adapter, and a switch: the active adapters, or none of them."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence

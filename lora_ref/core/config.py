@@ -3,22 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Iterable
-from enum import StrEnum
 from typing import Any, ClassVar
 
 from .inits import METHODS, method_of
 from .scaling import check_alpha, check_rank
-
-
-class TaskType(StrEnum):
-    """What the base model does. SEQ_CLS and TOKEN_CLS train and save the classification head."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -60,7 +48,7 @@ class LoraConfig:
     use_rslora: bool = False
     fan_in_fan_out: bool = False  # recorded only: how a layer stores its weight is read off the layer
     init_lora_weights: bool | str = True  # a key of `inits.METHODS`
-    task_type: TaskType | str | None = None
+    task_type: str | None = None  # a key of `names.HEADS` trains and saves the classification head
     inference_mode: bool = False  # create the adapter frozen
     eva_config: Any = None  # the options of the init "eva", and so on
     loftq_config: Any = None

@@ -22,6 +22,9 @@ from .scaling import check_scaling, scaling
 from .update import Factors, at_least_float32, delta
 
 Init = Callable[[Tensor, int, float], Factors]  # (W (out, in), r, s) -> A, B and the residual
+InitOf = Callable[[str], Init] | None  # a layer's name -> its init
+PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_initial")  # dicts {adapter: module}
+NUMBERS = ("r", "lora_alpha", "scaling", "initial_scaling", "train_B")  # dicts {adapter: value}
 
 
 class InitialUpdate(nn.Module):
@@ -59,30 +62,25 @@ class LoraLayer(AdapterModule):
     weight_name = "weight"  # the base parameter that a merge adds the update to
     fan_in_fan_out = False  # is it stored as W^T?
     groups = 1  # pairs of factors that share the rank
-    by_adapter: tuple[str, ...] = (
-        *("lora_A", "lora_B", "lora_dropout", "lora_initial"),
-        *("r", "lora_alpha", "scaling", "initial_scaling", "train_B"),
-    )
+    by_adapter: tuple[str, ...] = PARTS + NUMBERS
 
-    lora_A: Any  # {adapter: module}, (*tokens, in) -> (*tokens, r)
-    lora_B: Any  # {adapter: module}, (*tokens, r) -> (*tokens, out)
-    lora_dropout: Any  # {adapter: module}, for adapters with dropout
-    lora_initial: Any  # {adapter: D0}, for inits whose first update is not 0
+    lora_A: Any  # (*tokens, in) -> (*tokens, r)
+    lora_B: Any  # (*tokens, r) -> (*tokens, out)
+    lora_dropout: Any
+    lora_initial: Any  # D0
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     initial_scaling: dict[str, float]
     train_B: dict[str, bool]
     merged_adapters: list[str]
-    # the weight that is not in use: the original one while merged, the merged one while merged and disabled.
-    # In a list, because nn.Module would register a bare Parameter
+    # the weight not in use: the original while merged, the merged while disabled. Bare, it would be registered
     set_aside: list[nn.Parameter]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._modules["base_layer"] = base_layer
-        self._modules.update({name: nn.ModuleDict() for name in ("lora_A", "lora_B", "lora_dropout", "lora_initial")})
-        vars(self).update(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
+        self._modules.update({"base_layer": base_layer, **{name: nn.ModuleDict() for name in PARTS}})
+        vars(self).update({name: {} for name in NUMBERS})
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,8 +165,6 @@ class LoraLayer(AdapterModule):
     def _rescale(self, scalings: dict[str, float]) -> None:
         self.scaling.update({name: checked_scaling(s, self.base_weight.dtype) for name, s in scalings.items()})
 
-    # storage: a layer type overrides what it stores in another way
-
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         """Create the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
         self.lora_A[name], self.lora_B[name] = linear_of(A), linear_of(B)
@@ -193,8 +189,6 @@ class LoraLayer(AdapterModule):
         """The module inside of nested wrappers."""
         return unwrapped(self)
 
-    # the weight, and merging: W + s B A - D0
-
     @property
     def base_weight(self) -> nn.Parameter:
         """The base parameter that the update belongs to, as stored."""
@@ -207,7 +201,6 @@ class LoraLayer(AdapterModule):
 
     @property
     def merged(self) -> bool:
-        """Is any adapter merged into the base weight?"""
         return bool(self.merged_adapters)
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
@@ -241,8 +234,7 @@ class LoraLayer(AdapterModule):
         now = self.base_weight
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight, requires_grad=now.requires_grad)
-        if weight.device != now.device or weight.dtype != now.dtype:
-            weight.data = weight.data.to(now)
+        weight.data = weight.data.to(now)
         return weight
 
     def install_weight(self, weight: nn.Parameter, set_aside: list[nn.Parameter], merged_adapters: list[str]) -> None:
@@ -277,8 +269,7 @@ def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
     A hook or a patched forward may move or cast the weight before the product (offloading, layerwise casting). Then
     another device is no error, and x is not cast to a narrower dtype.
     """
-    weight = module._parameters.get("weight")
-    weight = next(module.parameters(), None) if weight is None else weight
+    weight = next(module.parameters(), None)
     if weight is None or not weight.is_floating_point():
         return x
     observed = bool(module._forward_pre_hooks) or "forward" in vars(module)

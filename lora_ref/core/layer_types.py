@@ -23,7 +23,7 @@ class Embedding(LoraLayer):
     """y[i] = E[i] + s A^T[i] B^T for `nn.Embedding` (V, d): a linear layer on one-hot vectors.
 
     A (r, V) is looked up, B (d, r) multiplied. lora_dropout does not apply: the input is a token. At padding_idx the
-    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch too.
+    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch, as it does merged.
     """
 
     kind = "embedding"
@@ -101,8 +101,7 @@ class Parameter(LoraLayer):
     `is_transposed` is stored as (E, in, out). The file's layout is that of `update.pack_experts`. Several parameters of
     one module nest: a wrapper in a wrapper.
 
-    Differs from PEFT: the module is not parametrised during the call, and merged adapters may be mixed with active
-    ones.
+    Differs from PEFT: the module is not parametrised during the call; merged and active adapters may be mixed.
     """
 
     kind = "parameter"

@@ -6,7 +6,7 @@ Every method checks first, then changes. `lora_ref.api.model` adds speed, all re
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,12 +16,10 @@ from torch import nn
 from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, find, method_of
-from .layer import Init, LoraLayer
+from .layer import Init, InitOf, LoraLayer
 from .layer_types import LAYER_TYPES, Linear, kind_of
 from .names import HEADS, Match, ModelNames, Targeting, resolve
 from .scaling import check_alpha
-
-InitOf = Callable[[str], Init] | None  # a layer's name -> its init
 
 
 class LoraModel(nn.Module):
@@ -76,8 +74,9 @@ class LoraModel(nn.Module):
             raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
         usable = isinstance(name, str) and re.fullmatch(r"[\w -]+", name) and name != "__base__"
         if not usable or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-            allowed = "letters, digits, '_', '-' or spaces, not the name of a method"
-            raise ValueError(f"adapter name {name!r}: must be {allowed}")
+            raise ValueError(
+                f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, and no method's name"
+            )
 
     def _check_not_merged(self, names: Sequence[str], what: str) -> None:
         merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
@@ -140,7 +139,8 @@ class LoraModel(nn.Module):
                 raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
             if match.r is None or match.scaling is None:
                 continue
-            kind, weight = "parameter" if parameter else kind_of(bare), getattr(bare, parameter or "weight", None)
+            kind = "parameter" if parameter else kind_of(bare)
+            weight: Any = getattr(bare, parameter or "weight", None)
             if not kind or isinstance(module, ModulesToSave) or not weight.is_floating_point():
                 raise ValueError(f"{match.name}: {type(bare).__name__} cannot be adapted")
             if kind == "conv" and match.r % bare.groups:
@@ -324,8 +324,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
     while waiting:
         name, parent, attribute = waiting.pop()
-        child = parent._modules[attribute]
-        bare = None if child is None else unwrapped(child)
+        bare: Any = unwrapped(getattr(parent, attribute))
         if bare is not None and id(bare) not in seen:
             seen.add(id(bare))
             yield name, parent, attribute

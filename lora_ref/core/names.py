@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import LoraConfig, Pattern, TaskType
+from .config import LoraConfig, Pattern
 from .scaling import scaling
 
 
@@ -81,11 +81,7 @@ def layer_index(name: str, patterns: Iterable[Any]) -> int | None:
 
 
 def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Any]:
-    """Patterns that find a layer's index in a name, from layers_pattern.
-
-    Without it, the index is a number after two name segments ("model.layers.3.mlp"). With it, the number after a
-    segment of that name, at the root too.
-    """
+    """Patterns of a layer's index: after one of these segments of a name, or after any two ("model.layers.3.mlp")."""
     if not names:
         return [re.compile(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
     texts = [names] if isinstance(names, str) else names
@@ -131,14 +127,14 @@ class Targeting:
         return [m.name for m in self.matches if m.action == action]
 
 
-# the names of the heads of transformers' classifiers, which a task trains in full
-HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)}
+# {task_type: the names of the heads of transformers' classifiers, which are trained in full}
+HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in ("SEQ_CLS", "TOKEN_CLS")}
 
 
 def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str] | None = None) -> Targeting:
     """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
-    `defaults` are the target_modules of each architecture, for target_modules=None.
+    `defaults` are the target_modules of each architecture, for None.
     Raises: ValueError if that architecture is not known, or a pattern is too slow.
 
     >>> names = ModelNames({"layers.0.q": "linear", "layers.0.up": "linear", "head": "linear"})
@@ -157,8 +153,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     parameter = Rule("target_parameters", config.target_parameters)
     ranks = Rule("rank_pattern", config.rank_pattern, pattern_type)
     alphas = Rule("alpha_pattern", config.alpha_pattern, pattern_type)
-    given = config.layers_to_transform
-    indices = [given] if isinstance(given, int) else given
+    indices = [x] if isinstance(x := config.layers_to_transform, int) else x
     lists = layer_lists(config.layers_pattern, pattern_type) if indices else []
 
     def adapted(name: str, action: str, rule: str) -> Match:

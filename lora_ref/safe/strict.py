@@ -6,11 +6,23 @@ import functools
 import inspect
 import warnings
 from collections.abc import Collection
+from enum import StrEnum
 from typing import Any, TypeVar
 
-from ..core.config import LoraConfig, TaskType, require
+from ..core.config import LoraConfig, require
 
 T = TypeVar("T")
+
+
+class TaskType(StrEnum):
+    """What the base model does. SEQ_CLS and TOKEN_CLS save the classification head with the adapter."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
