@@ -62,7 +62,6 @@ class AdapterModule(nn.Module):
             parameter.requires_grad = name in self.active_adapters and not inference_mode
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter."""
         for attribute in self.by_adapter:
             if name in (part := getattr(self, attribute)):
                 del part[name]
@@ -129,7 +128,7 @@ class ModulesToSave(AdapterModule):
         return f"ModulesToSave(copies: {copies}; active: {active}; {self.base})"
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: Any) -> Any:
     """The module inside of nested wrappers."""
     while isinstance(module, AdapterModule):
         module = module.base

@@ -119,10 +119,7 @@ class LoraLayer(AdapterModule):
     def add_adapter(
         self, name: str, r: int, lora_alpha: float, config: LoraConfig, init: Init, autocast: bool, rounded: bool = True
     ) -> None:
-        """Add an adapter, inactive and frozen, on the base weight's device.
-
-        A and B are rounded to the weight's dtype (if `rounded`), and kept in the dtype of `adapter_dtype`.
-        """
+        """Add an adapter, inactive and frozen. A and B are first rounded to the base weight's dtype (if `rounded`)."""
         W = self.unmerged_weight.detach()
         dtype = adapter_dtype(W.dtype, autocast)
         s = checked_scaling(scaling(r, lora_alpha, config.use_rslora), dtype)
@@ -173,10 +170,6 @@ class LoraLayer(AdapterModule):
         """A and B of one adapter in logical orientation."""
         return self.lora_A[name].weight, self.lora_B[name].weight
 
-    def packed(self, A: Float[Tensor, "*batch r in"], B: Float[Tensor, "*batch out r"]) -> tuple[Tensor, Tensor]:
-        """The inverse of `factors`: A and B in the shapes of `build` and of the adapter file."""
-        return A, B
-
     def logical(self, W: Tensor) -> Float[Tensor, "*batch out in"]:
         """A weight as stored, seen as (out, in): the inverse of `stored`."""
         return W.mT if self.fan_in_fan_out else W
@@ -185,7 +178,7 @@ class LoraLayer(AdapterModule):
         """A logical update in the shape that the base weight is stored in."""
         return D.mT if self.fan_in_fan_out else D
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:
         """The module inside of nested wrappers."""
         return unwrapped(self)
 

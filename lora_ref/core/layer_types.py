@@ -61,7 +61,7 @@ class Conv(LoraLayer):
 
     @property
     def groups(self) -> int:  # type: ignore[override]
-        return self.get_base_layer().groups  # type: ignore[return-value]
+        return self.get_base_layer().groups
 
     def logical(self, W: Tensor) -> Float[Tensor, "out fan_in"]:
         if self.groups == 1:
@@ -89,9 +89,6 @@ class Conv(LoraLayer):
         if self.groups == 1:
             return A, B
         return A.reshape(self.groups, -1, A.shape[1]), B.reshape(self.groups, -1, B.shape[1])
-
-    def packed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return A.flatten(0, -2), B.flatten(0, -2)
 
 
 class Parameter(LoraLayer):

@@ -17,7 +17,7 @@ from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, find, method_of
 from .layer import Init, InitOf, LoraLayer
-from .layer_types import LAYER_TYPES, Linear, kind_of
+from .layer_types import LAYER_TYPES, kind_of
 from .names import HEADS, Match, ModelNames, Targeting, resolve
 from .scaling import check_alpha
 
@@ -74,9 +74,8 @@ class LoraModel(nn.Module):
             raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
         usable = isinstance(name, str) and re.fullmatch(r"[\w -]+", name) and name != "__base__"
         if not usable or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-            raise ValueError(
-                f"adapter name {name!r}: must be letters, digits, '_', '-' or spaces, and no method's name"
-            )
+            allowed = "letters, digits, '_', '-' or spaces, not the name of a method"
+            raise ValueError(f"adapter name {name!r}: must be {allowed}")
 
     def _check_not_merged(self, names: Sequence[str], what: str) -> None:
         merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
@@ -92,20 +91,17 @@ class LoraModel(nn.Module):
         or a second adapter has bias != "none".
         """
         self._check_new_name(adapter_name)
-        if not isinstance(peft_config, LoraConfig):
-            raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
         others = [name for name, c in self.peft_config.items() if c.bias != "none"]
         if config.bias != "none" and others:
             taken = f"adapter {others[0]!r} already trains biases of the base model in place"
             raise ValueError(f"bias={config.bias!r}: {taken}; only one adapter of a model can")
         plan = self.plan(config)
-        config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
         if heads := HEADS.get(config.task_type or ""):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         self.refuse(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
-        was_off, transposed = any(wrapper.disable_adapters for wrapper in self.wrappers()), False
+        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
         places, held = {name: place for name, *place in walk(self.model)}, holders(self.model)
         with self.progress([match for match in plan.matches if match.action], config, init is None) as matches:
             for match in matches:
@@ -119,10 +115,8 @@ class LoraModel(nn.Module):
                     wrapper.add_adapter(adapter_name, *numbers, config, method, autocast_adapter_dtype, rounded)
                 except ValueError as error:
                     raise ValueError(f"{match.name}: {error}") from error
-                transposed |= isinstance(wrapper, Linear) and wrapper.fan_in_fan_out
         if was_off:  # then the new wrappers are, too
             self.disable_adapter_layers()
-        config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
         self.peft_config[adapter_name] = config
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
@@ -134,7 +128,7 @@ class LoraModel(nn.Module):
             name, parameter = match.place()
             parent, attribute = places[name]
             module = parent._modules[attribute]
-            bare: Any = unwrapped(module)
+            bare = unwrapped(module)
             if match.action and isinstance(parent, nn.MultiheadAttention):
                 raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
             if match.r is None or match.scaling is None:
@@ -324,7 +318,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
     while waiting:
         name, parent, attribute = waiting.pop()
-        bare: Any = unwrapped(getattr(parent, attribute))
+        bare = unwrapped(parent._modules[attribute])
         if bare is not None and id(bare) not in seen:
             seen.add(id(bare))
             yield name, parent, attribute
@@ -355,7 +349,7 @@ def describe(model: nn.Module) -> ModelNames:
     get_head = getattr(model, "get_output_embeddings", None)
     head = unwrapped(get_head()) if callable(get_head) and get_head() is not None else None
     for name, parent, attribute in walk(model):
-        module = unwrapped(getattr(parent, attribute))
+        module = unwrapped(parent._modules[attribute])
         kinds[name] = kind_of(module)
         heads += [name] if module is head else []
         parameters += [f"{name}.{p}" for p in module._parameters]
@@ -381,9 +375,12 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
             not_base.update((module if adapter_name in module.adapters() else module.modules_to_save).modules())
         elif isinstance(module, LoraLayer) and adapter_name in module.r:
             adapted.add(module.get_base_layer())
-    chosen = {name: m for name, m in model.named_modules() if m not in not_base and (mode == "all" or m in adapted)}
-    found = {f"{name}.bias".lstrip("."): module._parameters.get("bias") for name, module in chosen.items()}
-    return {name: bias for name, bias in found.items() if bias is not None}
+    found = {}
+    for name, module in model.named_modules():
+        bias, chosen = module._parameters.get("bias"), mode == "all" or module in adapted
+        if bias is not None and chosen and module not in not_base:
+            found[f"{name}.bias".lstrip(".")] = bias
+    return found
 
 
 def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, list[str]]:
