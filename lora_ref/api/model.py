@@ -21,7 +21,7 @@ from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import InitOf, LoraLayer
 from ..core.layer_types import LAYER_TYPES, Linear
-from ..core.names import Match, Targeting
+from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
 from ..safe import atomic, progress, refusals, sharded
 from ..safe.strict import did_you_mean
@@ -47,6 +47,8 @@ class LoraModel(core.LoraModel):
         super().add_adapter(adapter_name, peft_config, autocast_adapter_dtype, init)
         config = self.peft_config[adapter_name]  # with notes for the adapter file
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        if heads := HEADS.get(config.task_type or ""):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         layers = [layer for layer in self.wrappers() if isinstance(layer, Linear) and adapter_name in layer.r]
         transposed = any(layer.fan_in_fan_out for layer in layers)
         config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together

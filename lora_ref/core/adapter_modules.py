@@ -22,7 +22,7 @@ class AdapterModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # vars(): nn.Module.__setattr__ is slow, and a model has hundreds of layers
+        # vars(): nn.Module.__setattr__ is slow, and models have hundreds of layers
         vars(self).update(active_adapters=[], disable_adapters=False, adapter_names=None)
 
     @property
@@ -123,8 +123,7 @@ class ModulesToSave(AdapterModule):
         return y
 
     def __repr__(self) -> str:
-        copies = ", ".join(self.modules_to_save) or "none"
-        active = ", ".join(self.active_adapters) or "original"
+        copies, active = ", ".join(self.modules_to_save) or "none", ", ".join(self.active_adapters) or "original"
         return f"ModulesToSave(copies: {copies}; active: {active}; {self.base})"
 
 

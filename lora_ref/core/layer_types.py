@@ -86,9 +86,9 @@ class Conv(LoraLayer):
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*groups r fan_in"], Float[Tensor, "*groups out r"]]:
         A, B = self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
-        if self.groups == 1:
-            return A, B
-        return A.reshape(self.groups, -1, A.shape[1]), B.reshape(self.groups, -1, B.shape[1])
+        if self.groups > 1:
+            A, B = A.reshape(self.groups, -1, A.shape[1]), B.reshape(self.groups, -1, B.shape[1])
+        return A, B
 
 
 class Parameter(LoraLayer):

@@ -18,7 +18,7 @@ from .config import LoraConfig
 from .inits import METHODS, find, method_of
 from .layer import Init, InitOf, LoraLayer
 from .layer_types import LAYER_TYPES, kind_of
-from .names import HEADS, Match, ModelNames, Targeting, resolve
+from .names import Match, ModelNames, Targeting, resolve
 from .scaling import check_alpha
 
 
@@ -97,8 +97,6 @@ class LoraModel(nn.Module):
             taken = f"adapter {others[0]!r} already trains biases of the base model in place"
             raise ValueError(f"bias={config.bias!r}: {taken}; only one adapter of a model can")
         plan = self.plan(config)
-        if heads := HEADS.get(config.task_type or ""):
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         self.refuse(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
         was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
@@ -203,10 +201,7 @@ class LoraModel(nn.Module):
             self.set_adapter(next(iter(self.peft_config)))
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
-        """s = factor * the scaling that the configuration gives, in every layer.
-
-        Raises: ValueError for an unknown or merged adapter, or an s that is not finite or too large for the dtype.
-        """
+        """s = factor * the configured scaling. ValueError: an unknown or merged adapter; s not finite, or too large."""
         self._check_known(adapter_name)
         check_alpha(factor, "factor")
         self._check_not_merged([adapter_name], "scaling")
@@ -239,8 +234,7 @@ class LoraModel(nn.Module):
     def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
         """A `with` block in which sample i of a batch uses adapter_names[i]; "__base__" means none.
 
-        Raises: ValueError for an unknown adapter, a merged one, a model in training mode, and in the block for another
-        number of names than of samples.
+        Raises: ValueError for an unknown or merged adapter, in training mode, and for a batch of another size.
         """
         self._check_known(*(name for name in dict.fromkeys(adapter_names) if name != "__base__"))
         self._check_not_merged(list(self.peft_config), "mixing adapters in a batch")
@@ -284,10 +278,7 @@ class LoraModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """The plain base model, the original object, with the active (or named) adapters merged into it.
-
-        Raises: ValueError as `merge_adapter`.
-        """
+        """The original base model with the active (or named) adapters merged into it. ValueError as `merge_adapter`."""
         names = self._names_or_active(adapter_names)
         self.enable_adapter_layers()
         if adapter_names is not None:
