@@ -171,7 +171,7 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 
 def matrix_of(module: nn.Module, W: Tensor) -> Tensor:
-    """The matrix (n_out, n_in) of a factor of W: its weight, or, if it is not plain, its output for the unit vectors."""
+    """The matrix (n_out, n_in) of a factor of W: its weight, or the output for the unit vectors if it is not plain."""
     if type(module) is nn.Linear and "weight" in module._parameters and not is_observed(module):
         matrix = module.weight
     else:

@@ -39,7 +39,7 @@ def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: boo
 def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
     """The parameter that holds the numbers, or the reason why they are not those that the module computes with."""
     weight = module._parameters.get(attribute)
-    if weight is None or type(weight) not in (Tensor, nn.Parameter):
+    if weight is None or (calls and type(weight) not in (Tensor, nn.Parameter)):
         return f"is a {type(module).__name__} that does not store its weight: replaced, pruned, parametrised, sharded"
     if weight.is_meta and is_observed(module):
         return "is offloaded"
