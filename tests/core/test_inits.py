@@ -42,10 +42,15 @@ def test_these_initialisations_start_as_a_no_op_in_both_libraries(function, seed
         close(B @ A, 0 * (B @ A), terms, size=np.outer((B**2).sum(1) ** 0.5, (A**2).sum(0) ** 0.5))
 
 
-def test_a_seed_fixes_the_draw():
-    W = torch.zeros(3, 4)
-    first, again = (uniform(W, 2, 1.0, torch.Generator().manual_seed(1)).A for _ in range(2))
-    assert torch.equal(first, again)
+@pytest.mark.parametrize("draw", [draw_normal, draw_uniform])
+def test_a_seed_fixes_the_draw(draw) -> None:
+    def in_torch(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    for like, seeded in ((np.zeros(1), np.random.default_rng), (torch.zeros(1), in_torch)):
+        first, again, other = (draw((3, 4), 1.0, like, seeded(seed)) for seed in (1, 1, 2))
+        assert (first == again).all() and (first != other).all()
+        assert (draw((3, 4), 1.0, like) != first).all()  # without a generator: another draw
 
 
 @pytest.mark.parametrize("draw", [draw_normal, draw_uniform])
