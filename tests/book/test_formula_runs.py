@@ -136,7 +136,7 @@ def mixed(model: Any) -> Tensor:
 
 
 def merged(model: Any) -> Tensor:
-    """With the quoted `delta`: `fast` merges an adapter that subtracts its start as the core does."""
+    """It calls the quoted `delta`: `fast` merges an adapter that subtracts its start as the core does."""
     model.merge_adapter()
     return model(X)
 
@@ -174,13 +174,14 @@ def test_every_quoted_function_of_the_layer_is_entered(make):
             assert stops(q.lines, forward, make(config())), q.name
 
 
-@pytest.mark.parametrize("make", [core, hooked])
-def test_every_quoted_line_runs_in_one_of_the_calls_that_the_page_names(make):
+@pytest.mark.parametrize("make, make_to_merge", [(core, core), (hooked, plain)])  # with a hook, merging is refused
+def test_every_quoted_line_runs_in_one_of_the_calls_that_the_page_names(make, make_to_merge):
     all_lines = set().union(*(q.lines for q in quotes()))
     reached: set[Line] = set()
     for options in OPTIONS.values():
-        for call in (forward, disabled, mixed, merged):
+        for call in (forward, disabled, mixed):
             reached |= stops(all_lines, call, make(config(**options)))
+        reached |= stops(all_lines, merged, make_to_merge(config(**options)))
     assert reached == all_lines
 
 
