@@ -8,10 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import init as init  # enters its methods into the table of core.inits
-from .core.config import TaskType
 from .files.config_file import LoraConfig
 from .files.config_file import LoraConfig as PeftConfig
 from .init.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from .safe.strict import TaskType
 
 if TYPE_CHECKING:
     from .api.explain import explain

@@ -19,9 +19,9 @@ from ..core import model as core
 from ..core.adapter_modules import AdapterModule
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
-from ..core.layer import LoraLayer
-from ..core.layer_types import LAYER_TYPES
-from ..core.names import Match, Targeting
+from ..core.layer import InitOf, LoraLayer
+from ..core.layer_types import LAYER_TYPES, Linear
+from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
 from ..safe import atomic, progress, refusals, sharded
 from ..safe.strict import did_you_mean
@@ -35,6 +35,23 @@ class LoraModel(core.LoraModel):
 
     layer_types = LAYER_TYPES | {"linear": linear.Linear}
     default_targets = ARCHITECTURES
+
+    def wrappers(self) -> list[AdapterModule]:
+        return [m for m in atomic.modules_without_factors(self.model) if isinstance(m, AdapterModule)]
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: LoraConfig, autocast_adapter_dtype: bool = True, init: InitOf = None
+    ) -> None:
+        if not isinstance(peft_config, LoraConfig):
+            raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
+        super().add_adapter(adapter_name, peft_config, autocast_adapter_dtype, init)
+        config = self.peft_config[adapter_name]  # with notes for the adapter file
+        config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        if heads := HEADS.get(config.task_type or ""):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+        layers = [layer for layer in self.wrappers() if isinstance(layer, Linear) and adapter_name in layer.r]
+        transposed = any(layer.fan_in_fan_out for layer in layers)
+        config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
 
     def _check_known(self, *names: str) -> None:
         for name in names:

@@ -1,7 +1,7 @@
 """PeftModel: what `get_peft_model` returns. A LoraModel that can be saved, loaded and printed."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ class PeftModel(nn.Module):
             return base.generate(*args, **kwargs)
 
     def mixed_batch(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
-        """See `LoraModel.mixed_batch`."""
-        return self.base_model.mixed_batch(adapter_names)
+        """See `LoraModel.mixed_batch`. None: every sample uses the active adapters."""
+        return nullcontext() if adapter_names is None else self.base_model.mixed_batch(adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(numbers that train, numbers in all), adapters included."""

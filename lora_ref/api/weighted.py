@@ -46,7 +46,9 @@ def add_weighted_adapter(
     config = configure(layers, combined, list(parents.values()), describe(model.model).kinds)
 
     def init(name: str) -> Init:
-        A, B = layers[name].packed(*combined[name][:2])
+        A, B, *_ = combined[name]
+        if layers[name].kind == "conv":  # groups are stored one after the other
+            A, B = A.flatten(0, -2), B.flatten(0, -2)
         return lambda weight, r, scaling: Factors(A, B)
 
     with transaction(model):

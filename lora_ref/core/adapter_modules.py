@@ -1,7 +1,4 @@
-"""Modules that hold one variant for each named adapter, and a switch: the active adapters, or none of them.
-
-`ModulesToSave` is the simplest: a full copy of a module for each adapter. `layer.LoraLayer` holds factors.
-"""
+"""Modules that hold one variant for each named adapter, and a switch: the active adapters, or none of them."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +22,7 @@ class AdapterModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # vars(): nn.Module.__setattr__ is slow, and a model has hundreds of layers
+        # vars(): nn.Module.__setattr__ is slow, and models have hundreds of layers
         vars(self).update(active_adapters=[], disable_adapters=False, adapter_names=None)
 
     @property
@@ -44,10 +41,6 @@ class AdapterModule(nn.Module):
     def part(self, attribute: str, adapter: str) -> Any:
         """attribute[adapter] of a dict of modules, or None."""
         return self._modules[attribute]._modules.get(adapter)  # type: ignore[union-attr]
-
-    def inner_modules(self) -> Iterable[nn.Module]:
-        """The modules in it that may hold further wrappers: all but those with A and B."""
-        return [module for module in self._modules.values() if module is not None]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters of adapters."""
@@ -69,7 +62,6 @@ class AdapterModule(nn.Module):
             parameter.requires_grad = name in self.active_adapters and not inference_mode
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter."""
         for attribute in self.by_adapter:
             if name in (part := getattr(self, attribute)):
                 del part[name]
@@ -131,25 +123,11 @@ class ModulesToSave(AdapterModule):
         return y
 
     def __repr__(self) -> str:
-        copies = ", ".join(self.modules_to_save) or "none"
-        active = ", ".join(self.active_adapters) or "original"
+        copies, active = ", ".join(self.modules_to_save) or "none", ", ".join(self.active_adapters) or "original"
         return f"ModulesToSave(copies: {copies}; active: {active}; {self.base})"
 
 
-def modules_without_factors(model: nn.Module) -> list[nn.Module]:
-    """All modules except those that hold A and B. Only these change when adapters are switched or merged."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            inner = module.inner_modules() if isinstance(module, AdapterModule) else module._modules.values()
-            waiting += [child for child in inner if child is not None]
-    return list(found.values())
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: Any) -> Any:
     """The module inside of nested wrappers."""
     while isinstance(module, AdapterModule):
         module = module.base

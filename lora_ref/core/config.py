@@ -3,22 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Iterable
-from enum import StrEnum
 from typing import Any, ClassVar
 
 from .inits import METHODS, method_of
 from .scaling import check_alpha, check_rank
-
-
-class TaskType(StrEnum):
-    """What the base model does. SEQ_CLS and TOKEN_CLS train and save the classification head."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -29,85 +17,40 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 class Pattern:
-    """A regular expression of an option, with `re`'s methods; ValueError if it cannot be compiled.
-
-    >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj") is not None
-    True
-    """
-
-    def __init__(self, text: str, option: str = "pattern", template: str = "{}") -> None:
-        self.text, self.option = text, option
-        try:
-            re.compile(text)  # by itself: its brackets must not close those of the template
-            self.compiled = re.compile(template.replace("{}", text))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{option}: {text[:80]!r} is not a usable regular expression: {error}") from error
-
-    def match(self, name: str) -> Any:
-        return self.compiled.match(name)
-
-    def fullmatch(self, name: str) -> Any:
-        return self.compiled.fullmatch(name)
+    """The regular expressions of an option. `safe.regexes` has one whose matches end in time."""
 
     @classmethod
-    def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list["Pattern"]:
-        """The patterns of one option."""
-        return [cls(text, option, template) for text in texts]
+    def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list[Any]:
+        """One object for each text, with the methods `match` and `fullmatch` of `re`."""
+        return [re.compile(template.replace("{}", text)) for text in texts]
 
 
 @dataclasses.dataclass(repr=False)
 class LoraConfig:
-    """How to adapt a model. Every option is checked when the object is made.
-
-    Attributes:
-        r: rank of the update, an int > 0. A (r, in), B (out, r).
-        lora_alpha: numerator of the scaling s = lora_alpha / r; any finite number.
-        use_rslora: s = lora_alpha / sqrt(r) instead.
-        target_modules: a list of names or dotted ends of names ("q_proj", "self_attn.q_proj"); a string is one regular
-            expression that must match the whole name; "all-linear"; [] for none (with target_parameters); None to
-            choose by architecture.
-        exclude_modules: the same forms; wins over target_modules.
-        layers_to_transform, layers_pattern: only these layer indices (with a list of targets), of this layer list.
-        rank_pattern, alpha_pattern: {regular expression: value}; it must reach the end of a module's name and may
-            start at any dot; the first that matches wins.
-        target_parameters: raw parameters to adapt, "experts.gate_up_proj"; 2-D or 3-D.
-        modules_to_save: modules trained in full, a copy for each adapter.
-        lora_dropout: probability in [0, 1] on the input of A, in training only.
-        bias: "none", "all" or "lora_only": which biases of the BASE model train as well.
-        fan_in_fan_out: recorded only; how a layer stores its weight is read off the layer.
-        init_lora_weights: True, False, or one of "gaussian", "orthogonal", ...
-        task_type: see TaskType. inference_mode: create the adapter frozen.
-        eva_config, loftq_config, corda_config, lora_ga_config: options of the inits of these names.
-        base_model_name_or_path, revision: notes for the reader of the adapter file.
-
-    Numbers are plain Python numbers, not NumPy's.
-    Raises: ValueError for a value outside of what is allowed, TypeError for an unknown option.
-
-    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
-    `init_lora_weights="gausian"` are found late or never); `get_peft_model` does not change a user's object.
+    """How to adapt a model. `lora_ref.LoraConfig` adds further checks, and explains every option in full.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
     LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
+    r: int = 8  # A (r, in), B (out, r)
+    lora_alpha: float = 8  # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+    target_modules: list[str] | str | None = None  # names or ends of names, one regular expression, or "all-linear"
+    exclude_modules: list[str] | str | None = None  # wins over target_modules
+    layers_to_transform: list[int] | int | None = None  # the only indices, in a list of layers of this name:
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)  # {regular expression: r}
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    target_parameters: list[str] | None = None
-    modules_to_save: list[str] | None = None
-    lora_dropout: float = 0.0
-    bias: str = "none"
+    target_parameters: list[str] | None = None  # raw parameters, "experts.gate_up_proj"
+    modules_to_save: list[str] | None = None  # trained in full, a copy for each adapter
+    lora_dropout: float = 0.0  # the probability to drop an input of A, in training
+    bias: str = "none"  # which biases of the base model train as well
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
-    init_lora_weights: bool | str = True
-    task_type: TaskType | str | None = None
-    inference_mode: bool = False
-    eva_config: Any = None  # lora_ref.EvaConfig, a dict or None; the next three likewise
+    fan_in_fan_out: bool = False  # recorded only: how a layer stores its weight is read off the layer
+    init_lora_weights: bool | str = True  # a key of `inits.METHODS`
+    task_type: str | None = None  # a key of `names.HEADS` trains and saves the classification head
+    inference_mode: bool = False  # create the adapter frozen
+    eva_config: Any = None  # the options of the init "eva", and so on
     loftq_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None

@@ -22,6 +22,9 @@ from .scaling import check_scaling, scaling
 from .update import Factors, at_least_float32, delta
 
 Init = Callable[[Tensor, int, float], Factors]  # (W (out, in), r, s) -> A, B and the residual
+InitOf = Callable[[str], Init] | None  # a layer's name -> its init
+PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_initial")  # dicts {adapter: module}
+NUMBERS = ("r", "lora_alpha", "scaling", "initial_scaling", "train_B")  # dicts {adapter: value}
 
 
 class InitialUpdate(nn.Module):
@@ -35,7 +38,9 @@ class InitialUpdate(nn.Module):
         super().__init__()
         self.scaling = s
         for name, tensor in (("A", A), ("B", B), ("D", D)):
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+            self.register_buffer(
+                name, None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+            )
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if self.D is not None:
@@ -59,30 +64,25 @@ class LoraLayer(AdapterModule):
     weight_name = "weight"  # the base parameter that a merge adds the update to
     fan_in_fan_out = False  # is it stored as W^T?
     groups = 1  # pairs of factors that share the rank
-    by_adapter: tuple[str, ...] = (
-        *("lora_A", "lora_B", "lora_dropout", "lora_initial"),
-        *("r", "lora_alpha", "scaling", "initial_scaling", "train_B"),
-    )
+    by_adapter: tuple[str, ...] = PARTS + NUMBERS
 
-    lora_A: Any  # {adapter: module}, (*tokens, in) -> (*tokens, r)
-    lora_B: Any  # {adapter: module}, (*tokens, r) -> (*tokens, out)
-    lora_dropout: Any  # {adapter: module}, for adapters with dropout
-    lora_initial: Any  # {adapter: D0}, for inits whose first update is not 0
+    lora_A: Any  # (*tokens, in) -> (*tokens, r)
+    lora_B: Any  # (*tokens, r) -> (*tokens, out)
+    lora_dropout: Any
+    lora_initial: Any  # D0
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     initial_scaling: dict[str, float]
     train_B: dict[str, bool]
     merged_adapters: list[str]
-    # the weight that is not in use: the original one while merged, the merged one while merged and disabled.
-    # In a list, because nn.Module would register a bare Parameter
+    # the weight not in use: the original while merged, the merged while disabled. Bare, it would be registered
     set_aside: list[nn.Parameter]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._modules["base_layer"] = base_layer
-        self._modules.update({name: nn.ModuleDict() for name in ("lora_A", "lora_B", "lora_dropout", "lora_initial")})
-        vars(self).update(r={}, lora_alpha={}, scaling={}, initial_scaling={}, train_B={})
+        self._modules.update({"base_layer": base_layer, **{name: nn.ModuleDict() for name in PARTS}})
+        vars(self).update({name: {} for name in NUMBERS})
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,10 +121,7 @@ class LoraLayer(AdapterModule):
     def add_adapter(
         self, name: str, r: int, lora_alpha: float, config: LoraConfig, init: Init, autocast: bool, rounded: bool = True
     ) -> None:
-        """Add an adapter, inactive and frozen, on the base weight's device.
-
-        A and B are rounded to the weight's dtype (if `rounded`), and kept in the dtype of `adapter_dtype`.
-        """
+        """Add an adapter, inactive and frozen. A and B are first rounded to the base weight's dtype (if `rounded`)."""
         W = self.unmerged_weight.detach()
         dtype = adapter_dtype(W.dtype, autocast)
         s = checked_scaling(scaling(r, lora_alpha, config.use_rslora), dtype)
@@ -142,9 +139,6 @@ class LoraLayer(AdapterModule):
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = METHODS[method_of(config.init_lora_weights)].train_B
-
-    def adapters(self) -> list[str]:
-        return list(self.r)
 
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         super().set_adapter(names, inference_mode)
@@ -170,8 +164,6 @@ class LoraLayer(AdapterModule):
     def _rescale(self, scalings: dict[str, float]) -> None:
         self.scaling.update({name: checked_scaling(s, self.base_weight.dtype) for name, s in scalings.items()})
 
-    # storage: a layer type overrides what it stores in another way
-
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         """Create the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
         self.lora_A[name], self.lora_B[name] = linear_of(A), linear_of(B)
@@ -179,10 +171,6 @@ class LoraLayer(AdapterModule):
     def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
         """A and B of one adapter in logical orientation."""
         return self.lora_A[name].weight, self.lora_B[name].weight
-
-    def packed(self, A: Float[Tensor, "*batch r in"], B: Float[Tensor, "*batch out r"]) -> tuple[Tensor, Tensor]:
-        """The inverse of `factors`: A and B in the shapes of `build` and of the adapter file."""
-        return A, B
 
     def logical(self, W: Tensor) -> Float[Tensor, "*batch out in"]:
         """A weight as stored, seen as (out, in): the inverse of `stored`."""
@@ -192,14 +180,9 @@ class LoraLayer(AdapterModule):
         """A logical update in the shape that the base weight is stored in."""
         return D.mT if self.fan_in_fan_out else D
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:
         """The module inside of nested wrappers."""
         return unwrapped(self)
-
-    def inner_modules(self) -> Iterable[nn.Module]:
-        return [self.base]
-
-    # the weight, and merging: W + s B A - D0
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -213,7 +196,6 @@ class LoraLayer(AdapterModule):
 
     @property
     def merged(self) -> bool:
-        """Is any adapter merged into the base weight?"""
         return bool(self.merged_adapters)
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
@@ -249,9 +231,10 @@ class LoraLayer(AdapterModule):
     def as_weight(self, weight: Tensor) -> nn.Parameter:
         """A parameter that can replace the base's: on its device and in its dtype, which may have changed meanwhile."""
         now = self.base_weight
-        if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight, requires_grad=now.requires_grad)
-        if weight.device != now.device or weight.dtype != now.dtype:
+        moved = weight.device != now.device or weight.dtype != now.dtype
+        if not isinstance(weight, nn.Parameter) or (moved and now.is_meta is not weight.is_meta):
+            return nn.Parameter(weight.detach().to(now), requires_grad=now.requires_grad)
+        if moved:
             weight.data = weight.data.to(now)
         return weight
 
@@ -287,8 +270,7 @@ def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
     A hook or a patched forward may move or cast the weight before the product (offloading, layerwise casting). Then
     another device is no error, and x is not cast to a narrower dtype.
     """
-    weight = module._parameters.get("weight")
-    weight = next(module.parameters(), None) if weight is None else weight
+    weight = next(module.parameters(), None)
     if weight is None or not weight.is_floating_point():
         return x
     observed = bool(module._forward_pre_hooks) or "forward" in vars(module)

@@ -23,7 +23,7 @@ class Embedding(LoraLayer):
     """y[i] = E[i] + s A^T[i] B^T for `nn.Embedding` (V, d): a linear layer on one-hot vectors.
 
     A (r, V) is looked up, B (d, r) multiplied. lora_dropout does not apply: the input is a token. At padding_idx the
-    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch too.
+    branch is added, but A gets no gradient. The `embed_scale` of a base (Gemma) scales the branch, as it does merged.
     """
 
     kind = "embedding"
@@ -61,7 +61,7 @@ class Conv(LoraLayer):
 
     @property
     def groups(self) -> int:  # type: ignore[override]
-        return self.get_base_layer().groups  # type: ignore[return-value]
+        return self.get_base_layer().groups
 
     def logical(self, W: Tensor) -> Float[Tensor, "out fan_in"]:
         if self.groups == 1:
@@ -86,12 +86,9 @@ class Conv(LoraLayer):
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*groups r fan_in"], Float[Tensor, "*groups out r"]]:
         A, B = self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
-        if self.groups == 1:
-            return A, B
-        return A.reshape(self.groups, -1, A.shape[1]), B.reshape(self.groups, -1, B.shape[1])
-
-    def packed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return A.flatten(0, -2), B.flatten(0, -2)
+        if self.groups > 1:
+            A, B = A.reshape(self.groups, -1, A.shape[1]), B.reshape(self.groups, -1, B.shape[1])
+        return A, B
 
 
 class Parameter(LoraLayer):
@@ -101,8 +98,7 @@ class Parameter(LoraLayer):
     `is_transposed` is stored as (E, in, out). The file's layout is that of `update.pack_experts`. Several parameters of
     one module nest: a wrapper in a wrapper.
 
-    Differs from PEFT: the module is not parametrised during the call, and merged adapters may be mixed with active
-    ones.
+    Differs from PEFT: the module is not parametrised during the call; merged and active adapters may be mixed.
     """
 
     kind = "parameter"

@@ -6,33 +6,29 @@ Every method checks first, then changes. `lora_ref.api.model` adds speed, all re
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapter_modules import AdapterModule, ModulesToSave, modules_without_factors, unwrapped
+from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, find, method_of
-from .layer import Init, LoraLayer
-from .layer_types import LAYER_TYPES, Linear, kind_of
-from .names import HEADS, Match, ModelNames, Targeting, resolve
+from .layer import Init, InitOf, LoraLayer
+from .layer_types import LAYER_TYPES, kind_of
+from .names import Match, ModelNames, Targeting, resolve
 from .scaling import check_alpha
 
 
 class LoraModel(nn.Module):
-    """A base model with named adapters in it.
-
-    Attributes:
-        model: the base model, changed in place.
-        peft_config: {adapter name: LoraConfig}, copies of the user's, with the targets replaced by names.
-        active_adapters: the names of the adapters whose updates are added.
-    """
+    """A base model with named adapters in it. The base model is changed in place."""
 
     layer_types: Mapping[str, type[LoraLayer]] = LAYER_TYPES
     default_targets: Mapping[str, list[str] | str] = {}  # {model_type: target_modules}
+    peft_config: dict[str, LoraConfig]  # {adapter: a copy of the user's, with the targets replaced by names}
+    active_adapters: list[str]  # the adapters whose updates are added
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -40,15 +36,14 @@ class LoraModel(nn.Module):
             raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
         self.model = model.requires_grad_(False)
         self.training = model.training
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.active_adapters: list[str] = []
+        self.peft_config, self.active_adapters = {}, []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
     def wrappers(self) -> list[AdapterModule]:
         """All modules that hold adapters."""
-        return [m for m in modules_without_factors(self.model) if isinstance(m, AdapterModule)]
+        return [module for module in self.model.modules() if isinstance(module, AdapterModule)]
 
     def layers(self) -> dict[str, LoraLayer]:
         """{name: adapted layer}. The name of a raw parameter is its own."""
@@ -77,8 +72,8 @@ class LoraModel(nn.Module):
     def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
             raise ValueError(f"there is an adapter {name!r} already: delete it first, or choose another name")
-        reserved = name == "__base__" or any(hasattr(cls(), str(name)) for cls in (nn.ModuleDict, nn.ParameterDict))
-        if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or reserved:
+        usable = isinstance(name, str) and re.fullmatch(r"[\w -]+", name) and name != "__base__"
+        if not usable or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
             allowed = "letters, digits, '_', '-' or spaces, not the name of a method"
             raise ValueError(f"adapter name {name!r}: must be {allowed}")
 
@@ -88,33 +83,23 @@ class LoraModel(nn.Module):
             raise ValueError(f"{what} is not possible while {', '.join(merged)} is merged: call unmerge_adapter first")
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: LoraConfig,
-        autocast_adapter_dtype: bool = True,
-        init: Callable[[str], Init] | None = None,
+        self, adapter_name: str, peft_config: LoraConfig, autocast_adapter_dtype: bool = True, init: InitOf = None
     ) -> None:
         """Add an adapter, inactive and frozen. `init` gives the init of each layer by name, in place of the config's.
 
-        Raises:
-            ValueError: the name is taken or not usable, nothing is targeted, a layer cannot be adapted as asked, or
-                a second adapter has bias != "none".
+        Raises: ValueError if the name is taken or not usable, nothing is targeted, a layer cannot be adapted as asked,
+        or a second adapter has bias != "none".
         """
         self._check_new_name(adapter_name)
-        if not isinstance(peft_config, LoraConfig):
-            raise TypeError(f"peft_config is a {type(peft_config).__name__}: a lora_ref.LoraConfig is needed")
         config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
         others = [name for name, c in self.peft_config.items() if c.bias != "none"]
         if config.bias != "none" and others:
             taken = f"adapter {others[0]!r} already trains biases of the base model in place"
             raise ValueError(f"bias={config.bias!r}: {taken}; only one adapter of a model can")
         plan = self.plan(config)
-        config.base_model_name_or_path = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
-        if heads := HEADS.get(config.task_type or ""):
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
         self.refuse(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
-        is_off, transposed = any(wrapper.disable_adapters for wrapper in self.wrappers()), False
+        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
         places, held = {name: place for name, *place in walk(self.model)}, holders(self.model)
         with self.progress([match for match in plan.matches if match.action], config, init is None) as matches:
             for match in matches:
@@ -122,16 +107,14 @@ class LoraModel(nn.Module):
                 if isinstance(wrapper, ModulesToSave):
                     wrapper.add_adapter(adapter_name)
                     continue
-                method = init(match.name) if init else _init_of(config, wrapper)
-                r, alpha, rounded = match.r, match.lora_alpha, init is None
+                method, rounded = init(match.name) if init else _init_of(config, wrapper), init is None
+                numbers = (match.r, match.lora_alpha)
                 try:
-                    wrapper.add_adapter(adapter_name, r, alpha, config, method, autocast_adapter_dtype, rounded)
+                    wrapper.add_adapter(adapter_name, *numbers, config, method, autocast_adapter_dtype, rounded)
                 except ValueError as error:
                     raise ValueError(f"{match.name}: {error}") from error
-                transposed |= isinstance(wrapper, Linear) and wrapper.fan_in_fan_out
-        if is_off:  # then the new wrappers are, too
+        if was_off:  # then the new wrappers are, too
             self.disable_adapter_layers()
-        config.fan_in_fan_out = transposed and not config.target_parameters  # PEFT refuses the two together
         self.peft_config[adapter_name] = config
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
@@ -139,21 +122,21 @@ class LoraModel(nn.Module):
         if not any(match.r for match in plan.matches):
             raise ValueError(f"nothing to adapt: target_modules={config.target_modules!r} match no module")
         places: dict[str, Any] = {name: place for name, *place in walk(self.model)}
-        for match in [match for match in plan.matches if match.action]:
+        for match in plan.matches:
             name, parameter = match.place()
             parent, attribute = places[name]
-            module: Any = unwrapped(parent._modules[attribute])
-            kind = "parameter" if parameter else kind_of(module)
-            if isinstance(parent, nn.MultiheadAttention):
+            module = parent._modules[attribute]
+            bare = unwrapped(module)
+            if match.action and isinstance(parent, nn.MultiheadAttention):
                 raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
             if match.r is None or match.scaling is None:
                 continue
-            weight = getattr(module, parameter or "weight", None)
-            saved = isinstance(parent._modules[attribute], ModulesToSave)
-            if not kind or saved or weight is None or not weight.is_floating_point():
-                raise ValueError(f"{match.name}: {type(module).__name__} cannot be adapted")
-            if kind == "conv" and match.r % module.groups:
-                raise ValueError(f"{match.name}: r={match.r} must be divisible by groups={module.groups}")
+            kind = "parameter" if parameter else kind_of(bare)
+            weight: Any = getattr(bare, parameter or "weight", None)
+            if not kind or isinstance(module, ModulesToSave) or not weight.is_floating_point():
+                raise ValueError(f"{match.name}: {type(bare).__name__} cannot be adapted")
+            if kind == "conv" and match.r % bare.groups:
+                raise ValueError(f"{match.name}: r={match.r} must be divisible by groups={bare.groups}")
             if will_init:
                 find(config.init_lora_weights, kind, match.name)
                 if check := METHODS[method_of(config.init_lora_weights)].check:
@@ -186,11 +169,8 @@ class LoraModel(nn.Module):
         """Activate one adapter, or several whose updates add. They train (not with inference_mode), others are frozen.
 
         Merged adapters are unmerged first.
-
-        Raises:
-            ValueError: an unknown adapter, one named twice, or two that save the same module.
-
-        Differs from PEFT: unmerging there subtracts the update, and leaves rounding errors in the weights.
+        Raises: ValueError for an unknown adapter, one named twice, or two that save the same module.
+        Differs from PEFT: unmerging there leaves rounding errors in the weights.
         """
         names, wrappers = self._names_or_active(adapter_name), self.wrappers()
         if len(set(names)) != len(names):
@@ -221,11 +201,7 @@ class LoraModel(nn.Module):
             self.set_adapter(next(iter(self.peft_config)))
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
-        """s = factor * the scaling that the configuration gives, in every layer.
-
-        Raises:
-            ValueError: an unknown or merged adapter; a factor, or an s, that is not finite or too large for the dtype.
-        """
+        """s = factor * the configured scaling. ValueError: an unknown or merged adapter; s not finite, or too large."""
         self._check_known(adapter_name)
         check_alpha(factor, "factor")
         self._check_not_merged([adapter_name], "scaling")
@@ -255,16 +231,11 @@ class LoraModel(nn.Module):
                 self.enable_adapter_layers()
 
     @contextmanager
-    def mixed_batch(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+    def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
         """A `with` block in which sample i of a batch uses adapter_names[i]; "__base__" means none.
 
-        Raises:
-            ValueError: an unknown adapter, a merged one, a model in training mode. Within the block: the number of
-                names is not the number of samples.
+        Raises: ValueError for an unknown or merged adapter, in training mode, and for a batch of another size.
         """
-        if adapter_names is None:
-            yield
-            return
         self._check_known(*(name for name in dict.fromkeys(adapter_names) if name != "__base__"))
         self._check_not_merged(list(self.peft_config), "mixing adapters in a batch")
         if self.training:
@@ -282,13 +253,10 @@ class LoraModel(nn.Module):
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Add the updates of the active (or the named) adapters to the base weights, reversibly.
 
-        Adapters that are active and not merged still act. The original weights are kept, which costs a copy of each
-        merged weight. `safe_merge` is for PEFT's scripts: merged weights are always checked first.
+        The output afterwards is base + every adapter that is active or merged. The original weights are kept, which
+        costs a copy of each merged weight. Merged weights are always checked: `safe_merge` is for PEFT's scripts.
 
-        Raises:
-            ValueError: an unknown adapter; adapters are disabled; a grouped convolution; a merged weight that would
-                not be finite.
-
+        Raises: ValueError for an unknown or disabled adapter, a grouped convolution, or weights that are not finite.
         Differs from PEFT: all layers merge or none; active adapters that are not merged still act; unmerging is exact.
         """
         layers = self.layers()
@@ -299,8 +267,8 @@ class LoraModel(nn.Module):
                 raise ValueError(f"{where}: merging gives weights that are not finite; nothing was merged")
         for where, weight in weights.items():
             layer = layers[where]
-            kept = layer.set_aside or [layer.base_weight]
-            layer.install_weight(layer.as_weight(weight), kept, layer.merged_adapters + new[where])
+            kept, merged = layer.set_aside or [layer.base_weight], layer.merged_adapters + new[where]
+            layer.install_weight(layer.as_weight(weight), kept, merged)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit. Active adapters stay active."""
@@ -310,11 +278,7 @@ class LoraModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """The plain base model, the original object, with the active (or named) adapters merged into it.
-
-        Raises:
-            ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
-        """
+        """The original base model with the active (or named) adapters merged into it. ValueError as `merge_adapter`."""
         names = self._names_or_active(adapter_names)
         self.enable_adapter_layers()
         if adapter_names is not None:
@@ -345,8 +309,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
     while waiting:
         name, parent, attribute = waiting.pop()
-        child = parent._modules[attribute]
-        bare = None if child is None else unwrapped(child)
+        bare = unwrapped(parent._modules[attribute])
         if bare is not None and id(bare) not in seen:
             seen.add(id(bare))
             yield name, parent, attribute
@@ -356,7 +319,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """{id of an unwrapped module: every (parent, attribute) that holds it}. A shared module has several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in modules_without_factors(model):
+    for parent in model.modules():
         for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
             if child is not None:
                 found.setdefault(id(unwrapped(child)), []).append((parent, attribute))
@@ -377,7 +340,7 @@ def describe(model: nn.Module) -> ModelNames:
     get_head = getattr(model, "get_output_embeddings", None)
     head = unwrapped(get_head()) if callable(get_head) and get_head() is not None else None
     for name, parent, attribute in walk(model):
-        module = unwrapped(getattr(parent, attribute))
+        module = unwrapped(parent._modules[attribute])
         kinds[name] = kind_of(module)
         heads += [name] if module is head else []
         parameters += [f"{name}.{p}" for p in module._parameters]
@@ -393,7 +356,6 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
         "lora_only"  the bias of each adapted module (LoRA itself has no bias)
 
     They train in place. Switching the adapter off, or unloading it, does NOT restore the original outputs then.
-
     Source: microsoft/LoRA, `mark_only_lora_as_trainable`; PEFT's LoraConfig, `bias`.
     """
     if mode == "none":
@@ -404,28 +366,33 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
             not_base.update((module if adapter_name in module.adapters() else module.modules_to_save).modules())
         elif isinstance(module, LoraLayer) and adapter_name in module.r:
             adapted.add(module.get_base_layer())
-    chosen = {name: m for name, m in model.named_modules() if m not in not_base and (mode == "all" or m in adapted)}
-    found = {f"{name}.bias".lstrip("."): module._parameters.get("bias") for name, module in chosen.items()}
-    return {name: bias for name, bias in found.items() if bias is not None}
+    found = {}
+    for name, module in model.named_modules():
+        bias, chosen = module._parameters.get("bias"), mode == "all" or module in adapted
+        if bias is not None and chosen and module not in not_base:
+            found[f"{name}.bias".lstrip(".")] = bias
+    return found
 
 
 def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str, list[str]]:
     """{layer: those of the named adapters that are not merged there yet}; ValueError as `LoraModel.merge_adapter`."""
-    new = {w: [n for n in names if n in layer.r and n not in layer.merged_adapters] for w, layer in layers.items()}
-    for layer, where in [(layers[where], where) for where, added in new.items() if added]:
-        if layer.disable_adapters:
+    new = {}
+    for where, layer in layers.items():
+        added = [name for name in names if name in layer.r and name not in layer.merged_adapters]
+        if added and layer.disable_adapters:
             raise ValueError("the adapters are disabled: enable them before merging")
-        if layer.groups > 1:
+        if added and layer.groups > 1:
+            convolution = f"{where}: the update of a convolution with groups={layer.groups} cannot be merged"
             reason = "it connects all input channels to all outputs, which the grouped kernel has no room for"
-            raise ValueError(
-                f"{where}: the update of a convolution with groups={layer.groups} cannot be merged: {reason}"
-            )
-    return {where: added for where, added in new.items() if added}
+            raise ValueError(f"{convolution}: {reason}")
+        if added:
+            new[where] = added
+    return new
 
 
 def _init_of(config: LoraConfig, layer: LoraLayer) -> Init:
     """The init that the configuration asks for, or the one that a pass over data has left on the base layer."""
-    name, prepared = method_of(config.init_lora_weights), vars(layer.get_base_layer()).get("prepared_init", {})
+    name, prepared = method_of(config.init_lora_weights), vars(unwrapped(layer)).get("prepared_init", {})
     if name in prepared:
         return prepared.pop(name)  # made for the weight as it is now: of no use a second time
     method, option = METHODS[name], getattr(config, f"{name}_config", None)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import LoraConfig, Pattern, TaskType
+from .config import LoraConfig, Pattern
 from .scaling import scaling
 
 
@@ -30,7 +30,7 @@ class Rule:
     def __init__(self, option: str, value: Any, pattern_type: type[Pattern] = Pattern):
         self.option, self.used = option, set[str]()
         self.items = [value] if isinstance(value, str) else list(value or ())
-        self.exact, self.patterns = set(self.items), list[Pattern]()
+        self.exact, self.patterns = set(self.items), list[Any]()
         if value and isinstance(value, str | dict):
             template = "{}" if isinstance(value, str) else r"(.*\.)?({})"
             self.patterns = pattern_type.compile_all(self.items, option, template)
@@ -38,7 +38,8 @@ class Rule:
     def match(self, name: str) -> str | None:
         """The item that matches the name (in a list the longest one), or None."""
         if self.patterns:
-            first = next((pattern.text for pattern in self.patterns if pattern.fullmatch(name)), None)
+            pairs = zip(self.items, self.patterns, strict=True)
+            first = next((item for item, pattern in pairs if pattern.fullmatch(name)), None)
             hits = [] if first is None else [first]
         else:  # the dotted ends of a name are few; the items may be hundreds
             starts = [0, *(i + 1 for i, c in enumerate(name) if c == ".")] if self.exact else []
@@ -48,7 +49,7 @@ class Rule:
 
     def match_parent(self, name: str) -> str | None:
         """The item that matches the closest parent of the name."""
-        while name := name.rpartition(".")[0] if self.items else "":
+        while name := name.rpartition(".")[0]:
             if hit := self.match(name):
                 return hit
         return None
@@ -66,7 +67,7 @@ def exactly(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
     return list(wanted)
 
 
-def layer_index(name: str, patterns: Iterable[Pattern]) -> int | None:
+def layer_index(name: str, patterns: Iterable[Any]) -> int | None:
     """The index of the layer that a module is in, or None. `patterns` come from `layer_lists`.
 
     >>> any_list, layers = layer_lists(None), layer_lists("layers")
@@ -79,14 +80,10 @@ def layer_index(name: str, patterns: Iterable[Pattern]) -> int | None:
     return next((int(match["lora_ref_index"]) for match in found if match), None)
 
 
-def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Pattern]:
-    """Patterns that find a layer's index in a name, from layers_pattern.
-
-    Without it, the index is a number after two name segments ("model.layers.3.mlp"). With it, the number after a
-    segment of that name, at the root too.
-    """
+def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Any]:
+    """Patterns of a layer's index: after one of these segments of a name, or after any two ("model.layers.3.mlp")."""
     if not names:
-        return [Pattern(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
+        return [re.compile(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
     texts = [names] if isinstance(names, str) else names
     return pattern_type.compile_all(texts, "layers_pattern", r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\.")
 
@@ -130,14 +127,14 @@ class Targeting:
         return [m.name for m in self.matches if m.action == action]
 
 
-# the names of the heads of transformers' classifiers, which a task trains in full
-HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)}
+# {task_type: the names of the heads of transformers' classifiers, which are trained in full}
+HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in ("SEQ_CLS", "TOKEN_CLS")}
 
 
 def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str] | None = None) -> Targeting:
     """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
-    `defaults` are the target_modules of each architecture, for target_modules=None.
+    `defaults` are the target_modules of each architecture, for None.
     Raises: ValueError if that architecture is not known, or a pattern is too slow.
 
     >>> names = ModelNames({"layers.0.q": "linear", "layers.0.up": "linear", "head": "linear"})
@@ -156,8 +153,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     parameter = Rule("target_parameters", config.target_parameters)
     ranks = Rule("rank_pattern", config.rank_pattern, pattern_type)
     alphas = Rule("alpha_pattern", config.alpha_pattern, pattern_type)
-    given = config.layers_to_transform
-    indices = [given] if isinstance(given, int) else given
+    indices = [x] if isinstance(x := config.layers_to_transform, int) else x
     lists = layer_lists(config.layers_pattern, pattern_type) if indices else []
 
     def adapted(name: str, action: str, rule: str) -> Match:
@@ -170,7 +166,7 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
 
     def decide(name: str) -> Match:
         saved, excluded = save.match(name), exclude.match(name)
-        saved_parent = save.match_parent(name)
+        saved_parent = save.match_parent(name) if save.items else None
         if saved and not saved_parent:  # even a module that is excluded, from being adapted
             return Match(name, "save", f"modules_to_save '{saved}'")
         if excluded is not None:

@@ -7,8 +7,7 @@ import sys
 def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
 
-    A larger r lowers s. rsLoRA lowers it less: the size of the update's output, and of its gradients, stays the same.
-
+    A larger r lowers s. rsLoRA lowers it less: the size of the update, and of its gradients, does not depend on r.
     Raises: ValueError if r is not an int > 0, or lora_alpha is not a finite number.
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732, section 3.
 

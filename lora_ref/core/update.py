@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 
 Array = Any  # a numpy.ndarray or a torch.Tensor
+Weight = Float[Array, "*batch out in"]
 
 
 class Factors(NamedTuple):
@@ -24,13 +25,11 @@ class Factors(NamedTuple):
 
     A: Float[Array, "*batch r in"]
     B: Float[Array, "*batch out r"]
-    residual: Float[Array, "*batch out in"] | None = None
+    residual: Weight | None = None
     exact: bool = True
 
 
-def delta(
-    A: Float[Array, "*batch r in"], B: Float[Array, "*batch out r"], scaling: float
-) -> Float[Array, "*batch out in"]:
+def delta(A: Float[Array, "*batch r in"], B: Float[Array, "*batch out r"], scaling: float) -> Weight:
     """D = s B A, the update of the logical weight (out, in). Its rank is at most r: the assumption of LoRA.
 
     Source: LoRA, arXiv 2106.09685, equation 3.

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import numerics
-from ..core.adapter_modules import AdapterModule, modules_without_factors
+from ..core.adapter_modules import AdapterModule
 from ..core.layer import LoraLayer, checked_scaling
 from ..core.model import to_merge
 from ..core.update import at_least_float32
-from ..safe.atomic import finish
+from ..safe.atomic import finish, modules_without_factors
 from .sums import add_in_place
 
 BLOCK = 1 << 18  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)

@@ -188,7 +188,10 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
         if W.shape != layer.base_weight.shape or not W.is_floating_point():
             needed = f"{tuple(layer.base_weight.shape)} of floating point"
             raise ValueError(f"{key}: has shape {tuple(W.shape)} of {W.dtype}, the model needs {needed}")
-        D = at_least_float32(layer.logical_weight()) - at_least_float32(layer.logical(W.to(layer.base_weight.device)))
+        Q = W.to(layer.base_weight)
+        if not is_finite(Q):
+            raise ValueError(f"{key}: is not finite in {Q.dtype}")
+        D = at_least_float32(layer.logical_weight()) - at_least_float32(layer.logical(Q))
         layer.lora_initial[adapter_name] = InitialUpdate(D=D)
     return left
 

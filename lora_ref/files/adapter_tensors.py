@@ -70,8 +70,8 @@ def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str,
         seen.add(id(module))
         inner, hidden = list(module._modules.items()), False
         if isinstance(module, AdapterModule):
-            kept = [id(m) for m in module.inner_modules()]
-            inner = [(attribute, child) for attribute, child in inner if id(child) in kept]
+            if isinstance(module, LoraLayer):  # factors hold no wrappers
+                inner = [("base_layer", module.base)]
             if adapter_name in module.adapters():
                 yield name, module
             else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.adapter_modules import modules_without_factors
+from ..core.layer import LoraLayer
 
 # ids of the modules that running full transactions cover, and of the roots of the partial ones
 _covered: ContextVar[frozenset[int]] = ContextVar("_covered", default=frozenset())
@@ -122,6 +122,19 @@ def tree(*roots: nn.Module) -> list[nn.Module]:
         if id(module) not in found:
             found[id(module)] = module
             waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())
+
+
+def modules_without_factors(model: nn.Module) -> list[nn.Module]:
+    """All modules except those that hold A and B. Activating, disabling and merging change attributes of these only."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            inner = [module.base] if isinstance(module, LoraLayer) else module._modules.values()
+            waiting += [child for child in inner if child is not None]
     return list(found.values())
 
 

@@ -157,12 +157,15 @@ def _refuse_init(config: LoraConfig, match: Match, parameter: str, bare: nn.Modu
     name = inits.method_of(value)
     method = inits.METHODS[name]
     assert match.r is not None and match.scaling is not None
+    kind = "parameter" if parameter else kind_of(bare)
+    if kind not in method.kinds:
+        there_is = ", ".join(repr(name) for name, other in inits.METHODS.items() if kind in other.kinds)
+        return f"init_lora_weights={value!r} is not available for {kind} layers; use {there_is}, or exclude the layer"
     try:
-        inits.find(value, "parameter" if parameter else kind_of(bare))
         if method.check:
             method.check(weight.shape, match.r, match.scaling)
     except ValueError as error:
-        return str(error).removeprefix("this layer: ")
+        return str(error)
     if needs_data and method.prepare and name not in vars(bare).get("prepared_init", {}):
         return f"init_lora_weights={value!r} needs data: call {method.prepare} on the model first"
     if weight.is_meta and method.reads_weight:

@@ -52,7 +52,7 @@ class Pattern(config.Pattern):
             too_large = len(text) > MAX_LENGTH or repeat > MAX_REPEAT or len(text) * repeat > MAX_UNROLLED
             if too_large or text.count("[") > MAX_CLASSES:
                 raise OverflowError("it is too large")
-            re.compile(text)
+            re.compile(text)  # by itself: its brackets must not close those of the template
             text = NO_COUNT.sub(lambda found: found[1] or r"\{", text)
             self.compiled = regex.compile(template.replace("{}", text))
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
@@ -61,7 +61,7 @@ class Pattern(config.Pattern):
         self.is_quick = "(" not in text and sum(map(text.count, "*+?{")) <= 1
 
     @classmethod
-    def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list[config.Pattern]:
+    def compile_all(cls, texts: Iterable[str], option: str, template: str = "{}") -> list["Pattern"]:
         """The patterns of one option, on one clock. ValueError: they are too many or too large together."""
         texts = list(texts)
         classes = sum(text.count("[") for text in texts)

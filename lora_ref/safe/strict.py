@@ -6,11 +6,23 @@ import functools
 import inspect
 import warnings
 from collections.abc import Collection
+from enum import StrEnum
 from typing import Any, TypeVar
 
-from ..core.config import LoraConfig, TaskType, require
+from ..core.config import LoraConfig, require
 
 T = TypeVar("T")
+
+
+class TaskType(StrEnum):
+    """What the base model does. SEQ_CLS and TOKEN_CLS save the classification head with the adapter."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
@@ -76,7 +88,7 @@ def check_options(config: LoraConfig) -> None:
             "to the parameter itself, so there is no input of A to drop"
         )
     is_loftq = str(config.init_lora_weights).lower() == "loftq"
-    if config.loftq_config is not None and not is_loftq:
+    if config.loftq_config and not is_loftq:
         warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)
     if is_loftq and not config.loftq_config:
         raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")

@@ -14,8 +14,8 @@ from models import Conv1D, ScaledEmbedding, Stacks, adapt, stored
 from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
-from lora_ref.core.adapter_modules import modules_without_factors
 from lora_ref.core.layer_types import LoraLayer, is_conv1d_of_transformers
+from lora_ref.safe.atomic import modules_without_factors
 from spec_tests import agree, close, distance
 
 
