@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import model as core
 from ..core.adapter_modules import AdapterModule
@@ -24,6 +24,7 @@ from ..core.layer_types import LAYER_TYPES, Linear
 from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
 from ..safe import atomic, progress, refusals, sharded
+from ..safe.plain import check_plain
 from ..safe.strict import did_you_mean
 from . import weighted
 from .default_targets import ARCHITECTURES
@@ -70,10 +71,30 @@ class LoraModel(core.LoraModel):
         return progress.steps(matches, f"init_lora_weights={config.init_lora_weights!r}")
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
-        merging.merge(self.layers(), self._names_or_active(adapter_names))
+        layers, names = self.layers(), self._names_or_active(adapter_names)
+        check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
+        merging.merge(layers, names)
 
     def unmerge_adapter(self) -> None:
+        self._check_merged_weights()
         merging.unmerge(self.wrappers())
+
+    def _check_merged_weights(self) -> None:
+        """A merged weight cannot be replaced while it is offloaded or computed from others."""
+        merged = {where: layer for where, layer in self.layers().items() if layer.set_aside}
+        check_plain(merged, [])
+
+    def disable_adapter_layers(self) -> None:
+        self._check_merged_weights()
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        self._check_merged_weights()
+        super().enable_adapter_layers()
+
+    def unload(self) -> nn.Module:
+        self._check_merged_weights()
+        return super().unload()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
@@ -91,6 +112,8 @@ class LoraModel(core.LoraModel):
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
         names = self._names_or_active(adapter_names)
+        layers = self.layers()
+        check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
         with atomic.uninterrupted(), atomic.switches_and_flags(self):
             self.enable_adapter_layers()
             if adapter_names is not None:
@@ -112,7 +135,7 @@ class LoraModel(core.LoraModel):
                 stacklevel=3,
             )
         states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in self.wrappers()]
-        trains = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        trains = [(p, p.requires_grad) for p in self.parameters() if isinstance(p, Tensor)]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}
 
         def restore() -> None:
@@ -126,9 +149,11 @@ class LoraModel(core.LoraModel):
                 wrapper.active_adapters = [names[name] for name in state["active_adapters"] if name in names]
                 wrapper.disable_adapters = state["disable_adapters"]
                 merged = [names[name] for name in state.get("merged_adapters", ()) if name in names]
-                if isinstance(wrapper, LoraLayer) and len(merged) == len(state["merged_adapters"]):
+                if not isinstance(wrapper, LoraLayer) or not (merged or wrapper.merged_adapters):
+                    continue
+                if len(merged) == len(state["merged_adapters"]):
                     wrapper.install_weight(wrapper.as_weight(weight), state["set_aside"], merged)
-                elif isinstance(wrapper, LoraLayer):  # a merged adapter was deleted: merge the others again
+                else:  # a merged adapter was deleted: merge the others again
                     wrapper.disable_adapters = False
                     merging.merge({"": wrapper}, merged)
             for wrapper in self.wrappers():

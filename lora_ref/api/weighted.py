@@ -15,6 +15,7 @@ from ..core.update import Factors, at_least_float32
 from ..files.config_file import LoraConfig
 from ..files.conversion import plain_factors
 from ..safe.atomic import transaction
+from ..safe.plain import check_plain
 from .combination import COMBINATIONS
 
 
@@ -42,6 +43,7 @@ def add_weighted_adapter(
     model._check_known(*adapters)
     parents = {name: model.peft_config[name] for name in adapters}
     layers = model.layers()
+    check_plain(layers, adapters, base=False)
     combined = combine(layers, adapters, weights, combination_type, svd_rank)
     config = configure(layers, combined, list(parents.values()), describe(model.model).kinds)
 

@@ -86,12 +86,25 @@ class LoraLayer(AdapterModule):
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_device(x)
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
         if self.adapter_names is not None:
             return self.add_by_sample(y, x)
         return self.add_branches(y, x, self.active_adapters)
+
+    def check_device(self, x: Tensor) -> None:
+        """ValueError: x, the base and the active factors are on different devices, and no hook will move them."""
+        parts = {"the base": self.base_layer}
+        acting = {*(self.active_adapters if self.adapter_names is None else self.adapter_names)} & self.r.keys()
+        for name in [] if self.disable_adapters else acting - {*self.merged_adapters}:
+            parts |= {f"lora_A of {name}": self.lora_A[name], f"lora_B of {name}": self.lora_B[name]}
+        for part, module in parts.items():
+            weight = next(module.parameters(), None)
+            if weight is not None and weight.device != x.device and not is_observed(module):
+                where = f"{type(self).__name__}: the input is on {x.device}, {part} on {weight.device}"
+                raise ValueError(f"{where}: move the model to one device, for example model.to({str(x.device)!r})")
 
     def add_branches(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
         """y + the branches of these adapters: summed in the wider dtype, rounded once to y's."""
@@ -103,12 +116,11 @@ class LoraLayer(AdapterModule):
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s B A dropout(x) - D0 x."""
-        lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-        dropout, initial = self.part("lora_dropout", name), self.part("lora_initial", name)
+        lora_A, lora_B, dropout, initial = self.lora_A[name], self.lora_B[name], self.lora_dropout, self.lora_initial
         x = as_input_of(lora_A, x)
-        dropped = x if dropout is None else dropout(x)
+        dropped = dropout[name](x) if name in dropout else x
         z = self.scaling[name] * lora_B(lora_A(dropped))  # (*tokens, in) -> (*tokens, r) -> (*tokens, out)
-        return z if initial is None else z - initial(x)
+        return z - initial[name](x) if name in initial else z
 
     def add_by_sample(self, y: Tensor, x: Tensor) -> Tensor:
         """y_i + the branch of sample i's own adapter."""
@@ -264,21 +276,18 @@ class LoraLayer(AdapterModule):
         return f"lora.{type(self).__name__}({'; '.join(parts)})"
 
 
-def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
-    """x in the dtype of the module's weight. ValueError: they are on different devices.
+def is_observed(module: nn.Module) -> bool:
+    """Does a hook, or a forward that was patched in, run with the module? It may move or cast the weight."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in vars(module)
 
-    A hook or a patched forward may move or cast the weight before the product (offloading, layerwise casting). Then
-    another device is no error, and x is not cast to a narrower dtype.
-    """
-    weight = next(module.parameters(), None)
+
+def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
+    """x in the dtype of the module's weight; not in a narrower one where a hook may still cast the weight."""
+    weight = next(module.parameters(), None)  # not module.weight, which may be computed from others
     if weight is None or not weight.is_floating_point():
         return x
-    observed = bool(module._forward_pre_hooks) or "forward" in vars(module)
-    if weight.device != x.device and not observed:
-        where = f"the input is on {x.device}, the adapter's weight on {weight.device}"
-        raise ValueError(f"{where}: move the model to one device, for example model.to(x.device)")
-    narrower = weight.dtype.itemsize < x.dtype.itemsize
-    return x if observed and narrower else x.to(weight.dtype)
+    return x if weight.itemsize < x.itemsize and is_observed(module) else x.to(weight.dtype)
 
 
 def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool = True) -> torch.dtype:

@@ -1,14 +1,14 @@
 """The layer types: Linear (and transformers' Conv1D), Embedding, Conv1d, Conv2d, Conv3d, and raw parameters."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .layer import LoraLayer
-from .update import pack_experts, unpack_experts
+from .layer import LoraLayer, is_observed
+from .update import at_least_float32, delta, pack_experts, unpack_experts
 
 
 class Linear(LoraLayer):
@@ -17,6 +17,15 @@ class Linear(LoraLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         vars(self).update(fan_in_fan_out=is_conv1d_of_transformers(base_layer))
+
+
+class FactorTable(nn.ParameterDict):
+    """{adapter: factor} of an embedding. It is called, so that hooks of engines run."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, name: str) -> Tensor:
+        return self[name]
 
 
 class Embedding(LoraLayer):
@@ -32,8 +41,8 @@ class Embedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_embedding_A = FactorTable()
+        self.lora_embedding_B = FactorTable()
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A.contiguous(), requires_grad=False)
@@ -42,8 +51,15 @@ class Embedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
+    def check_device(self, x: Tensor) -> None:
+        tables = self.lora_embedding_A, self.lora_embedding_B
+        parts = [self.get_base_layer().weight, *(table[n] for table in tables for n in self.active_adapters)]
+        if any(part.device != x.device for part in parts) and not any(map(is_observed, (self.base_layer, *tables))):
+            devices = ", ".join(str(part.device) for part in parts)
+            raise ValueError(f"Embedding: the input is on {x.device}, the base, A and B on {devices}: move the model")
+
     def branch(self, x: Tensor, name: str) -> Tensor:
-        A, B = self.factors(name)
+        A, B = self.lora_embedding_A(name), self.lora_embedding_B(name)
         base: Any = self.get_base_layer()
         # the gradient of A is dense even where the base asks for sparse ones: A is small
         z = F.embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)  # (*tokens, r)
@@ -116,6 +132,19 @@ class Parameter(LoraLayer):
         W = self.base_weight
         return (A, B) if W.ndim == 2 else unpack_experts(A, B, W.shape[0])
 
+    def unmerged_sum(self, names: list[str]) -> Tensor:
+        """W + sum of s B A in at least float32. ValueError: W is sharded or offloaded, or on another device."""
+        W, owner = self.base_weight, self.get_base_layer()
+        held_elsewhere = type(W) not in (Tensor, nn.Parameter) or self.weight_name in vars(owner)
+        if held_elsewhere or (W.is_meta and is_observed(owner)):
+            raise ValueError(f"Parameter: {self.weight_name} is sharded or offloaded; merge the adapter before")
+        total = at_least_float32(W)
+        for name in names:
+            A, B = matrix_of(self.lora_A[name], W), matrix_of(self.lora_B[name], W)
+            A, B = (A, B) if W.ndim == 2 else unpack_experts(A, B, W.shape[0])
+            total = total + self.stored(delta(at_least_float32(A), at_least_float32(B), self.scaling[name]))
+        return total
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.adapter_names is not None and not self.disable_adapters and set(self.adapter_names) & set(self.r):
             raise ValueError("adapter_names is not possible with target_parameters: one weight serves all samples")
@@ -125,7 +154,8 @@ class Parameter(LoraLayer):
         path, inner = self.weight_name, self.base_layer
         while isinstance(inner, LoraLayer):
             path, inner = f"base_layer.{path}", inner.base_layer
-        return torch.func.functional_call(self.base_layer, {path: self.merged_weight(names)}, args, kwargs)
+        W, adapted = self.base_weight, self.unmerged_sum(names)
+        return torch.func.functional_call(self.base_layer, {path: adapted.to(W.dtype)}, args, kwargs)
 
 
 LAYER_TYPES: dict[str, type[LoraLayer]] = {t.kind: t for t in (Linear, Embedding, Conv, Parameter)}
@@ -138,6 +168,19 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def matrix_of(module: nn.Module, W: Tensor) -> Tensor:
+    """The matrix (n_out, n_in) of a factor of W: its weight, or the output for the unit vectors if it is not plain."""
+    if type(module) is nn.Linear and "weight" in module._parameters and not is_observed(module):
+        matrix = module.weight
+    else:
+        first, weight = next(m for m in module.modules() if hasattr(m, "in_features")), next(module.parameters(), None)
+        dtype = torch.float32 if weight is None else weight.dtype
+        matrix = module(torch.eye(cast(int, first.in_features), dtype=dtype, device=W.device)).T
+    if matrix.device != W.device:
+        raise ValueError(f"Parameter: the weight is on {W.device}, a factor on {matrix.device}: move the model")
+    return matrix
 
 
 def kind_of(module: nn.Module) -> str:

@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
 from ..core import layer_types
+from ..core.layer import is_observed
 from .mixed_batch import add_each
 from .sums import add_in_place
 
@@ -50,7 +51,7 @@ class Linear(layer_types.Linear):
         base: Any = self._modules["base_layer"]
         if applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
             weights, branch = plain_weights(base), self.branch_tensors(x)
-            if weights is not None and branch is not None:
+            if weights is not None and branch is not None and weights[0].device == x.device:
                 return add_branch(base, self.logical(weights[0]), weights[1], x, branch)
         return super().forward(x, *args, **kwargs)
 
@@ -94,7 +95,10 @@ class Linear(layer_types.Linear):
         names = self.names_of_batch(x.shape[0])
         rows = [i for i, name in enumerate(names) if name in self.r]
         pairs = {names[i]: self.plain_factors(names[i], x) for i in rows}
-        if self._modules.get("lora_initial") or self.training or not rows or None in pairs.values() or not applies(x):
+        used = [self.lora_dropout[name] for name in pairs if name in self.lora_dropout]
+        if any(type(dropout) is not nn.Dropout or observed(dropout) or dropout.training for dropout in used):
+            return super().add_by_sample(y, x)
+        if self._modules.get("lora_initial") or not rows or None in pairs.values() or not applies(x):
             return super().add_by_sample(y, x)
         each = [(*pairs[names[i]], self.scaling[names[i]]) for i in rows]  # type: ignore[misc]
         if len(rows) == len(names):
@@ -121,17 +125,13 @@ def applies(x: Tensor) -> bool:
 
 
 def observed(module: Any) -> bool:
-    """Does a hook or a forward of its own see what the module computes?"""
+    """`core.layer.is_observed`, or a hook on all modules."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        is_observed(module)
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
-        or "forward" in module.__dict__
     )
 
 

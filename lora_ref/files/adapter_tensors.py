@@ -19,6 +19,7 @@ from ..core.adapter_modules import AdapterModule, ModulesToSave
 from ..core.layer import LoraLayer
 from ..core.model import LoraModel, biases
 from ..safe.atomic import transaction
+from ..safe.plain import check_plain
 
 PREFIX = "base_model.model."
 # what torch.compile and torch's checkpoint wrapper put into a module's path: no part of the file's keys
@@ -37,6 +38,7 @@ class TensorPlace(NamedTuple):
 def adapter_tensors(model: LoraModel, adapter_name: str) -> dict[str, TensorPlace]:
     """{key in the file: its place in the model} of all that belongs to one adapter."""
     found = {}
+    check_plain(model.layers(), [adapter_name], base=False, calls=False)
     for name, module in wrappers_in_file(model, adapter_name):
         if isinstance(module, LoraLayer):
             device = module.base_weight.device

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..core import inits
 from ..core.adapter_modules import ModulesToSave, unwrapped
 from ..core.config import LoraConfig
-from ..core.layer import LoraLayer
+from ..core.layer import LoraLayer, is_observed
 from ..core.layer_types import Parameter, is_conv1d_of_transformers, kind_of
 from ..core.model import walk
 from ..core.names import Match, Targeting
@@ -130,6 +130,8 @@ def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, param
     if (parameter or "weight") not in bare._parameters:
         return "its weight is computed from other parameters (a parametrisation); remove that first"
     weight = getattr(bare, parameter or "weight")
+    if weight.is_meta and is_observed(bare):
+        return "its weight is offloaded: add the adapter before"
     if not weight.dtype.is_floating_point:
         return f"its weight is {weight.dtype}; quantised layers cannot be adapted"
     if parameter and weight.ndim not in (2, 3):

@@ -78,8 +78,9 @@ def check_options(config: LoraConfig) -> None:
     _check_names(config)
     for name in ("rank_pattern", "alpha_pattern"):
         value = getattr(config, name)
-        is_dict = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        require(value is None or is_dict, name, value, "a dict {regular expression: value}")
+        require(value is None or isinstance(value, dict), name, value, "a dict {regular expression: value}")
+        for key in value or ():
+            require(isinstance(key, str), name, key, "a dict whose keys are strings")
         if value:
             config.pattern_type.compile_all(value, name)
     if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out):

@@ -16,6 +16,7 @@ from lora_ref.core.names import ModelNames, Rule, layer_index, layer_lists, reso
 NAMES = ModelNames(
     {
         "model": "",
+        "model.layers.0": "",
         "model.layers.0.q_proj": "linear",
         "model.layers.1.up": "linear",
         "model.conv": "conv",
@@ -34,6 +35,12 @@ def test_all_linear_leaves_out_the_output_layer_and_is_a_name_in_a_list() -> Non
     every = [name for name, kind in NAMES.kinds.items() if kind == "linear" and name != "lm_head"]
     assert adapted(target_modules="all-linear") == every
     assert adapted(target_modules=["all-linear"]) == []
+
+
+def test_what_lies_in_a_saved_module_is_saved_with_it_and_not_adapted() -> None:
+    options = {"target_modules": ["q_proj", "up"], "modules_to_save": ["layers.0", "q_proj"]}
+    assert adapted("save", **options) == ["model.layers.0"]
+    assert adapted(**options) == ["model.layers.1.up"]
 
 
 def test_without_targets_an_unknown_architecture_is_an_error() -> None:

@@ -10,8 +10,7 @@ from lora_ref.core.update import Factors
 from lora_ref.init.loftq import loftq
 from lora_ref.numerics.quantization import codebook, dequantize, quantize
 from spec_tests import close
-
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+from spec_tests.rounding import unit
 
 bits_ = st.sampled_from([2, 4, 8])
 seeds = st.integers(0, 2**32 - 1)
@@ -124,7 +123,7 @@ def test_more_turns_improve_on_plain_quantisation_too(decay, r, bits, iterations
     assert np.linalg.norm(W - Q - s * B @ A) < np.linalg.norm(W - dequantize(quantize(W, bits)))
 
 
-@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @given(weight_and_rank=weight_and_rank, s=scalings, bits=bits_, iterations=turns)
 def test_in_every_precision_the_factors_make_up_for_the_base_as_stored(dtype, weight_and_rank, s, bits, iterations):
     W, r = torch.from_numpy(weight_and_rank[0]).to(dtype), weight_and_rank[1]
@@ -134,7 +133,7 @@ def test_in_every_precision_the_factors_make_up_for_the_base_as_stored(dtype, we
     S = torch.linalg.svdvals(missing)
     # rounding the factors, 3 u S_k for each triple, and computing them in at least float32;
     # what underflows in float16 is lost in each entry of a factor and multiplied by the other
-    u, computing = UNIT[dtype], min(UNIT[dtype], 2.0**-24)
+    u, computing = unit(dtype), min(unit(dtype), 2.0**-24)
     lost = s * 2.0**-25 * W.shape[0] ** 0.5 * W.shape[1] ** 0.5 * r * float(1 + (S[0] / s) ** 0.5)
     bound = 3 * u * S[:r].sum() + lost * (dtype is torch.float16)
     bound += rounding(W.double().numpy(), missing.numpy(), u=computing)
@@ -159,7 +158,7 @@ def test_by_hand(s):
     close(B, [[0.0], [root]], terms, size=root)
 
 
-@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_a_weight_of_zeros(iterations, dtype):
     A, B, Q, _ = loftq(torch.zeros(3, 5, dtype=dtype), 2, iterations=iterations)
@@ -181,7 +180,7 @@ def test_the_weight_is_left_alone():
     assert torch.equal(W, before)
 
 
-@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_large_weight_takes_the_same_way(dtype):
     """Large enough for the iterative decomposition."""
     W = torch.randn(300, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
@@ -190,7 +189,7 @@ def test_a_large_weight_takes_the_same_way(dtype):
     S = torch.linalg.svdvals(missing)
     error = (missing - 2.0 * B.double() @ A.double()).norm()
     # `leading_svd` asserts that each of four defects of a triple is at most 64 spacings of float32, 2^-23
-    assert abs(error - S[4:].norm()) <= 3 * UNIT[dtype] * S[:4].sum() + 4 * 64 * 2.0**-23 * S[0] * 4**0.5
+    assert abs(error - S[4:].norm()) <= 3 * unit(dtype) * S[:4].sum() + 4 * 64 * 2.0**-23 * S[0] * 4**0.5
     assert torch.equal(Q, dequantize(quantize(W, 4)))
 
 

@@ -15,14 +15,14 @@ from lora_ref.init.mica import mica
 from lora_ref.init.olora import olora
 from lora_ref.init.pissa import pissa
 from spec_tests import agree, close
+from spec_tests.rounding import unit
 
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SHAPES = [(1, 1), (1, 7), (7, 1), (6, 6), (20, 12), (12, 20), (300, 256)]
 SPECTRA = ["flat", "decaying", "low rank", "repeated", "orthogonal", "zero"]
 seeds = st.integers(0, 2**32 - 1)
 shapes, spectra = st.sampled_from(SHAPES), st.sampled_from(SPECTRA)
 scalings = st.sampled_from([0.25, 1.0, 2.0, 16 / math.sqrt(3)])
-dtypes = st.sampled_from(list(UNIT))
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
 def matrix(seed, shape, spectrum):
@@ -55,7 +55,7 @@ def weights(draw):
     tensor = torch.from_numpy(W).to(dtype)
     as_numpy = dtype in (torch.float64, torch.float32) and draw(st.booleans())
     weight = tensor.numpy() if as_numpy else tensor
-    return weight, tensor.double().numpy(), r, draw(scalings), UNIT[dtype], min(UNIT[dtype], UNIT[torch.float32])
+    return weight, tensor.double().numpy(), r, draw(scalings), unit(dtype), min(unit(dtype), unit(torch.float32))
 
 
 def float64(*arrays):
@@ -241,7 +241,7 @@ def test_peft_has_the_same_products_and_residuals(name, method, dtype, shape):
     A, B, residual = float64(theirs.lora_A["default"].weight, theirs.lora_B["default"].weight, theirs.weight)[:3]
     made = method(W, 4, 2.5)
     A2, B2, residual2 = float64(made.A, made.B, W if made.residual is None else made.residual)
-    u, u_computing = UNIT[dtype], UNIT[torch.float32]
+    u, u_computing = unit(dtype), unit(torch.float32)
     gap = 0 if name == "olora" else min(shape) ** 2  # how far singular values are apart, as above
     # the two roots of m n: two decompositions in float32 do not have all their roundings in one direction
     # (Higham and Mary, 2019, doi 10.1137/18M1226312)
@@ -259,9 +259,9 @@ def test_in_half_precision_only_the_residual_is_rounded(method, dtype):
     for r in (4, 48):
         made = method(W, r, 0.5)
         A, B, residual, exact = float64(*made[:3], W)
-        allowed = UNIT[dtype] * np.abs(residual) + (r + 3) * UNIT[torch.float32] * (0.5 * np.abs(B) @ np.abs(A))
+        allowed = unit(dtype) * np.abs(residual) + (r + 3) * unit(torch.float32) * (0.5 * np.abs(B) @ np.abs(A))
         assert (
-            np.abs(residual + 0.5 * B @ A - exact) <= allowed + UNIT[torch.float32] * np.abs(exact) + 2.0**-25
+            np.abs(residual + 0.5 * B @ A - exact) <= allowed + unit(torch.float32) * np.abs(exact) + 2.0**-25
         ).all()
         with_unrounded = float64(numerics.cast(method(W.float(), r, 0.5).residual, W))[0]
         naive = np.linalg.norm(with_unrounded + 0.5 * B @ A - exact)
@@ -304,9 +304,9 @@ def test_olora_of_dependent_leading_columns(columns):
     W[:, :3] = W[:, :1] if columns == "equal" else 0
     W *= columns != "zero weight"
     for weight in (W, torch.from_numpy(W), torch.from_numpy(W).bfloat16()):
-        u = UNIT[weight.dtype] if numerics.is_torch(weight) else UNIT[torch.float64]
+        u = unit(weight.dtype) if numerics.is_torch(weight) else unit(torch.float64)
         made = olora(weight, 4, 2.0)
-        assert_adds_up(weight, made, 2.0, u, min(u, UNIT[torch.float32]))
+        assert_adds_up(weight, made, 2.0, u, min(u, unit(torch.float32)))
         A, B = float64(*made[:2])
         assert np.abs(B.T @ B - np.eye(4)).max() <= 64 * u
         assert (np.tril(A[:, :4], -1) == 0).all()

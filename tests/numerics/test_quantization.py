@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from lora_ref.numerics.quantization import AT_ONCE, CELLS, Quantized, codebook, dequantize, quantize
+from spec_tests.rounding import unit
 
 BITS = (2, 4, 8)
 NUMPY = (np.float64, np.float32, np.float16)
 TORCH = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 # QLoRA, arXiv 2305.14314, appendix E
 NF4 = [
@@ -198,7 +198,7 @@ def test_the_error_is_at_most_half_the_widest_gap(dtype, seed, shape, bits):
     scale = q.scales.double().expand(-1, 64).reshape(-1)[: w.numel()].reshape(w.shape)
     half_gap = np.diff(codebook(bits)).max() / 2
     # w / scale, scale * c and the storing of that are rounded; below 2^-14 a float16 has its spacing still
-    bound = scale * (half_gap + 3 * UNIT[dtype]) + 2.0**-25 * (dtype is torch.float16)
+    bound = scale * (half_gap + 3 * unit(dtype)) + 2.0**-25 * (dtype is torch.float16)
     assert ((back.double() - w.double()).abs() <= bound).all()
     largest = w.double().abs() == scale
     assert torch.equal(back[largest], w[largest])
