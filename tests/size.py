@@ -74,12 +74,10 @@ def code_lines(source: str, names: tuple[str, ...] = ()) -> set[int]:
     return found & {line for part in kept for line in part}
 
 
-def of_lora_ref() -> int:
-    """Lines of code of lora_ref without its tools."""
+def of_lora_ref(room: str = "") -> int:
+    """Lines of code of lora_ref without its tools, or of one of its rooms."""
     package = ROOT / "lora_ref"
-    paths = [
-        path for path in package.rglob("*.py") if path.relative_to(package).parts[0].removesuffix(".py") not in TOOLS
-    ]
+    paths = [path for path in (package / room).rglob("*.py") if path.relative_to(package).parts[0] not in TOOLS]
     return sum(len(code_lines(path.read_text(encoding="utf-8"))) for path in paths)
 
 
@@ -97,5 +95,6 @@ def of_peft() -> int:
 if __name__ == "__main__":
     ours, theirs = of_lora_ref(), of_peft()
     print(f"lora_ref, without its tools: {ours:,} lines of code")
+    print(f"of these in its core:        {of_lora_ref('core'):,} lines of code")
     print(f"PEFT, for the same job:      {theirs:,} lines of code")
     print(f"lora_ref / PEFT:             {ours / theirs:.2f}")

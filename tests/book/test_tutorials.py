@@ -1,6 +1,5 @@
 """The pages of the book say what the code does: quotes, links, outputs and figures are those of today."""
 
-import ast
 import importlib.util
 import os
 import pathlib
@@ -9,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from imports import IN_ROOMS, MODULES, ROOMS, graph, room_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "tutorials"
@@ -91,24 +91,29 @@ def test_the_contents_list_every_page():
     assert listed == [page.stem for page in PAGES]
 
 
-def test_the_reading_order_has_every_module_and_no_import_of_a_later_stage():
+def listed_modules() -> list[str]:
+    """The modules in the tables of reading_order.md."""
     text = (TUTORIALS / "reading_order.md").read_text(encoding="utf-8")
-    stage = {
-        name: number
-        for number, part in enumerate(text.split("\n## ")[1:])
-        for listed in re.findall(r"modules\((.*)\)", part)
-        for name in re.findall(r'"([\w.]+)"', listed)
-    }
-    package = ROOT / "lora_ref"
-    files = {".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
-    single = {name for name in files if not name.endswith("__init__") and name.split(".")[0] not in ("demo", "linalg")}
-    assert single <= stage.keys()
-    for name in single:
-        tree = ast.parse((package / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and "." not in name:
-                modules = [node.module] if node.module else [alias.name for alias in node.names]
-                assert not [m for m in modules if stage.get(m, 0) > stage[name]], name
+    calls = re.findall(r"\[\[\[cog modules\((.*?)\)", text, re.DOTALL)
+    return [f"lora_ref.{name}" for call in calls for name in re.findall(r'"([\w.]+)"', call)]
+
+
+def test_the_reading_order_has_every_module_once():
+    has_code = {name for name in IN_ROOMS if len(MODULES[name].read_text(encoding="utf-8").splitlines()) > 1}
+    assert sorted(listed_modules()) == sorted(has_code)
+
+
+def test_no_module_of_the_reading_order_imports_a_later_one():
+    listed = listed_modules()
+    for number, name in enumerate(listed):
+        assert not graph()[name] & set(listed[number + 1 :]), name
+
+
+def test_the_reading_order_names_the_rooms_in_their_order():
+    text = (TUTORIALS / "reading_order.md").read_text(encoding="utf-8")
+    assert f"The rooms have one order: {', '.join(f'`{room}`' for room in ROOMS)}." in text
+    headings = re.findall(r"^## (?:The )?(\w+)$", text, re.MULTILINE)
+    assert headings == list(ROOMS) == list(dict.fromkeys(map(room_of, listed_modules())))
 
 
 def test_a_page_whose_statement_is_wrong_fails(tmp_path):

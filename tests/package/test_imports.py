@@ -1,60 +1,28 @@
-"""What importing costs, and what imports what: the concepts run on NumPy without torch, and data flows one way."""
+"""What is where in lora_ref, what imports what, and what an import costs.
 
-import ast
+The rooms stand in one order. A module imports its own room and the rooms before it, also inside of functions.
+"""
+
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from imports import IN_ROOMS, MODULES, PACKAGE, ROOMS, graph, imported, imports_of, module_of, room_of
 
 import lora_ref
 
-PACKAGE = Path(lora_ref.__file__).parent
+CORE_IMPORTS = {"numpy", "torch", "jaxtyping"}  # beside the standard library
+# these run on NumPy without torch; numerics, init and the options of the files are imported with them
 CONCEPTS = [
     "lora_ref",
-    "lora_ref.core.scaling",
-    "lora_ref.core.update",
-    "lora_ref.safe.regexes",
-    "lora_ref.core.names",
-    "lora_ref.api.default_targets",
-    "lora_ref.core.config",
-    "lora_ref.core.config",
-    "lora_ref.core.names",
-    "lora_ref.numerics",
-    "lora_ref.numerics.quantization",
-    "lora_ref.numerics.pca",
+    *(f"lora_ref.core.{name}" for name in ("scaling", "update", "inits", "config", "names")),
+    *(f"lora_ref.numerics.{name}" for name in ("arrays", "dense", "leading", "pca", "quantization")),
+    *(f"lora_ref.safe.{name}" for name in ("regexes", "strict")),
     "lora_ref.init",
-    "lora_ref.api.combination",
     "lora_ref.files.config_file",
-]
-# a module imports nothing that stands in a later line; within a line there is no order
-ORDER = [
-    {"scaling", "decomposition", "regexes", "architectures", "linalg", "options", "progress"},
-    {"patterns", "quantization", "pca"},
-    {"config", "config_file"},  # LoraConfig.from_pretrained reads the file
-    {"targeting", "init", "combination"},
-    {"wrappers", "atomic", "sharded", "watch", "covariance", "gradients"},
-    {"formula"},
-    {"weights", "fused", "rows"},
-    {"layer"},
-    {"layers"},
-    {"parameters"},
-    {"bias"},
-    {"merge"},
-    {"inject"},
-    {"checks"},
-    {"weighted"},
-    {"adapters"},
-    {"switch"},
-    {"model"},
-    {"slots"},
-    {"conversion", "folder"},
-    {"storage"},
-    {"peft_model"},
-    {"eva_pass"},
-    {"prepare", "eva"},
-    {"spectrum", "inspect_figure", "inspect", "plan", "demo"},
-    {"cli"},
+    *(f"lora_ref.api.{name}" for name in ("combination", "default_targets")),
 ]
 
 
@@ -62,6 +30,89 @@ def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+# -- what is where ---------------------------------------------------------------------------------
+
+
+def sources(room: str = "") -> list[Path]:
+    return sorted((PACKAGE / room).rglob("*.py"))
+
+
+def lines_of(paths: list[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_at_the_top_are_rooms_only() -> None:
+    found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found == {"__init__.py", "py.typed", *ROOMS}
+
+
+def test_the_core_is_read_in_one_sitting() -> None:
+    modules = [path for path in sources("core") if path.name != "__init__.py"]
+    assert len(modules) <= 9
+    assert all(path.parent == PACKAGE / "core" for path in modules)
+    assert lines_of(sources("core")) <= 1600
+
+
+def test_the_package_without_its_tools_is_small() -> None:
+    assert lines_of([path for path in sources() if path not in sources("tools")]) < 6200
+
+
+# -- what imports what -----------------------------------------------------------------------------
+
+
+def wrong_way(module: str, imports: set[str]) -> list[str]:
+    """The imports of a module that are of a later room. Only the tools, as a user does, import from lora_ref itself."""
+    allowed = {*ROOMS[: ROOMS.index(room_of(module)) + 1], *([""] if room_of(module) == "tools" else [])}
+    return sorted(other for other in imports if room_of(other) not in allowed)
+
+
+@pytest.mark.parametrize("module", IN_ROOMS)
+def test_imports_go_one_way(module: str) -> None:
+    assert wrong_way(module, graph()[module]) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not through others either: two modules of one room could."""
+    try:
+        order = list(TopologicalSorter(graph()).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+    assert set(IN_ROOMS) <= set(order)
+
+
+@pytest.mark.parametrize("module", [name for name in IN_ROOMS if room_of(name) == "core"])
+def test_the_core_imports_only_numpy_torch_and_itself(module: str) -> None:
+    others = {name.split(".")[0] for name in imports_of(module)} - {"lora_ref"}
+    assert others <= CORE_IMPORTS | sys.stdlib_module_names
+    assert {room_of(other) for other in graph()[module]} <= {"core"}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from ..api.model import LoraModel", ["lora_ref.api.model"]),
+        ("from .. import api", ["lora_ref.api"]),
+        ("from ..api import model, weighted", ["lora_ref.api.model", "lora_ref.api.weighted"]),
+        ("import lora_ref.tools.cli", ["lora_ref.tools.cli"]),
+        ("from lora_ref import get_peft_model", ["lora_ref"]),
+        ("def f():\n    from ..api.model import LoraModel", ["lora_ref.api.model"]),
+        ("import importlib\nimportlib.import_module('lora_ref.api.model')", ["lora_ref.api.model"]),
+        ("from ..core.update import delta\nfrom ..numerics import pca\nfrom .strict import strict", []),
+    ],
+)
+def test_an_import_of_a_later_room_is_found(line: str, found: list[str]) -> None:
+    names = {module_of(name) for name in imported(line, "lora_ref.safe.regexes")} - {None}
+    assert wrong_way("lora_ref.safe.regexes", names) == found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_names_transformers_or_peft_in_an_import(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports_of(module)} & {"transformers", "peft"}
+
+
+# -- what an import costs --------------------------------------------------------------------------
 
 
 FORBIDDEN = "{m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'peft', 'safetensors', 'rich')}"
@@ -76,8 +127,10 @@ def test_every_concept_imports_without_torch() -> None:
 def test_the_concepts_run_on_numpy_without_torch() -> None:
     code = f"""
 import sys, numpy as np
-from lora_ref import LoraConfig, EvaConfig, LoftQConfig, CordaConfig, TaskType, PeftConfig
-from lora_ref import combination, config_file, decomposition, init, linalg, patterns, scaling, targeting
+from lora_ref import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, PeftConfig, TaskType, init, numerics
+from lora_ref.api import combination
+from lora_ref.core import names, scaling, update
+from lora_ref.files import config_file
 rng = np.random.default_rng(0)
 W, x = rng.normal(size=(6, 4)), rng.normal(size=(3, 4))
 s = scaling.scaling(2, 4)
@@ -94,8 +147,8 @@ A, B, residual, _ = init.find("corda", "linear")(W, 2, s, rng, covariance=x.T @ 
 assert adds_up(residual, A, B)
 A, B, residual, _ = init.find("lora_ga", "linear")(W, 2, s, rng, gradient=W[::-1])
 assert adds_up(residual, A, B)
-D = decomposition.delta(A, B, s)
-assert decomposition.parameter_count(W.shape, 2) == 20
+D = update.delta(A, B, s)
+assert update.parameter_count(W.shape, 2) == 20
 U, S, Vh = numerics.svd(W)
 assert near(U * S @ Vh, W, 8 * W.size, S[0])  # roundings of a decomposition (Higham, 19.4, with 8 for c)
 for name in ("cat", "linear", "svd"):
@@ -104,9 +157,9 @@ for name in ("cat", "linear", "svd"):
     assert near(B2 @ A2, D, 3 * 8 * W.size, s * np.linalg.norm(B) * np.linalg.norm(A))  # and of three
 config = LoraConfig(target_modules=["q"], rank_pattern={{"q": 2}})
 assert config_file.from_dict(config_file.to_dict(config)) == config
-plan = targeting.resolve(targeting.ModelNames({{"a.q": "linear", "a.k": "linear"}}), config)
+plan = names.resolve(names.ModelNames({{"a.q": "linear", "a.k": "linear"}}), config)
 assert plan.names("adapt") == ["a.q"] and plan.matches[0].r == 2
-assert patterns.PatternDict("rank_pattern", {{"q": 2}}).key("a.q") == "q"
+assert names.Rule("rank_pattern", {{"q": 2}}).match("a.q") == "q"
 print(sorted({FORBIDDEN}))
 """
     assert run(code) == "[]"
@@ -123,6 +176,14 @@ print(sorted(m for m in sys.modules if m.split(".")[0] in ("transformers", "peft
     assert run(code) == "[]"
 
 
+def test_every_module_imports_without_transformers_and_peft() -> None:
+    code = f"import importlib, sys\nfor name in {[*MODULES]}: importlib.import_module(name)\n"
+    assert run(code + "print([m for m in ('transformers', 'peft') if m in sys.modules])") == "[]"
+
+
+# -- public names ----------------------------------------------------------------------------------
+
+
 def test_dir_lists_the_public_names_and_all_of_them_exist() -> None:
     assert dir(lora_ref) == sorted(lora_ref.__all__)
     assert all(getattr(lora_ref, name) is not None for name in lora_ref.__all__)
@@ -132,49 +193,3 @@ def test_dir_lists_the_public_names_and_all_of_them_exist() -> None:
 def test_an_unknown_name_is_an_attribute_error_with_the_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'get_peft_modle'"):
         lora_ref.get_peft_modle  # noqa: B018
-
-
-def test_every_module_imports_without_transformers_and_peft() -> None:
-    names = [f"lora_ref.{path.stem}" for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
-    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
-    assert run(code + "print([m for m in ('transformers', 'peft') if m in sys.modules])") == "[]"
-
-
-def top(path: Path) -> str:
-    """The module of the package that a file belongs to: init/random.py to init."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(path: Path) -> set[str]:
-    """The modules of lora_ref that a file imports, anywhere in it, except for type checkers."""
-    package = ["lora_ref", *path.relative_to(PACKAGE).parts[:-1]]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base += node.module.split(".") if node.module else []
-            # "from . import a, b" names modules, "from .a import f" does not
-            found |= {".".join([*base, alias.name]) for alias in node.names} if len(base) == 1 else {".".join(base)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("lora_ref.")}
-
-
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_imports_one_below_it(path: Path) -> None:
-    place = {name: number for number, names in enumerate(ORDER) for name in names}
-    own = top(path)
-    assert own in place, f"{own} has no place in the order yet"
-    for name in (imported(path) & place.keys()) - {own}:
-        assert place[name] <= place[own], f"{own} imports {name}, which stands below it"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_names_transformers_or_peft_in_an_import(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-        assert not {name.split(".")[0] for name in names} & {"transformers", "peft"}
