@@ -642,17 +642,68 @@ def test_the_start_is_exactly_the_base(kind: str, init: Any) -> None:
     assert torch.equal(base.weight, W)
 
 
-def test_numpy_and_torch_draw_from_the_same_laws() -> None:
+RANDOM = (True, False, "gaussian", "orthogonal")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_inits() -> list[Any]:
+    """Every function behind the random values of `init_lora_weights`, once."""
+    return sorted({f for value in RANDOM for f in inits.METHODS[value].kinds.values()}, key=lambda f: f.__name__)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numpy_and_torch_draw_from_the_same_laws(dtype: torch.dtype) -> None:
     """One function for both libraries; two-sample Kolmogorov-Smirnov of every factor."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    for value in (True, False, "gaussian", "orthogonal"):
-        for method in inits.METHODS[value].kinds.values():
-            in_numpy = method(np.zeros((30, 40)), 8, 1.0, rng=rng)
-            in_torch = method(torch.zeros(30, 40, dtype=torch.float64), 8, 1.0, rng=generator)
-            for a, b in zip(in_numpy[:2], in_torch[:2], strict=True):
-                assert a.shape == tuple(b.shape) and isinstance(a, np.ndarray) and isinstance(b, Tensor)
-                assert a.dtype == np.float64 and b.dtype == torch.float32  # T1: drawn in torch's default dtype
-                assert scipy.stats.ks_2samp(a.ravel(), b.numpy().ravel()).pvalue > FALSE_ALARM
+    for method in random_inits():
+        in_numpy = method(np.zeros((30, 40)), 8, 1.0, rng=rng)
+        in_torch = method(torch.zeros(30, 40, dtype=dtype), 8, 1.0, rng=generator)
+        for a, b in zip(in_numpy[:2], in_torch[:2], strict=True):
+            assert a.shape == tuple(b.shape) and isinstance(a, np.ndarray) and isinstance(b, Tensor)
+            assert a.dtype == np.float64
+            assert scipy.stats.ks_2samp(a.ravel(), b.numpy().ravel()).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("method", random_inits(), ids=lambda method: method.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_numbers_have_the_digits_of_the_weights_dtype(dtype: torch.dtype, method: Any) -> None:
+    """T1: float64 draws for a float64 weight, float32 draws for any other: a half precision is rounded afterwards."""
+    made = method(torch.zeros(30, 40, dtype=dtype), 8, 1.0, rng=torch.Generator().manual_seed(0))
+    drawn_in, fewer = (torch.float64, torch.float32) if dtype is torch.float64 else (torch.float32, torch.float16)
+    for x in (made.A, made.B):
+        assert x.dtype is drawn_in
+        random = x[x != 0]
+        # 13 bits of float32 and 29 of float64 are lost: of 320 numbers or more hardly one has only zeros there
+        assert (random.to(fewer).to(drawn_in) != random).sum() >= 0.9 * len(random)
+    if dtype is not torch.float64:
+        other = method(torch.zeros(30, 40), 8, 1.0, rng=torch.Generator().manual_seed(0))
+        assert torch.equal(made.A, other.A) and torch.equal(made.B, other.B)
+
+
+@pytest.mark.parametrize("init", RANDOM)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_adapters_have_the_dtype_of_the_base(dtype: torch.dtype, init: Any) -> None:
+    """T1, without the upcast of half precisions."""
+    net = nn.Sequential(OrderedDict(m=nn.Linear(40, 30, dtype=dtype)))
+    config = LoraConfig(r=8, target_modules=["m"], init_lora_weights=init)
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert len(factors) == 2
+    assert {p.dtype for p in factors} == {dtype}
+    if dtype is torch.float64:
+        random = torch.cat([p[p != 0] for p in factors])
+        assert (random.float().double() != random).sum() >= 0.9 * len(random)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_factors_of_orthogonal_cancel_to_the_rounding_of_their_dtype(dtype: torch.dtype) -> None:
+    """G1: B A = 0. The QR of r by r numbers leaves rows orthogonal to 8 r^2 roundings (Higham, 19.4, with 8 for c)."""
+    for r in (2, 8, 16):
+        A, B, residual, _ = inits.orthogonal(torch.zeros(50, 60, dtype=dtype), r, 1.0, torch.Generator().manual_seed(0))
+        assert residual is None
+        size = np.outer(np.linalg.norm(array(B), axis=1), np.linalg.norm(array(A), axis=0))
+        drawn_in = torch.promote_types(dtype, torch.float32)
+        close(B.double() @ A.double(), np.zeros_like(size), terms=8 * r**2, size=size, dtype=drawn_in)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -664,9 +715,9 @@ def test_orthogonal(dtype: torch.dtype) -> None:
         W = base.weight.detach().clone()
         _, layer = adapt(base, r=r, init_lora_weights="orthogonal")
         A, B = (array(p).astype(np.float64) for p in layer.adapter_parameters("default"))
-        # in float32; QR of r by r numbers leaves rows orthogonal to 8 r^2 roundings (Higham, 19.4, with 8 for his c)
+        # QR of r by r numbers leaves rows orthogonal to 8 r^2 roundings (Higham, 19.4, with 8 for his c)
         size = np.outer(np.linalg.norm(B, axis=1), np.linalg.norm(A, axis=0))
-        close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size, dtype=torch.float32)
+        close(B @ A, np.zeros_like(size), terms=8 * r**2, size=size, dtype=dtype)
         for factor in (A, B):
             assert np.linalg.matrix_rank(factor, tol=1e-3) == r // 2
         assert torch.equal(base.weight, W)
