@@ -30,8 +30,8 @@ def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng
     check_even(r)
     n_out, n_in = weight.shape
     rows, _ = numerics.qr(numerics.draw_normal((r, r), 1.0, weight, rng))
-    X = numerics.at_least_float32(numerics.draw_normal((n_in, r // 2), 0.1, weight, rng))
-    Y = numerics.at_least_float32(numerics.draw_normal((n_out, r // 2), 0.1, weight, rng))
+    X = numerics.draw_normal((n_in, r // 2), 0.1, weight, rng)
+    Y = numerics.draw_normal((n_out, r // 2), 0.1, weight, rng)
     return Factors(A=(X @ rows[0::2]).T, B=Y @ rows[1::2])  # (in, r/2) @ (r/2, r) -> (in, r); likewise (out, r)
 
 

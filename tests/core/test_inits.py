@@ -1,6 +1,8 @@
 """The initialisations that draw, on NumPy arrays and on torch tensors."""
 
 import math
+from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_ref import LoraConfig, get_peft_model
+from lora_ref import init as inits
 from lora_ref.core.inits import (
     METHODS,
     draw_normal,
@@ -108,3 +112,43 @@ def test_numpy_and_torch_draw_from_the_same_laws() -> None:
 def test_draws_are_in_the_dtype_of_the_weight_and_at_least_in_float32(dtype: torch.dtype) -> None:
     A, B, *_ = unzeroed(torch.zeros(3, 4, dtype=dtype), 2)
     assert A.dtype == B.dtype == torch.promote_types(dtype, torch.float32)
+
+
+RANDOM = (True, False, "gaussian", "orthogonal")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_inits() -> list[Any]:
+    """Every function behind the random values of `init_lora_weights`, once."""
+    return sorted({f for value in RANDOM for f in inits.METHODS[value].kinds.values()}, key=lambda f: f.__name__)
+
+
+@pytest.mark.parametrize("method", random_inits(), ids=lambda method: method.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_numbers_have_the_digits_of_the_weights_dtype(dtype: torch.dtype, method: Any) -> None:
+    """T1: float64 draws for a float64 weight, float32 draws for any other: a half precision is rounded afterwards."""
+    made = method(torch.zeros(30, 40, dtype=dtype), 8, 1.0, rng=torch.Generator().manual_seed(0))
+    drawn_in, fewer = (torch.float64, torch.float32) if dtype is torch.float64 else (torch.float32, torch.float16)
+    for x in (made.A, made.B):
+        assert x.dtype is drawn_in
+        random = x[x != 0]
+        # 13 bits of float32 and 29 of float64 are lost: of 320 numbers or more hardly one has only zeros there
+        assert (random.to(fewer).to(drawn_in) != random).sum() >= 0.9 * len(random)
+    if dtype is not torch.float64:
+        other = method(torch.zeros(30, 40), 8, 1.0, rng=torch.Generator().manual_seed(0))
+        assert torch.equal(made.A, other.A) and torch.equal(made.B, other.B)
+
+
+@pytest.mark.parametrize("init", RANDOM)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_adapters_have_the_dtype_of_the_base(dtype: torch.dtype, init: Any) -> None:
+    """T1, without the upcast of half precisions."""
+    net = nn.Sequential(OrderedDict(m=nn.Linear(40, 30, dtype=dtype)))
+    config = LoraConfig(r=8, target_modules=["m"], init_lora_weights=init)
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert len(factors) == 2
+    assert {p.dtype for p in factors} == {dtype}
+    if dtype is torch.float64:
+        random = torch.cat([p[p != 0] for p in factors])
+        assert (random.float().double() != random).sum() >= 0.9 * len(random)
