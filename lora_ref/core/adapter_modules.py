@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-# names that `__getattr__` must not look up in the wrapped module while this module is being built or unpickled
-OWN = ("delegate", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
+# names that `__getattr__` must not look up in the wrapped module
+OWN = ("base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
 
 
 class AdapterModule(nn.Module):
-    """A wrapped module, and dicts {adapter: value}, which a subclass lists in `by_adapter`."""
+    """A wrapped module, and dicts {adapter: value}, listed in `by_adapter`. The last one has all the adapters."""
 
     by_adapter: tuple[str, ...] = ()
     base_attribute = "base_layer"  # the attribute that holds the wrapped module
@@ -28,7 +28,7 @@ class AdapterModule(nn.Module):
     @property
     def base(self) -> nn.Module:
         """The module that is wrapped."""
-        return getattr(self, self.base_attribute)
+        return self._modules[self.base_attribute]  # type: ignore[return-value]
 
     @property
     def delegate(self) -> nn.Module:
@@ -36,7 +36,7 @@ class AdapterModule(nn.Module):
         return self.base
 
     def adapters(self) -> list[str]:
-        return list(dict.fromkeys(name for attribute in self.by_adapter for name in getattr(self, attribute)))
+        return list(getattr(self, self.by_adapter[-1]))
 
     def part(self, attribute: str, adapter: str) -> Any:
         """attribute[adapter] of a dict of modules, or None."""
@@ -47,8 +47,11 @@ class AdapterModule(nn.Module):
         for attribute in self.by_adapter:
             parts: Any = self._modules.get(attribute) or {}  # none for a dict of plain values
             for name, part in parts.items():
-                for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
-                    yield name, parameter
+                if isinstance(part, nn.Module):
+                    modules = part.modules() if part._modules else [part]
+                    yield from ((name, p) for m in modules for p in m._parameters.values() if p is not None)
+                else:
+                    yield name, part
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again as they were."""
@@ -84,7 +87,7 @@ class AdapterModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in OWN or name.startswith("__"):
+            if name in OWN or name.startswith("__") or "_modules" not in vars(self):  # not set while unpickling
                 raise
             return getattr(self.delegate, name)
 
