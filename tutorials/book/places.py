@@ -5,7 +5,7 @@ The pages of tutorials/ are at its root, everything else is under code/, by its 
     tutorials/README.md                 index.html
     tutorials/01_one_layer.md           01_one_layer.html
     tutorials/figures/01_shapes.png     figures/01_shapes.png
-    lora_ref/core/layer.py                   code/lora_ref/layer.html
+    lora_ref/core/layer.py              code/lora_ref/core/layer.html
     lora_ref/                           code/lora_ref/index.html
     spec_tests/README.md                code/spec_tests/README.md.html
     spec_tests/vectors/schema.json      code/spec_tests/vectors/schema.json
