@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .layer import LoraLayer, is_observed
-from .update import at_least_float32, delta, pack_experts, unpack_experts
+from .update import pack_experts, unpack_experts
 
 
 class Linear(LoraLayer):
@@ -128,22 +128,9 @@ class Parameter(LoraLayer):
         super().build(name, *(pack_experts(A, B) if A.ndim == 3 else (A, B)))
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*experts r in"], Float[Tensor, "*experts out r"]]:
-        A, B = super().factors(name)
         W = self.base_weight
+        A, B = matrix_of(self.lora_A[name], W), matrix_of(self.lora_B[name], W)
         return (A, B) if W.ndim == 2 else unpack_experts(A, B, W.shape[0])
-
-    def unmerged_sum(self, names: list[str]) -> Tensor:
-        """W + sum of s B A in at least float32. ValueError: W is sharded or offloaded, or on another device."""
-        W, owner = self.base_weight, self.get_base_layer()
-        held_elsewhere = type(W) not in (Tensor, nn.Parameter) or self.weight_name in vars(owner)
-        if held_elsewhere or (W.is_meta and is_observed(owner)):
-            raise ValueError(f"Parameter: {self.weight_name} is sharded or offloaded; merge the adapter before")
-        total = at_least_float32(W)
-        for name in names:
-            A, B = matrix_of(self.lora_A[name], W), matrix_of(self.lora_B[name], W)
-            A, B = (A, B) if W.ndim == 2 else unpack_experts(A, B, W.shape[0])
-            total = total + self.stored(delta(at_least_float32(A), at_least_float32(B), self.scaling[name]))
-        return total
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.adapter_names is not None and not self.disable_adapters and set(self.adapter_names) & set(self.r):
@@ -154,8 +141,14 @@ class Parameter(LoraLayer):
         path, inner = self.weight_name, self.base_layer
         while isinstance(inner, LoraLayer):
             path, inner = f"base_layer.{path}", inner.base_layer
-        W, adapted = self.base_weight, self.unmerged_sum(names)
-        return torch.func.functional_call(self.base_layer, {path: adapted.to(W.dtype)}, args, kwargs)
+        W, owner = self.base_weight, self.get_base_layer()
+        if (
+            type(W) not in (Tensor, nn.Parameter)
+            or self.weight_name in vars(owner)
+            or (W.is_meta and is_observed(owner))
+        ):
+            raise ValueError(f"Parameter: {self.weight_name} is sharded or offloaded; merge the adapter before")
+        return torch.func.functional_call(self.base_layer, {path: self.merged_weight(names)}, args, kwargs)
 
 
 LAYER_TYPES: dict[str, type[LoraLayer]] = {t.kind: t for t in (Linear, Embedding, Conv, Parameter)}

@@ -229,7 +229,7 @@ def test_modules_to_save() -> None:
     assert torch.equal(model(TOKENS), y)
     with model.disable_adapter():
         assert torch.equal(model(TOKENS), off)
-    with pytest.raises(ValueError, match=r"adapters \['default', 'b'\] each save a module whole"):
+    with pytest.raises(ValueError, match=r"adapters \['default', 'b'\] each save a module"):
         model.set_adapter(["default", "b"])
     assert model.active_adapters == ["default"] and torch.equal(model(TOKENS), y)
     copied = copy.deepcopy(model)

@@ -24,8 +24,8 @@ from models import Snapshot
 from torch import nn
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from lora_ref.core import names as patterns
 from lora_ref.files import config_file
+from lora_ref.safe import regexes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LONG = "a" * 40 + "_x"  # a module's name on which `(a|aa)+$` would run for years
@@ -403,7 +403,7 @@ def test_a_damaged_folder_is_refused_and_nothing_changes(
     name: str, valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name.startswith("slow"):
-        monkeypatch.setattr(patterns, "TIME_LIMIT", 0.1)  # `test_slow_patterns_...` has the real one
+        monkeypatch.setattr(regexes, "TIME_LIMIT", 0.1)  # `test_slow_patterns_...` has the real one
     folder = tmp_path / "adapter"
     shutil.copytree(valid, folder)
     CASES[name](folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Conv1D, gpt2
+from models import Conv1D, gpt2, stored
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +73,7 @@ def test_the_dtype_of_a_and_b(dtype: torch.dtype, autocast: bool) -> None:
     """T1: the base's; float32 for half precisions, unless told not to; rounded to the base's dtype at the start."""
     model = adapted(dtype, autocast)
     want = torch.float32 if autocast and dtype.itemsize < 4 else dtype
-    factors = [p for layer in model.layers().values() for p in layer.adapter_parameters("default")]
+    factors = [p for layer in model.layers().values() for p in stored(layer)]
     assert len(factors) == 8
     for p in factors:
         assert p.dtype == want
@@ -173,7 +173,7 @@ def test_autocast(merged: bool) -> None:
         half.float().square().sum().backward()
         for layer in model.layers().values():
             assert layer.base_weight.grad is None
-            for p in layer.adapter_parameters("default"):
+            for p in stored(layer):
                 assert p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any()
 
 
@@ -255,7 +255,7 @@ def test_a_model_that_moves_while_merged(dtype: torch.dtype, disabled: bool) -> 
 def test_a_merge_that_is_not_finite_changes_nothing(value: float, where: str) -> None:
     model = adapted()
     before = bits(model)
-    factor = next(model.layers()[where].adapter_parameters("default"))
+    factor = stored(model.layers()[where])[0]
     with torch.no_grad():
         factor.view(-1)[0] = value
     for merge in (model.merge_adapter, lambda: copy.deepcopy(model).merge_and_unload()):
@@ -437,7 +437,7 @@ def test_a_copy_is_another_model_in_the_same_state(state: str, how: Callable[[An
     copied.unmerge_adapter()
     assert_same_bits(bits(copied), before)
     with torch.no_grad():
-        next(copied.layers()["lin"].adapter_parameters("default")).zero_()
+        stored(copied.layers()["lin"])[0].zero_()
     copied.set_adapter([])
     assert model.active_adapters == ["default"] and model.get_base_model() is base
     model.enable_adapter_layers()
