@@ -1,13 +1,13 @@
 # make          what can be made
 # make demo     the demo, in an environment of its own
 # make test     the tests of every function
-# make test-all the tests, and what proves depth: committed as a report
-# make kernels  the tests and the pages as other processors would run them
+# make test-all the tests, and those that take longer: committed as a report
+# make kernels  the tests and the pages, with the kernels of other processors
 # make check    which requirements an implementation of LoRA keeps
 # make peers    the same for other libraries, each in an environment of its own
-# make bench    what things cost, as ratios against PEFT
+# make bench    time and memory, as ratios to PEFT's
 # make tutorials  the tutorials, executed from scratch
-# make compat  the tests with the oldest and the newest of what lora_ref needs, on each Python that is here
+# make compat  the tests with the oldest and the newest versions of what lora_ref needs, on each Python that is here
 # make book     the tutorials as a site: prose on the left, code on the right
 
 PYTHON ?= python3
@@ -22,20 +22,20 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo          train, adapt, save, reload and merge a small network (writes lora_ref_demo/)"
 	@echo "make test          run the tests (under 6 minutes on 2 quiet cores); ARGS='-k merge -x' passes options to pytest"
-	@echo "make test-all      the tests, then what proves depth (half an hour); writes tests/deep/results.json;"
+	@echo "make test-all      the tests, then those that take longer (half an hour); writes tests/deep/results.json;"
 	@echo "                   ARGS='--only matrix pages': only these groups"
-	@echo "make kernels       the tests and the pages as other processors would run them (half an hour); writes"
+	@echo "make kernels       the tests and the pages, with the kernels of other processors (half an hour); writes"
 	@echo "                   tests/kernels/results.json; ARGS='--only haswell --numeric': a part of it"
-	@echo "make check         try lora_ref on the requirements; make check ARGS='peft --html matrix.html'"
+	@echo "make check         test lora_ref on the requirements; ARGS=lora_ref_core: its core; ARGS='peft --html matrix.html'"
 	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md;"
 	@echo "                   make peers ARGS=--releases: for older releases of PEFT"
-	@echo "make bench         what a step, a merge, ... cost against PEFT's (about 10 minutes; make bench ARGS=--quick: one;"
+	@echo "make bench         the time of a step, a merge, ... beside PEFT's (about 10 minutes; make bench ARGS=--quick: one;"
 	@echo "                   ARGS='--only init': the initialisations; ARGS='--device cuda'); writes benchmarks/results"
 	@echo "make tutorials     execute the tutorials, renew their quotes, figures and notebooks; ARGS=3: page 3 alone"
 	@echo "make book          the tutorials beside their code, as HTML in tutorials/book/site/; ARGS='--out DIR': elsewhere"
 	@echo "make mutants       small changes of lora_ref's source, and whether the tests notice (an hour)"
 	@echo "make fuzz          fuzz the readers of adapter folders (2 minutes; ARGS='--seconds 1800': an hour)"
-	@echo "make compat        the tests with the oldest, the pinned and the newest of what lora_ref needs, on each Python here"
+	@echo "make compat        the tests with the oldest, the pinned and the newest versions, on each Python that is here"
 	@echo "                   (an hour, gigabytes in .compat/; ARGS='--python 3.12 --with lowest': one of them)"
 	@echo "make lint          ruff check, ruff format --check, mypy, and whether generated tables are up to date"
 	@echo "make readme        renew the tables and outputs of SECURITY.md and of the README of each folder"
@@ -71,7 +71,7 @@ bench: $(VENV)/.installed-test
 	@echo "==> python -m benchmarks $(ARGS)"
 	@$(BIN)/python -m benchmarks --out benchmarks/results $(ARGS)
 
-# quotes first: a page may be about the code that has just changed
+# quotes first: a cell may be about the code that has just changed
 tutorials: $(VENV)/.installed-tutorials
 	@echo "==> cog: quotes from the code"
 	@COLUMNS=120 $(BIN)/python -m cogapp -P -r -I tutorials $(wildcard tutorials/*.md tutorials/vi/*.md)

@@ -91,7 +91,7 @@ class Case:
 
 
 class OneWeight(Case):
-    """Adapt a model of one linear layer whose initialisation changes the base weight."""
+    """Adapt a model of one linear layer with an initialisation whose first update is not zero."""
 
     def __init__(self, name: str, value: str, shape: tuple[int, int], spectrum: str, bar: float) -> None:
         self.name, self.value, self.bar = name, value, bar
@@ -118,7 +118,8 @@ class OneWeight(Case):
         A, B = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
         W, D = self.W.double(), layer.scaling["default"] * B @ A
         if not self.value.startswith("pissa"):
-            return relative(W - layer.base_layer.weight.detach() - D, W)
+            ours = isinstance(layer, lora_ref.LoraLayer)  # it keeps W, where PEFT replaces it
+            return relative(W - (layer.residual("default") if ours else layer.base_layer.weight.detach()) - D, W)
         if self.best is None:
             U, S, Vh = numerics.leading_svd(W, R)
             self.best = (U * S) @ Vh

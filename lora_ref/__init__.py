@@ -1,7 +1,8 @@
-"""lora_ref: LoRA, exactly: a small reference on NumPy and PyTorch with PEFT's names and files.
+"""lora_ref: LoRA as a small reference on NumPy and PyTorch, with PEFT's names and files.
 
-The concepts are pure functions on arrays (`scaling`, `decomposition`, `patterns`, `init`,
-`combination`), importable without torch; the names below load it when first used.
+`core` is a LoRA of its own; the other rooms are around it (`tutorials/reading_order.md`). Pure functions on arrays are
+importable without torch: `core.scaling`, `core.update`, `core.inits`, `core.names`, `init`, `numerics`,
+`api.combination`. The public names below import torch when they are first used.
 """
 
 import importlib

@@ -14,7 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import __main__, measure, report  # noqa: E402
+from benchmarks import __main__, init, measure, report  # noqa: E402
+from spec_tests import close  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -93,6 +94,13 @@ def test_jobs_run_by_turns() -> None:
     turns = [calls[i : i + 4] for i in range(len(calls) - 20, len(calls), 4)]
     assert all(sorted(turn) == ["a", "b", "prepare a", "prepare b"] for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 2  # in both orders
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["lora_ref", "peft"])
+def test_the_error_of_an_initialisation_is_that_of_its_frozen_weight(ours: bool) -> None:
+    """residual + s B A is W: R products, a sum and a residual are rounded. |B| has R columns of norm 1, |A| <= |W|."""
+    case = init.OneWeight("olora", "olora", (256, 256), "decaying", bar=1.0)
+    close(case.error(case.job(ours)()), 0.0, terms=init.R + 2, size=1 + 2 * init.R**0.5, dtype="float32")
 
 
 def test_the_committed_results_are_of_the_versions_in_the_constraints() -> None:
