@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from html.parser import HTMLParser
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import nbformat
@@ -81,7 +82,7 @@ def outside_code(element: ElementTree.Element) -> str:
 def followed(page: pathlib.Path, href: str) -> tuple[pathlib.Path, str]:
     """File and anchor that a link of a page leads to."""
     path, _, anchor = href.partition("#")
-    return pathlib.Path(os.path.normpath(page.parent / path)) if path else page, anchor
+    return pathlib.Path(os.path.normpath(page.parent / path)) if path else page, unquote(anchor)
 
 
 def prose(out: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
