@@ -24,7 +24,7 @@ from ..core.layer_types import LAYER_TYPES, Linear
 from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
 from ..safe import atomic, progress, refusals, sharded
-from ..safe.plain import check_plain
+from ..safe.plain import check_merged, check_plain
 from ..safe.strict import did_you_mean
 from . import weighted
 from .default_targets import ARCHITECTURES
@@ -76,25 +76,17 @@ class LoraModel(core.LoraModel):
         merging.merge(layers, names)
 
     def unmerge_adapter(self) -> None:
-        self._check_merged_weights()
-        merging.unmerge(self.wrappers())
-
-    def _check_merged_weights(self) -> None:
-        """A merged weight cannot be replaced while it is offloaded or computed from others."""
-        merged = {where: layer for where, layer in self.layers().items() if layer.set_aside}
-        check_plain(merged, [])
+        layers = [wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer)]
+        check_merged(layers)
+        merging.unmerge(layers)
 
     def disable_adapter_layers(self) -> None:
-        self._check_merged_weights()
+        check_merged(wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer))
         super().disable_adapter_layers()
 
     def enable_adapter_layers(self) -> None:
-        self._check_merged_weights()
+        check_merged(wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer))
         super().enable_adapter_layers()
-
-    def unload(self) -> nn.Module:
-        self._check_merged_weights()
-        return super().unload()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
@@ -126,23 +118,25 @@ class LoraModel(core.LoraModel):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A `with` block in which the model is the base model, merged or not; afterwards all is as before."""
-        active, configs = self.active_adapters, dict(self.peft_config)
-        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
+        active, configs, wrappers = self.active_adapters, dict(self.peft_config), self.wrappers()
+        was_off = any(wrapper.disable_adapters for wrapper in wrappers)
         for name in [name for name in active if configs[name].bias != "none"]:
             warnings.warn(
                 f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
                 "with the adapters disabled, trained biases stay, and the output is not the original's",
                 stacklevel=3,
             )
-        states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in self.wrappers()]
+        check_merged(wrapper for wrapper in wrappers if isinstance(wrapper, LoraLayer))
+        states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in wrappers]
         trains = [(p, p.requires_grad) for p in self.parameters() if isinstance(p, Tensor)]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}
 
         def restore() -> None:
             # adapters may have been renamed, deleted and added meanwhile: a config belongs to one adapter
             names = {then: now for then, c in configs.items() for now, d in self.peft_config.items() if c is d}
-            self.unmerge_adapter()
-            for wrapper in self.wrappers():
+            wrappers = self.wrappers()
+            merging.unmerge(wrappers)
+            for wrapper in wrappers:
                 wrapper.enable_adapters(True)
                 wrapper.set_adapter([])
             for wrapper, state, weight in states:
@@ -156,7 +150,7 @@ class LoraModel(core.LoraModel):
                 else:  # a merged adapter was deleted: merge the others again
                     wrapper.disable_adapters = False
                     merging.merge({"": wrapper}, merged)
-            for wrapper in self.wrappers():
+            for wrapper in wrappers:
                 wrapper.enable_adapters(not was_off)
             for parameter, requires_grad in trains:
                 parameter.requires_grad_(requires_grad)
@@ -165,8 +159,9 @@ class LoraModel(core.LoraModel):
             self.active_adapters = [names[name] for name in active if name in names]
 
         try:
-            with super().disable_adapter():
-                yield
+            for wrapper in wrappers:
+                wrapper.enable_adapters(False)
+            yield
         finally:
             atomic.finish(restore)
 

@@ -44,14 +44,12 @@ class AdapterModule(nn.Module):
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters of adapters."""
-        for attribute in self.by_adapter:
-            parts: Any = self._modules.get(attribute) or {}  # none for a dict of plain values
-            for name, part in parts.items():
-                if isinstance(part, nn.Module):
-                    modules = part.modules() if part._modules else [part]
-                    yield from ((name, p) for m in modules for p in m._parameters.values() if p is not None)
-                else:
-                    yield name, part
+        for parts in map(self._modules.get, self.by_adapter):  # none for a dict of plain values
+            if isinstance(parts, nn.ParameterDict):
+                yield from parts.items()
+            for name, part in parts._modules.items() if parts is not None else ():
+                modules = part.modules() if part._modules else [part]
+                yield from ((name, p) for m in modules for p in m._parameters.values() if p is not None)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again as they were."""

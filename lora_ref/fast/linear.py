@@ -59,18 +59,18 @@ class Linear(layer_types.Linear):
         """The branch as tensors, or None where this file does not apply: disabled, a mixed batch, a D0, a factor
         that is not plain, two dropout masks, or p > 1/2 (s / (1 - p) might leave the range of the dtype)."""
         part: Any = self._modules  # dicts and not attributes, as in `plain_weights`
-        initial, dropouts, found = part.get("lora_initial"), part.get("lora_dropout"), []
+        initial, dropouts, found = part["lora_initial"]._modules, part["lora_dropout"]._modules, []
         if self.disable_adapters or self.adapter_names is not None:
             return None
         for name in self.active_adapters:
             if name in self.merged_adapters:
                 continue
             pair, p = self.plain_factors(name, x), 0.0
-            if pair is None or (initial and name in initial):
+            if pair is None or name in initial:
                 return None
-            if dropouts and name in dropouts:
+            if name in dropouts:
                 dropout = dropouts[name]
-                if type(dropout) is not nn.Dropout or observed(dropout) or (dropout.p > 0.5 and dropout.training):
+                if type(dropout) is not nn.Dropout or is_observed(dropout) or (dropout.p > 0.5 and dropout.training):
                     return None
                 p = dropout.p if dropout.training else 0.0
             found.append(Branch(*pair, self.scaling[name], p))
@@ -96,7 +96,7 @@ class Linear(layer_types.Linear):
         rows = [i for i, name in enumerate(names) if name in self.r]
         pairs = {names[i]: self.plain_factors(names[i], x) for i in rows}
         used = [self.lora_dropout[name] for name in pairs if name in self.lora_dropout]
-        if any(type(dropout) is not nn.Dropout or observed(dropout) or dropout.training for dropout in used):
+        if any(type(dropout) is not nn.Dropout or is_observed(dropout) or dropout.training for dropout in used):
             return super().add_by_sample(y, x)
         if self._modules.get("lora_initial") or not rows or None in pairs.values() or not applies(x):
             return super().add_by_sample(y, x)
@@ -113,7 +113,7 @@ def joined(branches: Sequence[Branch]) -> Branch:
 
 
 def applies(x: Tensor) -> bool:
-    """Is this a plain eager call? Compilers, transforms and modes get the formula in torch's own operations."""
+    """Is this a plain eager call? Compilers, transforms, modes and global hooks get torch's own operations."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -121,13 +121,6 @@ def applies(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing keeps outputs, here they are added to
         or forward_ad._current_level >= 0
         or type(x) not in (Tensor, nn.Parameter)
-    )
-
-
-def observed(module: Any) -> bool:
-    """`core.layer.is_observed`, or a hook on all modules."""
-    return bool(
-        is_observed(module)
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
@@ -136,15 +129,18 @@ def observed(module: Any) -> bool:
 
 
 def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """W and b, if the module computes x W^T + b and nothing observes or replaces that. Else None: hooks, a patched
-    forward, a tensor subclass, a W that is computed from others.
+    """W and b, if the module computes x W^T + b and nothing observes or replaces that (`core.layer.is_observed`).
+    Else None: hooks, a patched forward, a tensor subclass, a W that is computed from others.
 
-    (Out of a dict: an attribute lookup on a module searches three places, which takes as long as a small product.)
+    (Dicts and one function: between two large products a call, or an attribute lookup on a module, is expensive.)
     """
-    own = module._parameters
-    if observed(module) or "bias" not in own:
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
-    return (W, own["bias"]) if type(W := own.get("weight")) in (nn.Parameter, Tensor) else None
+    weights = own["_parameters"]
+    if "forward" in own or "bias" not in weights:
+        return None
+    return (W, weights["bias"]) if type(W := weights.get("weight")) in (nn.Parameter, Tensor) else None
 
 
 def add_branch(base: Any, W: Float[Tensor, "out in"], b: Tensor | None, x: Tensor, branch: Branch) -> Tensor:

@@ -5,7 +5,6 @@ one that is stored. Such a layer runs (`core` calls its modules), but its stored
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,22 +17,22 @@ def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: boo
     calls=False: hooks are allowed, since the stored numbers are what is asked for.
     """
     for where, layer in layers.items():
-        found: dict[str, Any] = {}
+        parts: list[tuple[str, nn.Module, str]] = []
         for name in [name for name in names if name in layer.r]:
-            for part in ("lora_A", "lora_B"):
-                if layer.kind == "embedding":
-                    table = getattr(layer, f"lora_embedding_{part[-1]}")
-                    found[f"{part} of {name}"] = _stored(table, name, calls)
-                else:
-                    found[f"{part} of {name}"] = _stored(getattr(layer, part)[name], "weight", calls)
+            if layer.kind == "embedding":
+                parts += [("A", layer.lora_embedding_A, name), ("B", layer.lora_embedding_B, name)]
+            else:
+                parts += [("A", layer.lora_A[name], "weight"), ("B", layer.lora_B[name], "weight")]
+        found = [_stored(module, attribute, calls) for _, module, attribute in parts]
         if base:
-            found["the base"] = _stored(layer.get_base_layer(), layer.weight_name, False)
-        for part, weight in found.items():
+            parts.append(("the base", layer.get_base_layer(), layer.weight_name))
+            found.append(_stored(*parts[-1][1:], False))
+        for (part, _, _), weight in zip(parts, found, strict=True):
             if isinstance(weight, str):
                 raise ValueError(f"{where}: {part} {weight}: undo that first")
-        if len({weight.device for weight in found.values()}) > 1:
-            devices = ", ".join(f"{part} on {weight.device}" for part, weight in found.items())
-            raise ValueError(f"{where}: {devices}: move the model to one device first")
+            if weight.device != found[0].device:  # type: ignore[union-attr]
+                devices = f"{part} is on {weight.device}, {parts[0][0]} on {found[0].device}"  # type: ignore[union-attr]
+                raise ValueError(f"{where}: {devices}: move the model to one device first")
 
 
 def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
@@ -49,3 +48,11 @@ def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
             f"is a {type(module).__name__} with hooks, a bias or a forward of its own, which its weight does not show"
         )
     return weight
+
+
+def check_merged(layers: Iterable[LoraLayer]) -> None:
+    """Raise ValueError if a merged weight is offloaded, or computed from others: then it cannot be replaced."""
+    for layer in layers:
+        if layer.set_aside and isinstance(reason := _stored(layer.get_base_layer(), layer.weight_name, False), str):
+            merged = ", ".join(layer.merged_adapters)
+            raise ValueError(f"{type(layer).__name__} with {merged} merged: the base {reason}: undo that first")
