@@ -197,7 +197,7 @@ def switching(layers: int, width: int, options: Any) -> Case:
     def names_and_flags() -> Job:
         all_layers = adapted(lora_ref, network(layers, width, options), adapters=10).layers().values()
         own = [
-            (layer, [(i == j, p) for j in range(10) for p in layer.adapter_parameters(f"a{j}")])
+            (layer, [(name == f"a{i}", p) for name, p in layer.adapter_parameters()])
             for i in range(10)
             for layer in all_layers
         ]

@@ -44,7 +44,8 @@ class AdapterModule(nn.Module):
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters of adapters."""
-        for parts in map(self._modules.get, self.by_adapter):  # none for a dict of plain values
+        for attribute in self.by_adapter:
+            parts: Any = self._modules.get(attribute)  # None for a dict of plain values
             if isinstance(parts, nn.ParameterDict):
                 yield from parts.items()
             for name, part in parts._modules.items() if parts is not None else ():

@@ -48,9 +48,9 @@ def results(
 
 def both(layer: Any, x: Tensor, how: Callable[[Any, Tensor], Tensor] = lambda f, x: f(x)) -> list[dict[str, Tensor]]:
     """`results` of the fast path and of the formula, with the same random numbers; says that the first was taken."""
-    found, calls, total = [], [], fused.total
+    found, calls, total = [], [], fused.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "total", lambda *args: calls.append(1) or total(*args))
+        patch.setattr(fused, "forward", lambda *args: calls.append(1) or total(*args))
         torch.manual_seed(1)
         found.append(results(layer, x, how))
         assert calls, "the fast path was not taken"
@@ -233,16 +233,16 @@ def test_the_mask_is_that_of_dropout() -> None:
 @pytest.mark.parametrize("p", [0.75, 1.0])
 def test_much_dropout_is_left_to_torch(p: float) -> None:
     layer = layer_of(lora_dropout=p)
-    assert layer.branch() is None
+    assert layer.branch_tensors(torch.ones(1, 6, dtype=torch.float64)) is None
     layer.eval()
-    assert layer.branch().p == 0
+    assert layer.branch_tensors(torch.ones(1, 6, dtype=torch.float64)).p == 0
 
 
 def test_several_adapters_are_one_but_not_where_each_has_a_mask() -> None:
     layer = layer_of(adapters=2, lora_dropout=0.25)
     layer.scaling["a1"] = -0.5
-    assert layer.branch() is None
-    A, B, s, p = layer.eval().branch()
+    assert layer.branch_tensors(torch.ones(1, 6, dtype=torch.float64)) is None
+    A, B, s, p = layer.eval().branch_tensors(torch.ones(1, 6, dtype=torch.float64))
     assert (A.shape[0], s, p) == (2 + 3, 1.5, 0)
     agree(B, torch.cat([layer.factors("default")[1], -layer.factors("a1")[1] / 3], dim=1))
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

@@ -265,13 +265,18 @@ def test_merging_for_good_holds_no_copies_of_the_factors() -> None:
             assert A.data_ptr() == mine_A.data_ptr() and B.data_ptr() == mine_B.data_ptr()
 
 
-def test_what_pissa_left_of_a_weight_is_merged_in_place_too() -> None:
-    model = adapted(nn.Sequential(nn.Linear(6, 5)).double(), "0", r=2, init_lora_weights="pissa")
-    layer = model.layers()["0"]
-    want, memory = layer.base_weight + layer.delta("default"), layer.base_weight.data_ptr()
-    weight = model.merge_and_unload()[0].weight
-    assert weight.data_ptr() == memory
-    agree(weight, want)
+def test_a_start_is_merged_with_one_rounding_as_core_does() -> None:
+    """s B A - D0 is computed first, so it is not summed in the weight's memory. Before training it is 0."""
+    for dtype in (torch.float64, torch.bfloat16):
+        model = adapted(nn.Sequential(nn.Linear(6, 5)).to(dtype), "0", r=2, init_lora_weights="pissa")
+        layer, W = model.layers()["0"], model.layers()["0"].base_weight.detach().clone()
+        with torch.no_grad():
+            want = layer.merged_weight(["default"])
+            layer.lora_A["default"].weight.copy_(layer.lora_initial["default"].A)
+            layer.lora_B["default"].weight.copy_(layer.lora_initial["default"].B)
+            assert torch.equal(layer.merged_weight(["default"]), W)
+        assert not torch.equal(want, W)
+        assert torch.equal(model.merge_and_unload()[0].weight, W)
 
 
 def test_it_works_in_a_thread_where_signals_cannot_be_put_off() -> None:
