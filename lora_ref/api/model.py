@@ -105,10 +105,7 @@ class LoraModel(core.LoraModel):
         not be finite are refused before the first is written. From there on there is no exact way back, so Ctrl-C
         takes effect when all are written: the model is then merged and plain. `progressbar` and `safe_merge` are for
         PEFT's scripts.
-
-        Raises:
-            ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
-
+        Raises: ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
         names = self._names_or_active(adapter_names)

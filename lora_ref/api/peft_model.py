@@ -55,8 +55,7 @@ class PeftModel(nn.Module):
     ) -> "PeftModel":
         """The model with an adapter from a folder, active; frozen unless `is_trainable`.
 
-        Raises:
-            FileNotFoundError, ValueError: the folder is not there, broken, or does not fit; the model is unchanged.
+        Raises: FileNotFoundError, ValueError: the folder is not there, broken, or does not fit; the model is unchanged.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -81,12 +80,10 @@ class PeftModel(nn.Module):
     ) -> None:
         """Add an adapter from a folder, inactive and frozen.
 
-        Raises:
-            FileNotFoundError, ValueError: the folder is not there, broken, or does not fit, or there is an adapter
-                of that name; the model is unchanged.
-
-        Differs from PEFT: a tensor that is missing or left over, or a shape that differs, is an error; a
-            pickle (.bin) is not read; a name in use is not overwritten.
+        Raises: FileNotFoundError, ValueError: the folder is not there, broken, or does not fit, or there is an adapter
+        of that name; the model is unchanged.
+        Differs from PEFT: a tensor that is missing or left over, or a shape that differs, is an error; a pickle (.bin)
+        is not read; a name in use is not overwritten.
         """
         adapter_folder.load_adapter(self.base_model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
 
@@ -109,9 +106,8 @@ class PeftModel(nn.Module):
 
         Only the main process writes (default: rank 0, or the only process). A sharded model is put together for
         that (FSDP2, tensor parallelism): there, every rank has to call this.
-
-        Raises:
-            ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the disk.
+        Raises: ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the
+        disk.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")
@@ -180,8 +176,7 @@ def get_peft_model(
 ) -> PeftModel:
     """Adapt a model in place and return it wrapped; only the adapter trains.
 
-    Raises:
-        ValueError: nothing is targeted, or something cannot be adapted as asked: the model is unchanged.
+    Raises: ValueError: nothing is targeted, or something cannot be adapted as asked: the model is unchanged.
     """
     if isinstance(model, PeftModel):
         raise ValueError("the model is adapted already: use its add_adapter")

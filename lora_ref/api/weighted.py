@@ -34,10 +34,8 @@ def add_weighted_adapter(
     Args:
         combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
             the largest rank of the parents) or "linear" (the factors are added; equal ranks needed).
-
-    Raises:
-        ValueError: unknown adapters, not as many weights as adapters, unequal ranks ("linear"), or two parents that
-            save the same module.
+    Raises: ValueError: unknown adapters, not as many weights as adapters, unequal ranks ("linear"), or two parents that
+    save the same module.
     """
     model._check_new_name(adapter_name)
     model._check_known(*adapters)
@@ -70,10 +68,8 @@ def combine(
 ) -> dict[str, Factors]:
     """{layer: A and B of the combination}, over the layers in which any of the adapters has a part.
 
-    Raises:
-        ValueError: unknown combination_type, not as many weights as adapters, a weight that is not
-            finite, unequal ranks with "linear", a result that is not finite,
-            or an svd_rank that the groups of a convolution cannot share out.
+    Raises: ValueError: unknown combination_type, not as many weights as adapters, a weight that is not finite, unequal
+    ranks with "linear", a result that is not finite, or an svd_rank that the groups of a convolution cannot share out.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, at least one")
@@ -119,9 +115,7 @@ def configure(
     """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
 
     `modules` are the names of all modules of the model, for the targets to match none of the others.
-
-    Raises:
-        ValueError: two parents save the same module whole.
+    Raises: ValueError: two parents save the same module whole.
     """
     whole = [module for config in parents for module in config.modules_to_save or []]
     twice = sorted({module for module in whole if whole.count(module) > 1})

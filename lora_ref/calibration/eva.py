@@ -38,12 +38,11 @@ def initialize_lora_eva_weights(
         A_l = the r_l leading principal components of layer l's inputs, B_l = 0,    sum r_l as before
 
     The base model runs in evaluation mode on each batch at most once, on the first twice. Layers that get the same
-    tensor share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No
-    more data are read when |cosine| >= tau for all components that the layers need. The adapter's configuration
-    then names every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings,
-    convolutions and raw parameters keep their factors. Every process uses its own data only.
-    Memory: 8 * in * min(in, rows) bytes for every distinct input (`lora_ref.numerics.pca`). Fewer batches or fewer
-    layers need less.
+    tensor share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No more
+    data are read when |cosine| >= tau for all components that the layers need. The adapter's configuration then names
+    every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings, convolutions and raw
+    parameters keep their factors. Every process uses its own data only. Memory: 8 * in * min(in, rows) bytes for every
+    distinct input (`lora_ref.numerics.pca`). Fewer batches or fewer layers need less.
 
     Args:
         dataloader: batches. A mapping holds the model's keyword arguments, any other batch is its argument.
@@ -53,18 +52,13 @@ def initialize_lora_eva_weights(
             Default: those with attention_mask 1 and, with use_label_mask, a label other than label_mask_value. A
             missing key excludes no row. Inputs with fewer than round(r * rho) rows are skipped.
         show_progress_bar: on stderr.
-
-    Raises:
-        ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
-            large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
-
+    Raises: ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
+    large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
     Warns: the data ended before all components converged; layers that EVA does not support; no eva_config.
-
     Source: EVA, arXiv 2410.07170; PEFT's initialize_lora_eva_weights.
-
-    Differs from PEFT: the components are exact. PEFT computes a truncated incremental and randomised SVD. The data
-        are read once, not until convergence. Convergence is measured from n batches to 2n: from n to n + 1 the
-        cosine rises with n alone. With rsLoRA alpha is adjusted by sqrt(rank / r).
+    Differs from PEFT: the components are exact. PEFT computes a truncated incremental and randomised SVD. The data are
+    read once, not until convergence. Convergence is measured from n batches to 2n: from n to n + 1 the cosine rises
+    with n alone. With rsLoRA alpha is adjusted by sqrt(rank / r).
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -141,9 +141,7 @@ def kept_rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:
     """The rows (rows, in) of an input (..., in) that the statistics use.
 
     They have attention_mask 1 and, if each token has a label, not label_mask_value. A missing key excludes no row.
-
-    Raises:
-        ValueError: the input has other positions than the mask.
+    Raises: ValueError: the input has other positions than the mask.
 
     >>> batch = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[-100, 5, 5]])}
     >>> kept_rows(torch.tensor([[[1.0], [2.0], [3.0]]]), batch, EvaConfig())

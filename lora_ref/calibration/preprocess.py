@@ -63,16 +63,12 @@ def preprocess_corda(
     gradients. Give `hooked_model` if `run_model` calls another copy of `model` (quantised, on another device).
     Memory, until it returns: in * in numbers for each distinct input, in float32 (float64 for a float64 model).
     Layers that always get the same tensor, such as the projections of an attention, share them.
-
-    Raises:
-        ValueError: no run_model; a configuration for another init; a targeted layer that is not Linear or Conv1D, is
-            adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all
-            zero or not finite. The model is unchanged after any exception.
-
+    Raises: ValueError: no run_model; a configuration for another init; a targeted layer that is not Linear or Conv1D,
+    is adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all zero or
+    not finite. The model is unchanged after any exception.
     Source: CorDA, arXiv 2406.05223; PEFT's preprocess_corda.
-
-    Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are
-        removed, after an exception too. No files are written: the directions are small and pickle with the model.
+    Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are removed,
+    after an exception too. No files are written: the directions are small and pickle with the model.
 
     >>> from lora_ref.init.options import CordaConfig
     >>> _ = torch.manual_seed(0)
@@ -116,19 +112,14 @@ def preprocess_loraga(
         A = c V_a^T,  B = c U_b,  residual = W - s * B A      (the paper's frozen weight): `lora_ref.init.lora_ga`
 
     `train_step()` calls the model, and `backward()` on the loss, once for each batch. It must not step an optimiser.
-    The gradient is the mean over all backward passes, in at least float32. The training modes stay: dropout makes
-    it random.
-    Memory, until it returns: in * out numbers for each targeted weight. Other parameters get no gradients.
-
-    Raises:
-        ValueError: a configuration for another init; a targeted layer that is not Linear or Conv1D, is adapted
-            already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
-            `requires_grad` and `grad` of the parameters are restored in any case.
-
+    The gradient is the mean over all backward passes, in at least float32. The training modes stay: dropout makes it
+    random. Memory, until it returns: in * out numbers for each targeted weight. Other parameters get no gradients.
+    Raises: ValueError: a configuration for another init; a targeted layer that is not Linear or Conv1D, is adapted
+    already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
+    `requires_grad` and `grad` of the parameters are restored in any case.
     Source: LoRA-GA, arXiv 2407.05000, algorithm 1; PEFT's preprocess_loraga.
-
     Differs from PEFT: PEFT sets training mode and loses the gradients that the model had. If `train_step` sets the
-        gradients to zero between batches, PEFT uses only the last batch.
+    gradients to zero between batches, PEFT uses only the last batch.
 
     >>> _ = torch.manual_seed(0)
     >>> net, data = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)

@@ -113,7 +113,6 @@ class Parameter(LoraLayer):
     The module runs with the adapted parameter installed for the time of the call. A stack whose module says
     `is_transposed` is stored as (E, in, out). The file's layout is that of `update.pack_experts`. Several parameters of
     one module nest: a wrapper in a wrapper.
-
     Differs from PEFT: the module is not parametrised during the call; merged and active adapters may be mixed.
     """
 

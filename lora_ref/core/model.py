@@ -255,7 +255,6 @@ class LoraModel(nn.Module):
 
         The output afterwards is base + every adapter that is active or merged. The original weights are kept, which
         costs a copy of each merged weight. Merged weights are always checked: `safe_merge` is for PEFT's scripts.
-
         Raises: ValueError for an unknown or disabled adapter, a grouped convolution, or weights that are not finite.
         Differs from PEFT: all layers merge or none; active adapters that are not merged still act; unmerging is exact.
         """

@@ -43,9 +43,7 @@ def save_adapter(
 
     With convert=False an adapter whose initialisation changed the base weight is written as it is: right
     only on the changed base weight. Of several processes one writes, by default that of rank 0.
-
-    Raises:
-        ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
+    Raises: ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
     """
     if save_embedding_layers not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers={save_embedding_layers!r}: must be True, False or 'auto'")
@@ -103,8 +101,7 @@ def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]
 def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of an adapter folder, checked as far as that goes without a model.
 
-    Raises:
-        FileNotFoundError: no such folder or file; ValueError: anything else that is wrong with it.
+    Raises: FileNotFoundError: no such folder or file; ValueError: anything else that is wrong with it.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -149,9 +146,8 @@ def load_adapter(
 ) -> None:
     """Add an adapter from a folder, inactive and frozen; or change nothing.
 
-    Raises:
-        FileNotFoundError, ValueError: see `read_adapter`; or the folder does not fit the model; all that does not
-            fit is listed.
+    Raises: FileNotFoundError, ValueError: see `read_adapter`; or the folder does not fit the model; all that does not
+    fit is listed.
     """
     config, tensors = read_adapter(directory)
     again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them

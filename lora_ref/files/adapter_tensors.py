@@ -132,8 +132,7 @@ def _all_of(module: nn.Module, prefix: str) -> dict[str, TensorPlace]:
 def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], finite: bool = False) -> None:
     """Put tensors by their file keys into an adapter: all of them, or none. (`finite`: they are known to be.)
 
-    Raises:
-        ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
+    Raises: ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
     """
     expected, optional = adapter_tensors(model, adapter_name), embedding_tensors(model)
     if model.peft_config[adapter_name].bias == "all":

@@ -47,15 +47,12 @@ class LoraConfig(core.LoraConfig):
         task_type: see TaskType. inference_mode: create the adapter frozen.
         eva_config, loftq_config, corda_config, lora_ga_config: options of the inits of these names.
         base_model_name_or_path, revision: notes for the reader of the adapter file.
-
-    Raises:
-        ValueError: a value outside of what is allowed; TypeError: an unknown option name.
+    Raises: ValueError: a value outside of what is allowed; TypeError: an unknown option name.
 
     Numbers are plain Python numbers, not NumPy's.
-
-    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`,
-    `bias="al"` or `init_lora_weights="gausian"` are found late or never); the object that a user
-    passes to `get_peft_model` is not changed.
+    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
+    `init_lora_weights="gausian"` are found late or never); the object that a user passes to `get_peft_model` is not
+    changed.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
     LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})
@@ -96,8 +93,7 @@ def to_dict(config: core.LoraConfig) -> dict[str, Any]:
 def from_dict(data: dict[str, Any]) -> LoraConfig:
     """The inverse of `to_dict`. It also reads the files of PEFT.
 
-    Raises:
-        ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
+    Raises: ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
     """
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
@@ -142,8 +138,7 @@ def dumps(config: core.LoraConfig) -> str:
 def read(path: Path) -> LoraConfig:
     """Read and check adapter_config.json.
 
-    Raises:
-        FileNotFoundError: there is no file. ValueError: it is too large, not JSON, or not a valid configuration.
+    Raises: FileNotFoundError: there is no file. ValueError: it is too large, not JSON, or not a valid configuration.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}; is it an adapter folder?")

@@ -27,8 +27,7 @@ def plain_factors(
     """A and B such that s B A is the update of the base weight: [A; A0] and [B | -s0/s B0], of twice the rank, where
     the adapter subtracts s0 B0 A0; else the factors as they are.
 
-    Raises:
-        ValueError: D0 is of full rank (LoftQ), or s = 0.
+    Raises: ValueError: D0 is of full rank (LoftQ), or s = 0.
     """
     A, B = (gathered(factor.detach()) for factor in layer.factors(name))
     initial = layer.part("lora_initial", name)
@@ -46,11 +45,10 @@ def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> 
 
     s stays what it is in every layer, since every rank is doubled, and every alpha too (with rsLoRA
     multiplied by sqrt(2)). An adapter without D0 is returned as it is.
-
     Source: PiSSA, arXiv 2404.02948, its conversion to LoRA; PEFT's
     `save_pretrained(path_initial_model_for_weight_conversion=...)`.
     Differs from PEFT: the initial factors are at hand, so no folder of them is needed, and rank_pattern or
-        alpha_pattern together with rsLoRA work.
+    alpha_pattern together with rsLoRA work.
     """
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
     changed = {

@@ -178,8 +178,7 @@ def _refuse_init(config: LoraConfig, match: Match, parameter: str, bare: nn.Modu
 def unused_rules(targeting: Targeting, config: LoraConfig) -> list[str]:
     """The warnings about rules that matched nothing.
 
-    Raises:
-        ValueError: nothing is adapted; says which rule excluded what, and lists similar names.
+    Raises: ValueError: nothing is adapted; says which rule excluded what, and lists similar names.
     """
     if not any(m.action.startswith("adapt") for m in targeting.matches):
         excluded = [m for m in targeting.matches if m.rule != "no target matches"]

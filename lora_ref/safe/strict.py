@@ -63,9 +63,8 @@ def strict(cls: type[T]) -> type[T]:
 def check_options(config: LoraConfig) -> None:
     """Check the options of a LoraConfig that `core.config` takes as they are, and turn sets and tuples into lists.
 
-    Raises:
-        ValueError: a value of a wrong type, a regular expression that cannot be used, or options that do not go
-            together; TypeError: one name where a list of names is needed.
+    Raises: ValueError: a value of a wrong type, a regular expression that cannot be used, or options that do not go
+    together; TypeError: one name where a list of names is needed.
     """
     task_type, allowed = config.task_type, f"one of {', '.join(TaskType)}"
     require(task_type is None or task_type in list(TaskType), "task_type", task_type, allowed)
