@@ -72,11 +72,7 @@ class PeftModel(nn.Module):
         return self.base_model.model
 
     def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, autocast_adapter_dtype: bool = True
     ) -> None:
         """Add an adapter from a folder, inactive and frozen.
 
@@ -169,10 +165,7 @@ class PeftModel(nn.Module):
 
 
 def get_peft_model(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
+    model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
 ) -> PeftModel:
     """Adapt a model in place and return it wrapped; only the adapter trains.
 

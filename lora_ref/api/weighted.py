@@ -81,10 +81,7 @@ def combine(
         raise ValueError(f"weights={list(weights)}: must be finite")
     combined = {}
     both = [(layer, name) for layer in layers.values() for name in adapters if name in layer.r]
-    largest = max(
-        (layer.r[name] * (2 if layer.part("lora_initial", name) else 1) for layer, name in both),
-        default=0,
-    )
+    largest = max((layer.r[name] * (2 if layer.part("lora_initial", name) else 1) for layer, name in both), default=0)
     for where, layer in layers.items():
         parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
         if not parents:

@@ -24,9 +24,7 @@ _shallow: ContextVar[frozenset[int]] = ContextVar("_shallow", default=frozenset(
 
 @contextmanager
 def transaction(
-    *roots: nn.Module,
-    modules: Callable[[], Iterable[nn.Module]] | None = None,
-    flags: Iterable[nn.Parameter] = (),
+    *roots: nn.Module, modules: Callable[[], Iterable[nn.Module]] | None = None, flags: Iterable[nn.Parameter] = ()
 ) -> Iterator[None]:
     """Undo every change of the module trees when the body raises, KeyboardInterrupt included.
 
