@@ -4,8 +4,7 @@ The rooms are attached here, in three places:
 
 1. `layer_types` and the merging methods: `fast` gives the same numbers sooner.
 2. `refuse`: `safe.refusals` knows all reasons why a model cannot be adapted as asked.
-3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction, and those of `safe.sharded.NOT_SHARDED`
-   are refused once the model is sharded.
+3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction.
 """
 
 import warnings
@@ -23,8 +22,9 @@ from ..core.layer import InitOf, LoraLayer
 from ..core.layer_types import LAYER_TYPES, Linear
 from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
-from ..safe import atomic, progress, refusals, sharded
+from ..safe import atomic, progress, refusals
 from ..safe.plain import check_plain
+from ..safe.sharded import check_not_sharded
 from ..safe.strict import did_you_mean
 from . import weighted
 from .default_targets import ARCHITECTURES
@@ -71,9 +71,15 @@ class LoraModel(core.LoraModel):
         return progress.steps(matches, f"init_lora_weights={config.init_lora_weights!r}")
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        layers, names = self._layers_to_merge(adapter_names)
+        merging.merge(layers, names)
+
+    def _layers_to_merge(self, adapter_names: str | Sequence[str] | None) -> tuple[dict[str, LoraLayer], list[str]]:
+        """All layers and the adapters to merge; ValueError for a layer that cannot be merged as it is stored."""
+        check_not_sharded(self, "merging")
         layers, names = self.layers(), self._names_or_active(adapter_names)
         check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
-        merging.merge(layers, names)
+        return layers, names
 
     def unmerge_adapter(self) -> None:
         self._check_merged_weights()
@@ -81,8 +87,7 @@ class LoraModel(core.LoraModel):
 
     def _check_merged_weights(self) -> None:
         """A merged weight cannot be replaced while it is offloaded or computed from others."""
-        merged = {where: layer for where, layer in self.layers().items() if layer.set_aside}
-        check_plain(merged, [])
+        check_plain({where: layer for where, layer in self.layers().items() if layer.set_aside}, [])
 
     def disable_adapter_layers(self) -> None:
         self._check_merged_weights()
@@ -92,7 +97,12 @@ class LoraModel(core.LoraModel):
         self._check_merged_weights()
         super().enable_adapter_layers()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        check_not_sharded(self, "deleting an adapter")
+        super().delete_adapter(adapter_name)
+
     def unload(self) -> nn.Module:
+        check_not_sharded(self, "unloading")
         self._check_merged_weights()
         return super().unload()
 
@@ -108,9 +118,7 @@ class LoraModel(core.LoraModel):
         Raises: ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
-        names = self._names_or_active(adapter_names)
-        layers = self.layers()
-        check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
+        _, names = self._layers_to_merge(adapter_names)
         with atomic.uninterrupted(), atomic.switches_and_flags(self):
             self.enable_adapter_layers()
             if adapter_names is not None:
@@ -214,5 +222,3 @@ def _weight(wrapper: AdapterModule) -> Any:
 
 for name, changes in atomic.ATOMIC.items():
     setattr(LoraModel, name, atomic.atomic(getattr(LoraModel, name), changes))
-for name, what in sharded.NOT_SHARDED.items():
-    setattr(LoraModel, name, sharded.not_sharded(getattr(LoraModel, name), what))
