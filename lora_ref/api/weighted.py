@@ -94,12 +94,10 @@ def combine(
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
         rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
-        try:
+        with core.prefix_errors(where):
             combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
             if not all(f.is_meta or numerics.is_finite(f) for f in combined[where][:2]):
                 raise ValueError(f"with weights={list(weights)} the combined factors are not finite")
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
     return combined
 
 

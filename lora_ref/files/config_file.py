@@ -148,10 +148,8 @@ def read(path: Path) -> LoraConfig:
         data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    try:
+    with core.prefix_errors(path):
         return from_dict(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def tree(*roots: nn.Module, factors: bool = True) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            only_base = not factors and isinstance(module, LoraLayer)
-            inner = [module.base] if only_base else reversed(module._modules.values())  # type: ignore[list-item]
+            only_base = isinstance(module, LoraLayer) and not factors
+            inner = [module._modules["base_layer"]] if only_base else reversed(module._modules.values())
             waiting += [child for child in inner if child is not None]
     return list(found.values())
 
