@@ -134,11 +134,9 @@ class LoraModel(core.LoraModel):
         active, configs = self.active_adapters, dict(self.peft_config)
         was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
         for name in [name for name in active if configs[name].bias != "none"]:
-            warnings.warn(
-                f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
-                "with the adapters disabled, trained biases stay, and the output is not the original's",
-                stacklevel=3,
-            )
+            trained = f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
+            stay = "with the adapters disabled, trained biases stay, and the output is not the original's"
+            warnings.warn(trained + stay, stacklevel=3)
         states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in self.wrappers()]
         trains = [(p, p.requires_grad) for p in self.parameters() if isinstance(p, Tensor)]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}

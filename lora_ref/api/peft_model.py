@@ -95,13 +95,10 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder, others into folders of their names in it.
 
-        The folder fits the ORIGINAL base model: an adapter whose initialisation changed the base weight
-        (PiSSA, OLoRA, ...) is written as a plain one, see `lora_ref.files.conversion`; convert=False writes its
-        factors as they are, which is right on the changed base weight only. The initial factors are
-        kept, so `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
-
-        Only the main process writes (default: rank 0, or the only process). A sharded model is put together for
-        that (FSDP2, tensor parallelism): there, every rank has to call this.
+        The folder fits the ORIGINAL base model: an adapter with a D0 (PiSSA, OLoRA, ...) is written as a plain one, see
+        `lora_ref.files.conversion`. With convert=False its factors are written as they are, which is right on the
+        changed base weight only. `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
+        Only the main process writes (default: rank 0). Every rank of a sharded model has to call this.
         Raises: ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the
         disk.
         """
@@ -139,9 +136,8 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        share = f"{100 * trainable / total:.4f}"
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}")
 
     def __getattr__(self, name: str) -> Any:
         try:

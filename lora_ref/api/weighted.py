@@ -29,7 +29,7 @@ def add_weighted_adapter(
 ) -> None:
     """A new adapter, inactive, with the weighted sum of the updates of others: see `lora_ref.api.combination`.
 
-    Its scaling is 1 whatever the parents' is, its init a plain one. The base weights do not change.
+    Its scaling is 1, its init a plain one. The base weights do not change.
 
     Args:
         combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
@@ -86,10 +86,8 @@ def combine(
         parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
         if not parents:
             continue
-        As, Bs = zip(
-            *(map(at_least_float32, plain_factors(layer, name, layer.scaling[name])) for name, _ in parents),
-            strict=True,
-        )
+        pairs = [plain_factors(layer, name, layer.scaling[name]) for name, _ in parents]
+        As, Bs = zip(*(map(at_least_float32, pair) for pair in pairs), strict=True)
         scales = [w * layer.scaling[name] for name, w in parents]
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
@@ -109,7 +107,7 @@ def configure(
 ) -> LoraConfig:
     """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
 
-    `modules` are the names of all modules of the model, for the targets to match none of the others.
+    `modules` names all modules of the model, for the targets to match none of the others.
     Raises: ValueError: two parents save the same module whole.
     """
     whole = [module for config in parents for module in config.modules_to_save or []]

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ..core.config import LoraConfig, prefix_errors
 from ..core.inits import METHODS, method_of
-from ..core.layer import InitialUpdate, LoraLayer
+from ..core.layer import InitialUpdate
 from ..core.model import LoraModel
 from ..core.update import Factors, at_least_float32
 from ..safe.atomic import transaction
 from ..safe.sharded import gathered, is_main_process
 from . import config_file, conversion
 from . import file_pair as folder
-from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, wrappers_in_file
+from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, layers_in_file
 from .file_pair import WEIGHTS
 
 
@@ -59,9 +59,10 @@ def save_adapter(
     if convert:
         config, live = conversion.convert(model, adapter_name, live)
     else:  # of a targeted embedding, too, the residual
-        layers_by_key = _layers_by_base_key(model, adapter_name)
-        changed = {k: m for k, m in layers_by_key.items() if k in live and m.part("lora_initial", adapter_name)}
-        live |= {key: layer.stored(layer.residual(adapter_name)) for key, layer in changed.items()}
+        for name, layer in layers_in_file(model, adapter_name).items():
+            key = f"{PREFIX}{name}.base_layer.weight"
+            if key in live and layer.part("lora_initial", adapter_name):
+                live[key] = layer.stored(layer.residual(adapter_name))
     tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
     if not (is_main_process() if writes is None else writes):
         return
@@ -73,12 +74,6 @@ def save_adapter(
             stacklevel=4,
         )
     write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
-
-
-def _layers_by_base_key(model: LoraModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """{key of the base weight: layer} of the layers that an adapter adapts."""
-    found = {f"{PREFIX}{name}.base_layer.weight": m for name, m in wrappers_in_file(model, adapter_name)}
-    return {key: module for key, module in found.items() if isinstance(module, LoraLayer)}
 
 
 def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
@@ -163,7 +158,8 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
     if not any(key.endswith(".base_layer.weight") for key in tensors):
         return tensors
     ends, left = embedding_tensors(model), dict(tensors)
-    layers = {k: layer for k, layer in _layers_by_base_key(model, adapter_name).items() if layer.kind == "linear"}
+    found = layers_in_file(model, adapter_name).items()
+    layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in found if layer.kind == "linear"}
     brought = [key for key in layers if key in left]
     if all(key in ends for key in brought):  # the embeddings of the model itself: see `assign`
         return left

@@ -81,6 +81,12 @@ def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str,
                 waiting.append((f"{name}.{own}" if name and own else name or own, child))
 
 
+def layers_in_file(model: LoraModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """{name in the file: layer} of the layers that an adapter adapts."""
+    found = wrappers_in_file(model, adapter_name)
+    return {name: module for name, module in found if isinstance(module, LoraLayer)}
+
+
 def path_in_file(model: nn.Module, path: str, adapter_name: str) -> str:
     """A path as it is when the model has this adapter only: without the wrappers that serve others."""
     kept: list[str] = []

@@ -26,29 +26,23 @@ NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qal
 class LoraConfig(core.LoraConfig):
     """How to adapt a model. Every option is checked when the object is made.
 
-    Attributes:
-        r: rank of the update, an int > 0. A (r, in), B (out, r).
-        lora_alpha: numerator of the scaling s = lora_alpha / r; any finite number.
-        use_rslora: s = lora_alpha / sqrt(r) instead.
-        target_modules: which modules. A list of names or dotted ends of names ("q_proj",
-            "self_attn.q_proj"); a string is one regular expression that must match the whole name;
-            "all-linear"; [] for none (with target_parameters); None to choose by architecture.
-        exclude_modules: the same forms; wins over target_modules.
-        layers_to_transform: only these layer indices (with a list of targets).
-        layers_pattern: name(s) of the layer list the index belongs to.
-        rank_pattern, alpha_pattern: {regular expression: value}; it must reach the end of a module's
-            name and may start at any dot; the first that matches wins.
-        target_parameters: raw parameters to adapt, "experts.gate_up_proj"; 2-D or 3-D.
-        modules_to_save: modules trained in full, a copy for each adapter.
-        lora_dropout: probability in [0, 1] on the input of A, in training only.
-        bias: "none", "all" or "lora_only": which biases of the BASE model train as well.
-        fan_in_fan_out: recorded only; how a layer stores its weight is read off the layer.
-        init_lora_weights: True, False, or one of "gaussian", "orthogonal", ...
-        task_type: see TaskType. inference_mode: create the adapter frozen.
-        eva_config, loftq_config, corda_config, lora_ga_config: options of the inits of these names.
-        base_model_name_or_path, revision: notes for the reader of the adapter file.
-    Raises: ValueError: a value outside of what is allowed; TypeError: an unknown option name.
+    s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. A is (r, in), B (out, r). Numbers are Python's, not NumPy's.
 
+    Attributes:
+        target_modules, exclude_modules: a list of names or of dotted ends of names ("q_proj", "self_attn.q_proj"). A
+            string is one regular expression for a name in full. "all-linear". [] for none (with target_parameters).
+            None to choose by architecture. exclude_modules wins.
+        layers_to_transform, layers_pattern: only these indices, in the layer lists of these names (for a list of targets).
+        rank_pattern, alpha_pattern: {regular expression: value}. It must reach the end of a module's name and may
+            start at any dot. The first that matches wins.
+        target_parameters: raw parameters to adapt, "experts.gate_up_proj", with 2 or 3 dimensions.
+        modules_to_save: modules trained in full, a copy for each adapter.
+        lora_dropout: a probability in [0, 1], for the input of A in training.
+        bias: "none", "all" or "lora_only": which biases of the base model train as well.
+        init_lora_weights: True, False, or a key of `lora_ref.init.METHODS`. Some have options: eva_config and so on.
+        fan_in_fan_out, base_model_name_or_path, revision: notes for the reader of the adapter file.
+
+    Raises: ValueError: a value outside of what is allowed; TypeError: an unknown option name.
     Numbers are plain Python numbers, not NumPy's.
     Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
     `init_lora_weights="gausian"` are found late or never); the object that a user passes to `get_peft_model` is not

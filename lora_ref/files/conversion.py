@@ -18,7 +18,7 @@ from ..core.config import LoraConfig
 from ..core.layer import LoraLayer
 from ..core.model import LoraModel
 from ..safe.sharded import gathered
-from .adapter_tensors import PREFIX, wrappers_in_file
+from .adapter_tensors import PREFIX, layers_in_file
 
 
 def plain_factors(
@@ -51,20 +51,12 @@ def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> 
     alpha_pattern together with rsLoRA work.
     """
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
-    changed = {
-        name: layer
-        for name, layer in wrappers_in_file(model, adapter_name)
-        if isinstance(layer, LoraLayer) and layer.part("lora_initial", adapter_name) is not None
-    }
+    layers = layers_in_file(model, adapter_name).items()
+    changed = {name: layer for name, layer in layers if layer.part("lora_initial", adapter_name) is not None}
     if not changed:
         return config, tensors
     tensors = dict(tensors)
-    plain: dict[str, Any] = {
-        "init_lora_weights": True,
-        "loftq_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-    }
+    plain: Any = {"init_lora_weights": True, **dict.fromkeys(("loftq_config", "corda_config", "lora_ga_config"))}
     if any(layer.part("lora_initial", adapter_name).A is None for layer in changed.values()):
         for name, layer in changed.items():
             residual = layer.stored(layer.residual(adapter_name))
