@@ -38,9 +38,7 @@ def cat(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
 def linear(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
     """The sum of the factors, not of the updates: it has cross terms B_i A_j. For adapters that are similar.
 
-    Raises:
-        ValueError: the ranks differ.
-
+    Raises: ValueError: the ranks differ.
     Source: PEFT's LoraModel.add_weighted_adapter, combination_type="linear".
 
     >>> A, B, *_ = linear([np.eye(2)], [np.eye(2)], [-4.0])
@@ -60,7 +58,6 @@ def svd(As: As, Bs: Bs, scales: Sequence[float], r: int) -> Factors:
     """The best rank-r approximation of sum(w_i s_i B_i A_i): B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T.
 
     Exact if r is at least the rank of the sum. Missing rows and columns are zero.
-
     Source: PEFT's LoraModel.add_weighted_adapter, combination_type="svd"; Eckart-Young for "best".
 
     >>> A, B, *_ = svd([np.diag([3.0, 1.0])], [np.eye(2)], [1.0], r=1)

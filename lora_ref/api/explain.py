@@ -55,9 +55,7 @@ def explain(model: nn.Module, config: LoraConfig) -> Explanation:
     """For every module: is it adapted, by which rule, with which r, alpha, s; and which rules matched nothing.
 
     The model is not changed. `print(explain(...))` is a table, `.to_dict()` the same for code.
-
-    Raises:
-        ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
+    Raises: ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> explain(net, LoraConfig(target_modules=["0"], exclude_modules=["2"])).to_dict()["modules"]["2"]["rule"]

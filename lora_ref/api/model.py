@@ -4,8 +4,7 @@ The rooms are attached here, in three places:
 
 1. `layer_types` and the merging methods: `fast` gives the same numbers sooner.
 2. `refuse`: `safe.refusals` knows all reasons why a model cannot be adapted as asked.
-3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction, and those of `safe.sharded.NOT_SHARDED`
-   are refused once the model is sharded.
+3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction.
 """
 
 import warnings
@@ -23,8 +22,9 @@ from ..core.layer import InitOf, LoraLayer
 from ..core.layer_types import LAYER_TYPES, Linear
 from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
-from ..safe import atomic, progress, refusals, sharded
+from ..safe import atomic, progress, refusals
 from ..safe.plain import check_merged, check_plain
+from ..safe.sharded import check_not_sharded
 from ..safe.strict import did_you_mean
 from . import weighted
 from .default_targets import ARCHITECTURES
@@ -71,9 +71,15 @@ class LoraModel(core.LoraModel):
         return progress.steps(matches, f"init_lora_weights={config.init_lora_weights!r}")
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        layers, names = self._layers_to_merge(adapter_names)
+        merging.merge(layers, names)
+
+    def _layers_to_merge(self, adapter_names: str | Sequence[str] | None) -> tuple[dict[str, LoraLayer], list[str]]:
+        """All layers and the adapters to merge; ValueError for a layer that cannot be merged as it is stored."""
+        check_not_sharded(self, "merging")
         layers, names = self.layers(), self._names_or_active(adapter_names)
         check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
-        merging.merge(layers, names)
+        return layers, names
 
     def unmerge_adapter(self) -> None:
         layers = [wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer)]
@@ -88,6 +94,14 @@ class LoraModel(core.LoraModel):
         check_merged(wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer))
         super().enable_adapter_layers()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        check_not_sharded(self, "deleting an adapter")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        check_not_sharded(self, "unloading")
+        return super().unload()
+
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
@@ -97,15 +111,10 @@ class LoraModel(core.LoraModel):
         not be finite are refused before the first is written. From there on there is no exact way back, so Ctrl-C
         takes effect when all are written: the model is then merged and plain. `progressbar` and `safe_merge` are for
         PEFT's scripts.
-
-        Raises:
-            ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
-
+        Raises: ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
-        names = self._names_or_active(adapter_names)
-        layers = self.layers()
-        check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
+        _, names = self._layers_to_merge(adapter_names)
         with atomic.uninterrupted(), atomic.switches_and_flags(self):
             self.enable_adapter_layers()
             if adapter_names is not None:
@@ -121,11 +130,9 @@ class LoraModel(core.LoraModel):
         active, configs, wrappers = self.active_adapters, dict(self.peft_config), self.wrappers()
         was_off = any(wrapper.disable_adapters for wrapper in wrappers)
         for name in [name for name in active if configs[name].bias != "none"]:
-            warnings.warn(
-                f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
-                "with the adapters disabled, trained biases stay, and the output is not the original's",
-                stacklevel=3,
-            )
+            trained = f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
+            stay = "with the adapters disabled, trained biases stay, and the output is not the original's"
+            warnings.warn(trained + stay, stacklevel=3)
         check_merged(wrapper for wrapper in wrappers if isinstance(wrapper, LoraLayer))
         states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in wrappers]
         trains = [(p, p.requires_grad) for p in self.parameters() if isinstance(p, Tensor)]
@@ -212,5 +219,3 @@ def _weight(wrapper: AdapterModule) -> Any:
 
 for name, changes in atomic.ATOMIC.items():
     setattr(LoraModel, name, atomic.atomic(getattr(LoraModel, name), changes))
-for name, what in sharded.NOT_SHARDED.items():
-    setattr(LoraModel, name, sharded.not_sharded(getattr(LoraModel, name), what))

@@ -55,8 +55,7 @@ class PeftModel(nn.Module):
     ) -> "PeftModel":
         """The model with an adapter from a folder, active; frozen unless `is_trainable`.
 
-        Raises:
-            FileNotFoundError, ValueError: the folder is not there, broken, or does not fit; the model is unchanged.
+        Raises: FileNotFoundError, ValueError: the folder is not there, broken, or does not fit; the model is unchanged.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -73,20 +72,14 @@ class PeftModel(nn.Module):
         return self.base_model.model
 
     def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, autocast_adapter_dtype: bool = True
     ) -> None:
         """Add an adapter from a folder, inactive and frozen.
 
-        Raises:
-            FileNotFoundError, ValueError: the folder is not there, broken, or does not fit, or there is an adapter
-                of that name; the model is unchanged.
-
-        Differs from PEFT: a tensor that is missing or left over, or a shape that differs, is an error; a
-            pickle (.bin) is not read; a name in use is not overwritten.
+        Raises: FileNotFoundError, ValueError: the folder is not there, broken, or does not fit, or there is an adapter
+        of that name; the model is unchanged.
+        Differs from PEFT: a tensor that is missing or left over, or a shape that differs, is an error; a pickle (.bin)
+        is not read; a name in use is not overwritten.
         """
         adapter_folder.load_adapter(self.base_model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
 
@@ -102,16 +95,12 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters in PEFT's format: "default" into the folder, others into folders of their names in it.
 
-        The folder fits the ORIGINAL base model: an adapter whose initialisation changed the base weight
-        (PiSSA, OLoRA, ...) is written as a plain one, see `lora_ref.files.conversion`; convert=False writes its
-        factors as they are, which is right on the changed base weight only. The initial factors are
-        kept, so `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
-
-        Only the main process writes (default: rank 0, or the only process). A sharded model is put together for
-        that (FSDP2, tensor parallelism): there, every rank has to call this.
-
-        Raises:
-            ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the disk.
+        The folder fits the ORIGINAL base model: an adapter with a D0 (PiSSA, OLoRA, ...) is written as a plain one, see
+        `lora_ref.files.conversion`. With convert=False its factors are written as they are, which is right on the
+        changed base weight only. `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
+        Only the main process writes (default: rank 0). Every rank of a sharded model has to call this.
+        Raises: ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the
+        disk.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")
@@ -147,9 +136,8 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        share = f"{100 * trainable / total:.4f}"
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -173,15 +161,11 @@ class PeftModel(nn.Module):
 
 
 def get_peft_model(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
+    model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
 ) -> PeftModel:
     """Adapt a model in place and return it wrapped; only the adapter trains.
 
-    Raises:
-        ValueError: nothing is targeted, or something cannot be adapted as asked: the model is unchanged.
+    Raises: ValueError: nothing is targeted, or something cannot be adapted as asked: the model is unchanged.
     """
     if isinstance(model, PeftModel):
         raise ValueError("the model is adapted already: use its add_adapter")

@@ -29,15 +29,13 @@ def add_weighted_adapter(
 ) -> None:
     """A new adapter, inactive, with the weighted sum of the updates of others: see `lora_ref.api.combination`.
 
-    Its scaling is 1 whatever the parents' is, its init a plain one. The base weights do not change.
+    Its scaling is 1, its init a plain one. The base weights do not change.
 
     Args:
         combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
             the largest rank of the parents) or "linear" (the factors are added; equal ranks needed).
-
-    Raises:
-        ValueError: unknown adapters, not as many weights as adapters, unequal ranks ("linear"), or two parents that
-            save the same module.
+    Raises: ValueError: unknown adapters, not as many weights as adapters, unequal ranks ("linear"), or two parents that
+    save the same module.
     """
     model._check_new_name(adapter_name)
     model._check_known(*adapters)
@@ -70,10 +68,8 @@ def combine(
 ) -> dict[str, Factors]:
     """{layer: A and B of the combination}, over the layers in which any of the adapters has a part.
 
-    Raises:
-        ValueError: unknown combination_type, not as many weights as adapters, a weight that is not
-            finite, unequal ranks with "linear", a result that is not finite,
-            or an svd_rank that the groups of a convolution cannot share out.
+    Raises: ValueError: unknown combination_type, not as many weights as adapters, a weight that is not finite, unequal
+    ranks with "linear", a result that is not finite, or an svd_rank that the groups of a convolution cannot share out.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, at least one")
@@ -85,28 +81,21 @@ def combine(
         raise ValueError(f"weights={list(weights)}: must be finite")
     combined = {}
     both = [(layer, name) for layer in layers.values() for name in adapters if name in layer.r]
-    largest = max(
-        (layer.r[name] * (2 if layer.part("lora_initial", name) else 1) for layer, name in both),
-        default=0,
-    )
+    largest = max((layer.r[name] * (2 if layer.part("lora_initial", name) else 1) for layer, name in both), default=0)
     for where, layer in layers.items():
         parents = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.adapters()]
         if not parents:
             continue
-        As, Bs = zip(
-            *(map(at_least_float32, plain_factors(layer, name, layer.scaling[name])) for name, _ in parents),
-            strict=True,
-        )
+        pairs = [plain_factors(layer, name, layer.scaling[name]) for name, _ in parents]
+        As, Bs = zip(*(map(at_least_float32, pair) for pair in pairs), strict=True)
         scales = [w * layer.scaling[name] for name, w in parents]
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
         rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
-        try:
+        with core.prefix_errors(where):
             combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
             if not all(f.is_meta or numerics.is_finite(f) for f in combined[where][:2]):
                 raise ValueError(f"with weights={list(weights)} the combined factors are not finite")
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
     return combined
 
 
@@ -118,10 +107,8 @@ def configure(
 ) -> LoraConfig:
     """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
 
-    `modules` are the names of all modules of the model, for the targets to match none of the others.
-
-    Raises:
-        ValueError: two parents save the same module whole.
+    `modules` names all modules of the model, for the targets to match none of the others.
+    Raises: ValueError: two parents save the same module whole.
     """
     whole = [module for config in parents for module in config.modules_to_save or []]
     twice = sorted({module for module in whole if whole.count(module) > 1})

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..api.peft_model import PeftModel
-from ..core.config import LoraConfig
-from ..core.layer import LoraLayer, adapter_dtype
+from ..core.config import LoraConfig, prefix_errors
+from ..core.layer import adapter_dtype
 from ..core.model import LoraModel, biases, describe, holders
 from ..core.names import exactly
 from ..core.update import Factors
@@ -38,12 +38,11 @@ def initialize_lora_eva_weights(
         A_l = the r_l leading principal components of layer l's inputs, B_l = 0,    sum r_l as before
 
     The base model runs in evaluation mode on each batch at most once, on the first twice. Layers that get the same
-    tensor share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No
-    more data are read when |cosine| >= tau for all components that the layers need. The adapter's configuration
-    then names every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings,
-    convolutions and raw parameters keep their factors. Every process uses its own data only.
-    Memory: 8 * in * min(in, rows) bytes for every distinct input (`lora_ref.numerics.pca`). Fewer batches or fewer
-    layers need less.
+    tensor share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No more
+    data are read when |cosine| >= tau for all components that the layers need. The adapter's configuration then names
+    every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings, convolutions and raw
+    parameters keep their factors. Every process uses its own data only. Memory: 8 * in * min(in, rows) bytes for every
+    distinct input (`lora_ref.numerics.pca`). Fewer batches or fewer layers need less.
 
     Args:
         dataloader: batches. A mapping holds the model's keyword arguments, any other batch is its argument.
@@ -53,19 +52,15 @@ def initialize_lora_eva_weights(
             Default: those with attention_mask 1 and, with use_label_mask, a label other than label_mask_value. A
             missing key excludes no row. Inputs with fewer than round(r * rho) rows are skipped.
         show_progress_bar: on stderr.
-
-    Raises:
-        ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
-            large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
-
+    Raises: ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
+    large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
     Warns: the data ended before all components converged; layers that EVA does not support; no eva_config.
-
     Source: EVA, arXiv 2410.07170; PEFT's initialize_lora_eva_weights.
+    Differs from PEFT: the components are exact. PEFT computes a truncated incremental and randomised SVD. The data are
+    read once, not until convergence. Convergence is measured from n batches to 2n: from n to n + 1 the cosine rises
+    with n alone. With rsLoRA alpha is adjusted by sqrt(rank / r).
 
-    Differs from PEFT: the components are exact. PEFT computes a truncated incremental and randomised SVD. The data
-        are read once, not until convergence. Convergence is measured from n batches to 2n: from n to n + 1 the
-        cosine rises with n alone. With rsLoRA alpha is adjusted by sqrt(rank / r).
-
+    >>> from torch import nn
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     >>> config = LoraConfig(r=1, target_modules=["0", "2"], init_lora_weights="eva", eva_config=EvaConfig(rho=2))
@@ -96,10 +91,8 @@ def initialize_lora_eva_weights(
     factors = {}
     for name, layer in linear.items():
         components = statistics.components[statistics.shared_with[name]]
-        try:
+        with prefix_errors(name):
             factors[name] = eva(layer.logical_weight(), ranks[name], components=components, whiten=options.whiten)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     if others := [name for name in layers if name not in linear]:
         warnings.warn(f"EVA knows linear layers only: {', '.join(others)} keep the factors they have", stacklevel=3)
     with transaction(model):
@@ -107,10 +100,7 @@ def initialize_lora_eva_weights(
 
 
 def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Mapping[str, Factors]) -> None:
-    """Replace an adapter's factors by factors of other ranks, 0 included, and adjust its configuration.
-
-    Call it in a transaction.
-    """
+    """Replace an adapter's factors by factors of other ranks, 0 included, and its configuration. In a transaction."""
     layers = {name: layer for name, layer in model.layers().items() if adapter_name in layer.adapters()}
     modules = describe(model.model).kinds
     trained = biases(model.model, config.bias, adapter_name)
@@ -118,7 +108,10 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
         layer, rank = layers[name], new.A.shape[0]
         if rank == 0:
             del layers[name]
-            remove_adapter(model.model, layer, adapter_name)
+            layer.delete_adapter(adapter_name)
+            if not layer.adapters():  # it was the last: the base layer replaces the layer
+                for parent, attribute in holders(model.model)[id(layer.get_base_layer())]:
+                    setattr(parent, attribute, layer.base_layer)
             continue
         old = layer.factors(adapter_name)
         layer.add_adapter(  # replaces the old one
@@ -134,14 +127,13 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
     remaining = {id(bias) for bias in biases(model.model, config.bias, adapter_name).values()}
     for bias in trained.values():
         bias.requires_grad_(bias.requires_grad and id(bias) in remaining)
-    keys = {name: f"^{re.escape(name)}" for name in layers}
-    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    ranks = {f"^{re.escape(name)}": layer.r[adapter_name] for name, layer in layers.items()}
+    alphas = {f"^{re.escape(name)}": layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     model.peft_config[adapter_name] = dataclasses.replace(
         config,
         target_modules=exactly([name for name in layers if layers[name].kind != "parameter"], modules),
-        rank_pattern={keys[name]: r for name, r in ranks.items() if r != config.r},
-        alpha_pattern={keys[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
+        rank_pattern={key: r for key, r in ranks.items() if r != config.r},
+        alpha_pattern={key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha},
         exclude_modules=None,  # the names in full replace these
         layers_to_transform=None,
         layers_pattern=None,
@@ -158,14 +150,6 @@ def adjusted_alpha(alpha: float, r: int, rank: int, config: LoraConfig) -> float
     if rank == r or not adjust:
         return alpha
     return alpha * (math.sqrt(rank / r) if config.use_rslora else rank / r)
-
-
-def remove_adapter(model: nn.Module, layer: LoraLayer, adapter_name: str) -> None:
-    """Delete an adapter of a layer. If it was the last, the base layer replaces the layer."""
-    layer.delete_adapter(adapter_name)
-    if not layer.adapters():
-        for parent, attribute in holders(model)[id(layer.get_base_layer())]:
-            setattr(parent, attribute, layer.base_layer)
 
 
 def _return_factors(factors: Factors, weight: Tensor, r: int, scaling: float) -> Factors:

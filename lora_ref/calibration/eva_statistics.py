@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.config import prefix_errors
 from ..core.layer import LoraLayer
 from ..init.eva import largest_rank, redistribute
 from ..init.options import EvaConfig
@@ -108,23 +109,19 @@ class InputStatistics:
 
     def record(self, name: str, x: Tensor, batch: Any, rows_fn: RowsFn | None) -> None:
         """Add a layer's input to its moments, unless it has too few rows."""
-        try:
+        with prefix_errors(name):
             rows = rows_fn(x, batch, name) if rows_fn else kept_rows(x, batch, self.options)
             if rows.shape[0] >= self.wanted[name]:
                 self.moments[name] = pca.update(self.moments.get(name), rows)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
     def update_components(self) -> int:
         """Compute the components of the recorded inputs. Return the number of inputs whose components converged."""
         before, rows_before = self.components, self.rows
         self.rows = {name: x.seen for name, x in self.moments.items()}
-        now = {name: pca.components(x, self.wanted[name]) for name, x in self.moments.items()}
-        self.components = now
+        now = self.components = {name: pca.components(x, self.wanted[name]) for name, x in self.moments.items()}
         if before.keys() != self.wanted.keys():
             return 0
-        ranks = self.ranks()
-        converged = 0
+        ranks, converged = self.ranks(), 0
         for name in self.wanted:
             needed = max(rank for layer, rank in ranks.items() if self.shared_with[layer] == name)
             cosine = (now[name].vectors[:needed] * before[name].vectors[:needed]).sum(1).abs()
@@ -141,9 +138,7 @@ def kept_rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:
     """The rows (rows, in) of an input (..., in) that the statistics use.
 
     They have attention_mask 1 and, if each token has a label, not label_mask_value. A missing key excludes no row.
-
-    Raises:
-        ValueError: the input has other positions than the mask.
+    Raises: ValueError: the input has other positions than the mask.
 
     >>> batch = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[-100, 5, 5]])}
     >>> kept_rows(torch.tensor([[[1.0], [2.0], [3.0]]]), batch, EvaConfig())

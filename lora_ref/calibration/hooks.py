@@ -1,5 +1,6 @@
 """Hooks that record the inputs of layers (EVA, CorDA) and the gradients of weights (LoRA-GA) while a model runs."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +23,8 @@ def record_inputs(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor
     first (5, 2)
     """
 
-    def hook(name: str) -> Callable[..., None]:
-        def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record(name, args[0] if args else next(iter(kwargs.values())))
-
-        return record_call
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(name, args[0] if args else next(iter(kwargs.values())))
 
     handles: list[RemovableHandle] = []
 
@@ -36,7 +34,7 @@ def record_inputs(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor
 
     try:
         for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True))
         yield
     finally:
         finish(remove_hooks)
@@ -73,8 +71,7 @@ def mean_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterato
         for handle in handles:
             handle.remove()
         for p, requires_grad, grad in before:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
+            p.requires_grad_(requires_grad).grad = grad
 
     try:
         for p, _, _ in before:

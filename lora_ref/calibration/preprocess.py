@@ -5,8 +5,7 @@ Each targeted module gets the attribute `prepared_init`, {method: a callable (we
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..api.explain import explain
 from ..core.adapter_modules import AdapterModule
-from ..core.config import LoraConfig
+from ..core.config import LoraConfig, prefix_errors
 from ..core.layer_types import is_conv1d_of_transformers
 from ..core.update import Factors
 from ..init import corda, lora_ga
@@ -63,16 +62,12 @@ def preprocess_corda(
     gradients. Give `hooked_model` if `run_model` calls another copy of `model` (quantised, on another device).
     Memory, until it returns: in * in numbers for each distinct input, in float32 (float64 for a float64 model).
     Layers that always get the same tensor, such as the projections of an attention, share them.
-
-    Raises:
-        ValueError: no run_model; a configuration for another init; a targeted layer that is not Linear or Conv1D, is
-            adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all
-            zero or not finite. The model is unchanged after any exception.
-
+    Raises: ValueError: no run_model; a configuration for another init; a targeted layer that is not Linear or Conv1D,
+    is adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all zero or
+    not finite. The model is unchanged after any exception.
     Source: CorDA, arXiv 2406.05223; PEFT's preprocess_corda.
-
-    Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are
-        removed, after an exception too. No files are written: the directions are small and pickle with the model.
+    Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are removed,
+    after an exception too. No files are written: the directions are small and pickle with the model.
 
     >>> from lora_ref.init.options import CordaConfig
     >>> _ = torch.manual_seed(0)
@@ -88,24 +83,23 @@ def preprocess_corda(
     if run_model is None:
         raise ValueError("run_model is None: give a function without arguments that runs the model on the data")
     hooked = model if hooked_model is None else hooked_model
-    layers = {name: _find_layer(hooked, name) for name in targets}
+    modules = dict(hooked.named_modules(remove_duplicate=False))
+    if missing := [name for name in targets if name not in modules]:
+        raise ValueError(f"{missing[0]}: hooked_model has no module of this name")
+    layers = {name: modules[name] for name in targets}
     covariances = Covariances(layers)
     with hooks.evaluation_mode(hooked), hooks.record_inputs(layers, covariances.record):
         run_model()
 
-    prepared, latest, damped = {}, None, None
-    with steps(list(targets), "CorDA: decomposing", progress) as names:
-        for name in names:
-            module, r = targets[name]
-            W = _as_out_in(module, module.weight)
-            with _prefix_errors(name), torch.autocast(W.device.type, enabled=False):
-                covariance = covariances.pop(name)
-                if covariance is not latest:  # layers with the same inputs usually follow each other
-                    latest, damped = covariance, corda.damp(covariance.mean())
-                U, S = corda.output_directions(W, damped, r, method)
-            start = functools.partial(corda.project_weight, U=U.clone(), S=S)  # a view would keep all of U alive
-            prepared[name] = Prepared("corda", tuple(W.shape), r, start)
-    _store_prepared(model, prepared, targets)
+    latest: list[Any] = [None, None]  # a sum and its damped mean: layers with the same inputs follow each other
+
+    def prepare(name: str, module: Any, r: int) -> Callable[..., Factors]:
+        if (covariance := covariances.pop(name)) is not latest[0]:
+            latest[:] = covariance, corda.damp(covariance.mean())
+        U, S = corda.output_directions(_as_out_in(module, module.weight), latest[1], r, method)
+        return functools.partial(corda.project_weight, U=U.clone(), S=S)  # a view would keep all of U alive
+
+    _prepare(model, "corda", targets, prepare, "CorDA: decomposing", progress)
 
 
 def preprocess_loraga(
@@ -116,19 +110,14 @@ def preprocess_loraga(
         A = c V_a^T,  B = c U_b,  residual = W - s * B A      (the paper's frozen weight): `lora_ref.init.lora_ga`
 
     `train_step()` calls the model, and `backward()` on the loss, once for each batch. It must not step an optimiser.
-    The gradient is the mean over all backward passes, in at least float32. The training modes stay: dropout makes
-    it random.
-    Memory, until it returns: in * out numbers for each targeted weight. Other parameters get no gradients.
-
-    Raises:
-        ValueError: a configuration for another init; a targeted layer that is not Linear or Conv1D, is adapted
-            already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
-            `requires_grad` and `grad` of the parameters are restored in any case.
-
+    The gradient is the mean over all backward passes, in at least float32. The training modes stay: dropout makes it
+    random. Memory, until it returns: in * out numbers for each targeted weight. Other parameters get no gradients.
+    Raises: ValueError: a configuration for another init; a targeted layer that is not Linear or Conv1D, is adapted
+    already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
+    `requires_grad` and `grad` of the parameters are restored in any case.
     Source: LoRA-GA, arXiv 2407.05000, algorithm 1; PEFT's preprocess_loraga.
-
     Differs from PEFT: PEFT sets training mode and loses the gradients that the model had. If `train_step` sets the
-        gradients to zero between batches, PEFT uses only the last batch.
+    gradients to zero between batches, PEFT uses only the last batch.
 
     >>> _ = torch.manual_seed(0)
     >>> net, data = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
@@ -144,20 +133,14 @@ def preprocess_loraga(
     with hooks.mean_gradients(model, weights) as gradients:
         train_step()
 
-    prepared = {}
-    with steps(list(targets), "LoRA-GA: decomposing", progress) as names:
-        for name in names:
-            module, r = targets[name]
-            if id(module.weight) not in gradients:
-                raise ValueError(f"{name}: got no gradient while train_step ran; does the loss depend on it?")
-            G = _as_out_in(module, gradients[id(module.weight)])
-            with _prefix_errors(name), torch.autocast(G.device.type, enabled=False):
-                A, B = lora_ga.gradient_directions(G, r, options.direction)
-            start = functools.partial(
-                lora_ga.scale_directions, A=A, B=B, scale=options.scale, stable_gamma=options.stable_gamma
-            )
-            prepared[name] = Prepared("lora_ga", tuple(G.shape), r, start)
-    _store_prepared(model, prepared, targets)
+    def prepare(name: str, module: Any, r: int) -> Callable[..., Factors]:
+        if id(module.weight) not in gradients:
+            raise ValueError("got no gradient while train_step ran; does the loss depend on it?")
+        A, B = lora_ga.gradient_directions(_as_out_in(module, gradients[id(module.weight)]), r, options.direction)
+        scale, gamma = options.scale, options.stable_gamma
+        return functools.partial(lora_ga.scale_directions, A=A, B=B, scale=scale, stable_gamma=gamma)
+
+    _prepare(model, "lora_ga", targets, prepare, "LoRA-GA: decomposing", progress)
 
 
 def _resolve_targets(model: nn.Module, config: LoraConfig, method: str) -> dict[str, tuple[Any, int]]:
@@ -176,25 +159,23 @@ def _as_out_in(module: nn.Module, stored: Tensor) -> Float[Tensor, "out in"]:
     return stored.detach().T if is_conv1d_of_transformers(module) else stored.detach()
 
 
-def _find_layer(hooked: nn.Module, name: str) -> nn.Module:
-    """The layer of this name in `hooked_model`."""
-    try:
-        return hooked.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"{name}: hooked_model has no module of this name") from None
-
-
-@contextmanager
-def _prefix_errors(layer: str) -> Iterator[None]:
-    """Put the layer's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{layer}: {error}") from None
-
-
-def _store_prepared(model: nn.Module, prepared: Mapping[str, Prepared], targets: Mapping[str, tuple[Any, int]]) -> None:
+def _prepare(
+    model: nn.Module,
+    method: str,
+    targets: dict[str, tuple[Any, int]],
+    prepare: Callable[[str, Any, int], Callable[..., Factors]],
+    title: str,
+    progress: bool,
+) -> None:
+    """Leave prepare(name, module, r) on each target, as an init; or, after an error, on none."""
+    prepared = {}
+    with steps(list(targets), title, progress) as names:
+        for name in names:
+            module, r = targets[name]
+            with prefix_errors(name), torch.autocast(module.weight.device.type, enabled=False):
+                shape = tuple(_as_out_in(module, module.weight).shape)
+                prepared[name] = Prepared(method, shape, r, prepare(name, module, r))
     with transaction(model):
         for name, init in prepared.items():
             module, _ = targets[name]
-            module.prepared_init = getattr(module, "prepared_init", {}) | {init.method: init}
+            module.prepared_init = getattr(module, "prepared_init", {}) | {method: init}

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from .inits import METHODS, method_of
@@ -16,6 +17,15 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={shown[:80]}{'...' if len(shown) > 80 else ''}: must be {allowed}")
 
 
+@contextmanager
+def prefix_errors(what: object) -> Iterator[None]:
+    """A `with` block that puts what it is about before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
 class Pattern:
     """The regular expressions of an option. `safe.regexes` has one whose matches end in time."""
 
@@ -27,11 +37,7 @@ class Pattern:
 
 @dataclasses.dataclass(repr=False)
 class LoraConfig:
-    """How to adapt a model. `lora_ref.LoraConfig` adds further checks, and explains every option in full.
-
-    >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
-    LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})
-    """
+    """How to adapt a model. `lora_ref.LoraConfig` has further checks, and explains the options in full."""
 
     r: int = 8  # A (r, in), B (out, r)
     lora_alpha: float = 8  # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora

@@ -23,7 +23,8 @@ from .update import Factors, at_least_float32, delta
 
 Init = Callable[[Tensor, int, float], Factors]  # (W (out, in), r, s) -> A, B and the residual
 InitOf = Callable[[str], Init] | None  # a layer's name -> its init
-PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_initial")  # dicts {adapter: module}
+# dicts {adapter: module}: A maps (*tokens, in) to (*tokens, r), B (*tokens, r) to (*tokens, out), lora_initial is D0
+PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_initial")
 NUMBERS = ("r", "lora_alpha", "scaling", "initial_scaling", "train_B")  # dicts {adapter: value}
 
 
@@ -37,10 +38,9 @@ class InitialUpdate(nn.Module):
     def __init__(self, A: Tensor | None = None, B: Tensor | None = None, s: float = 1.0, D: Tensor | None = None):
         super().__init__()
         self.scaling = s
-        for name, tensor in (("A", A), ("B", B), ("D", D)):
-            self.register_buffer(
-                name, None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
-            )
+        for name, x in (("A", A), ("B", B), ("D", D)):
+            x = None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
+            self.register_buffer(name, x)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if self.D is not None:
@@ -66,10 +66,6 @@ class LoraLayer(AdapterModule):
     groups = 1  # pairs of factors that share the rank
     by_adapter: tuple[str, ...] = PARTS + NUMBERS
 
-    lora_A: Any  # (*tokens, in) -> (*tokens, r)
-    lora_B: Any  # (*tokens, r) -> (*tokens, out)
-    lora_dropout: Any
-    lora_initial: Any  # D0
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -144,8 +140,7 @@ class LoraLayer(AdapterModule):
         if residual is not None and exact:
             self.lora_initial[name] = InitialUpdate(A, B, s)
         elif residual is not None:
-            D = at_least_float32(self.logical(W)) - at_least_float32(residual)
-            self.lora_initial[name] = InitialUpdate(D=D)
+            self.lora_initial[name] = InitialUpdate(D=at_least_float32(self.logical(W)) - at_least_float32(residual))
         if config.lora_dropout and self.kind != "embedding":
             self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha

@@ -41,8 +41,7 @@ class Embedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_embedding_A = FactorTable()
-        self.lora_embedding_B = FactorTable()
+        self.lora_embedding_A, self.lora_embedding_B = FactorTable(), FactorTable()
 
     def build(self, name: str, A: Tensor, B: Tensor) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A.contiguous(), requires_grad=False)
@@ -113,7 +112,6 @@ class Parameter(LoraLayer):
     The module runs with the adapted parameter installed for the time of the call. A stack whose module says
     `is_transposed` is stored as (E, in, out). The file's layout is that of `update.pack_experts`. Several parameters of
     one module nest: a wrapper in a wrapper.
-
     Differs from PEFT: the module is not parametrised during the call; merged and active adapters may be mixed.
     """
 
@@ -142,11 +140,8 @@ class Parameter(LoraLayer):
         while isinstance(inner, LoraLayer):
             path, inner = f"base_layer.{path}", inner.base_layer
         W, owner = self.base_weight, self.get_base_layer()
-        if (
-            type(W) not in (Tensor, nn.Parameter)
-            or self.weight_name in vars(owner)
-            or (W.is_meta and is_observed(owner))
-        ):
+        is_own = type(W) in (Tensor, nn.Parameter) and self.weight_name not in vars(owner)
+        if not is_own or (W.is_meta and is_observed(owner)):
             raise ValueError(f"Parameter: {self.weight_name} is sharded or offloaded; merge the adapter before")
         return torch.func.functional_call(self.base_layer, {path: self.merged_weight(names)}, args, kwargs)
 
@@ -157,9 +152,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """GPT-2's linear layer, recognised without importing transformers: weight (in, out), `nf` outputs."""
-    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
-        return False
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "weight", None) if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
     return isinstance(weight, Tensor) and weight.ndim == 2
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
-from .config import LoraConfig
+from .config import LoraConfig, prefix_errors
 from .inits import METHODS, find, method_of
 from .layer import Init, InitOf, LoraLayer
 from .layer_types import LAYER_TYPES, kind_of
@@ -109,10 +109,8 @@ class LoraModel(nn.Module):
                     continue
                 method, rounded = init(match.name) if init else _init_of(config, wrapper), init is None
                 numbers = (match.r, match.lora_alpha)
-                try:
+                with prefix_errors(match.name):
                     wrapper.add_adapter(adapter_name, *numbers, config, method, autocast_adapter_dtype, rounded)
-                except ValueError as error:
-                    raise ValueError(f"{match.name}: {error}") from error
         if was_off:  # then the new wrappers are, too
             self.disable_adapter_layers()
         self.peft_config[adapter_name] = config
@@ -255,7 +253,6 @@ class LoraModel(nn.Module):
 
         The output afterwards is base + every adapter that is active or merged. The original weights are kept, which
         costs a copy of each merged weight. Merged weights are always checked: `safe_merge` is for PEFT's scripts.
-
         Raises: ValueError for an unknown or disabled adapter, a grouped convolution, or weights that are not finite.
         Differs from PEFT: all layers merge or none; active adapters that are not merged still act; unmerging is exact.
         """

@@ -139,9 +139,6 @@ def install(states: list[State]) -> None:
         raise
 
 
-# -- in place ----------------------------------------------------------------------------------
-
-
 def sums_in_place(
     model: nn.Module, layers: Mapping[str, LoraLayer], names: Sequence[str]
 ) -> list[tuple[Tensor, list[Update]]]:

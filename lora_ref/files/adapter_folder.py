@@ -2,8 +2,8 @@
 
     base_model.model.<module>.lora_A.weight (r, in)    base_model.model.<module>.lora_B.weight (out, r)
 
-The scaling is not stored: it follows from the configuration. What is read is checked whole before
-anything changes. Only safetensors is read: unpickling a file runs whatever program it holds.
+The scaling is not stored: it follows from the configuration. All that is read is checked before anything changes. Only
+safetensors is read: unpickling a file runs the program that it holds.
 """
 
 import dataclasses
@@ -16,19 +16,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core.config import LoraConfig
+from ..core.config import LoraConfig, prefix_errors
 from ..core.inits import METHODS, method_of
-from ..core.layer import Init, InitialUpdate, LoraLayer
+from ..core.layer import InitialUpdate
 from ..core.model import LoraModel
 from ..core.update import Factors, at_least_float32
 from ..safe.atomic import transaction
 from ..safe.sharded import gathered, is_main_process
 from . import config_file, conversion
 from . import file_pair as folder
-from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, wrappers_in_file
+from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, layers_in_file
 from .file_pair import WEIGHTS
-
-# -- writing -----------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -43,25 +41,28 @@ def save_adapter(
 
     With convert=False an adapter whose initialisation changed the base weight is written as it is: right
     only on the changed base weight. Of several processes one writes, by default that of rank 0.
-
-    Raises:
-        ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
+    Raises: ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
     """
     if save_embedding_layers not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers={save_embedding_layers!r}: must be True, False or 'auto'")
-    found = adapter_tensors(model, adapter_name)
-    targeted = _targets_embeddings(model, adapter_name)
+    config, found = model.peft_config[adapter_name], adapter_tensors(model, adapter_name)
+    targets, names = config.target_modules, list(config.target_modules or [])
+    if isinstance(targets, str):  # a pattern: the last parts of the names that it reached
+        layers = model.layers().items()
+        names = [name.rpartition(".")[2] for name, layer in layers if adapter_name in layer.adapters()]
+    targeted = "embed_tokens" in names or "lm_head" in names  # PEFT's rule
     if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
         # where embeddings are targeted, those that are adapted; else (resized ones) both
         ends = embedding_tensors(model).items()
         found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}
-    config, live = model.peft_config[adapter_name], {key: slot.tensor.detach() for key, slot in found.items()}
+    live = {key: slot.tensor.detach() for key, slot in found.items()}
     if convert:
         config, live = conversion.convert(model, adapter_name, live)
     else:  # of a targeted embedding, too, the residual
-        layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in wrappers_in_file(model, adapter_name)}
-        changed = {k: m for k, m in layers.items() if isinstance(m, LoraLayer) and m.part("lora_initial", adapter_name)}
-        live |= {key: layer.stored(layer.residual(adapter_name)) for key, layer in changed.items() if key in live}
+        for name, layer in layers_in_file(model, adapter_name).items():
+            key = f"{PREFIX}{name}.base_layer.weight"
+            if key in live and layer.part("lora_initial", adapter_name):
+                live[key] = layer.stored(layer.residual(adapter_name))
     tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
     if not (is_main_process() if writes is None else writes):
         return
@@ -73,16 +74,6 @@ def save_adapter(
             stacklevel=4,
         )
     write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
-
-
-def _targets_embeddings(model: LoraModel, adapter_name: str) -> bool:
-    """PEFT's rule: the list names embed_tokens or lm_head by themselves, or the regex reached them."""
-    targets = model.peft_config[adapter_name].target_modules
-    ends = ("embed_tokens", "lm_head")
-    if isinstance(targets, str):
-        layers = model.layers().items()
-        return any(name.rpartition(".")[2] in ends for name, layer in layers if adapter_name in layer.adapters())
-    return any(end in (targets or []) for end in ends)
 
 
 def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
@@ -97,25 +88,21 @@ def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]
         raise OSError(f"{directory / WEIGHTS}: could not be written: {error}") from error
 
 
-# -- reading -----------------------------------------------------------------------------------
-
-
 def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of an adapter folder, checked as far as that goes without a model.
 
-    Raises:
-        FileNotFoundError: no such folder or file; ValueError: anything else that is wrong with it.
+    Raises: FileNotFoundError: no such folder or file; ValueError: anything else that is wrong with it.
     """
     directory = Path(directory)
     if not directory.is_dir():
         what = "a file, not a folder" if directory.exists() else "not there"
         raise FileNotFoundError(f"the folder {directory} is {what}; adapters are read from local folders only")
     with folder.reading(directory) as config_path:
-        return _read(directory / WEIGHTS, config_path)
+        return config_file.read(config_path), _read_tensors(directory / WEIGHTS)
 
 
-def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    config, directory = config_file.read(config_path), path.parent
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    directory = path.parent
     if not path.is_file():
         if (directory / "adapter_model.bin").exists():
             raise ValueError(
@@ -137,7 +124,7 @@ def _read(path: Path, config_path: Path) -> tuple[LoraConfig, dict[str, Tensor]]
     problems += [f"{key}: holds NaN or infinite numbers" for key in infinite]
     if problems:
         raise ValueError(f"{path}: {first_few(problems)}")
-    return config, tensors
+    return tensors
 
 
 def load_adapter(
@@ -149,9 +136,7 @@ def load_adapter(
 ) -> None:
     """Add an adapter from a folder, inactive and frozen; or change nothing.
 
-    Raises:
-        FileNotFoundError, ValueError: see `read_adapter`; or the folder does not fit the model; all that does not
-            fit is listed.
+    Raises: FileNotFoundError, ValueError: as `read_adapter`; or a list of all that does not fit the model.
     """
     config, tensors = read_adapter(directory)
     again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them
@@ -162,12 +147,10 @@ def load_adapter(
             "again, converted (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     config.inference_mode = not is_trainable
-    with transaction(model):
-        try:
-            model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=None if again else _empty_factors)
-            assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors), finite=True)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
+    with transaction(model), prefix_errors(directory):
+        init = None if again else lambda name: _allocate_nothing
+        model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=init)
+        assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors), finite=True)
 
 
 def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,11 +158,8 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
     if not any(key.endswith(".base_layer.weight") for key in tensors):
         return tensors
     ends, left = embedding_tensors(model), dict(tensors)
-    layers = {
-        f"{PREFIX}{name}.base_layer.weight": layer
-        for name, layer in wrappers_in_file(model, adapter_name)
-        if isinstance(layer, LoraLayer) and layer.kind == "linear"
-    }
+    found = layers_in_file(model, adapter_name).items()
+    layers = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in found if layer.kind == "linear"}
     brought = [key for key in layers if key in left]
     if all(key in ends for key in brought):  # the embeddings of the model itself: see `assign`
         return left
@@ -196,17 +176,12 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
     return left
 
 
-def _empty_factors(name: str) -> Init:
-    return _allocate_nothing
-
-
 def _allocate_nothing(weight: Tensor, r: int, scaling: float) -> Factors:
     """An initialisation whose numbers come from the file once its shapes are checked."""
     *batch, n_out, n_in = weight.shape
     if r * max(n_out, n_in) > 1 << 48:
         raise ValueError(f"r={r} is beyond any memory")
-    shapes = (*batch, r, n_in), (*batch, n_out, r)
-    A, B = (torch.empty(shape, device="meta") for shape in shapes)
+    A, B = (torch.empty(shape, device="meta") for shape in ((*batch, r, n_in), (*batch, n_out, r)))
     return Factors(A, B)
 
 

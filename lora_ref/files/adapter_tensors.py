@@ -60,8 +60,7 @@ def adapter_tensors(model: LoraModel, adapter_name: str) -> dict[str, TensorPlac
 def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
     """(name in the file, module) of all modules that hold a part of an adapter.
 
-    Names are those of the adapter file, where this is the only adapter: path parts that other adapters' wrappers,
-    torch.compile or checkpointing inserted are left out.
+    The file has no other adapter: the parts of a name that others' wrappers or `ENGINES` inserted are left out.
     """
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model.model)]
@@ -70,19 +69,22 @@ def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str,
         if id(module) in seen:
             continue
         seen.add(id(module))
-        inner, hidden = list(module._modules.items()), False
-        if isinstance(module, AdapterModule):
-            if isinstance(module, LoraLayer):  # factors hold no wrappers
-                inner = [("base_layer", module.base)]
-            if adapter_name in module.adapters():
-                yield name, module
-            else:
-                hidden = True
+        # factors hold no wrappers
+        inner = [("base_layer", module.base)] if isinstance(module, LoraLayer) else list(module._modules.items())
+        hidden = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
+        if isinstance(module, AdapterModule) and not hidden:
+            yield name, module
         for attribute, child in reversed(inner):
             if child is not None:
                 skipped = (*ENGINES, "base_layer", "original_module") if hidden else ENGINES
                 own = "" if attribute in skipped else attribute
                 waiting.append((f"{name}.{own}" if name and own else name or own, child))
+
+
+def layers_in_file(model: LoraModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """{name in the file: layer} of the layers that an adapter adapts."""
+    found = wrappers_in_file(model, adapter_name)
+    return {name: module for name, module in found if isinstance(module, LoraLayer)}
 
 
 def path_in_file(model: nn.Module, path: str, adapter_name: str) -> str:
@@ -118,22 +120,18 @@ def embedding_tensors(model: LoraModel) -> dict[str, TensorPlace]:
 
 
 def _all_of(module: nn.Module, prefix: str) -> dict[str, TensorPlace]:
-    kept = module.state_dict(keep_vars=True)
-    owners = dict(module.named_modules(remove_duplicate=False))
-    return {
-        f"{prefix}.{without_engines(key)}": TensorPlace(
-            owners[key.rpartition(".")[0]], key.rpartition(".")[2], tensor, tensor.device
-        )
-        for key, tensor in kept.items()
-        if isinstance(tensor, Tensor)
-    }
+    owners, found = dict(module.named_modules(remove_duplicate=False)), {}
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        owner, _, attribute = key.rpartition(".")
+        if isinstance(tensor, Tensor):
+            found[f"{prefix}.{without_engines(key)}"] = TensorPlace(owners[owner], attribute, tensor, tensor.device)
+    return found
 
 
 def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], finite: bool = False) -> None:
     """Put tensors by their file keys into an adapter: all of them, or none. (`finite`: they are known to be.)
 
-    Raises:
-        ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
+    Raises: ValueError: lists what is missing, what is not expected, and every wrong shape, dtype or value.
     """
     expected, optional = adapter_tensors(model, adapter_name), embedding_tensors(model)
     if model.peft_config[adapter_name].bias == "all":
@@ -175,12 +173,9 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], fini
 
 
 def _is_redundant(key: str, model: LoraModel) -> bool:
-    whole = (
-        f"{PREFIX}{without_engines(name)}." for name, m in model.model.named_modules() if isinstance(m, ModulesToSave)
-    )
-    return key.endswith(".bias") and any(
-        key.startswith((f"{prefix}original_module.", f"{prefix}modules_to_save.")) for prefix in whole
-    )
+    saved = [without_engines(name) for name, m in model.model.named_modules() if isinstance(m, ModulesToSave)]
+    starts = [f"{PREFIX}{name}.{part}." for name in saved for part in ("original_module", "modules_to_save")]
+    return key.endswith(".bias") and key.startswith(tuple(starts))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -26,36 +26,27 @@ NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qal
 class LoraConfig(core.LoraConfig):
     """How to adapt a model. Every option is checked when the object is made.
 
+    s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. A is (r, in), B (out, r). Numbers are Python's, not NumPy's.
+
     Attributes:
-        r: rank of the update, an int > 0. A (r, in), B (out, r).
-        lora_alpha: numerator of the scaling s = lora_alpha / r; any finite number.
-        use_rslora: s = lora_alpha / sqrt(r) instead.
-        target_modules: which modules. A list of names or dotted ends of names ("q_proj",
-            "self_attn.q_proj"); a string is one regular expression that must match the whole name;
-            "all-linear"; [] for none (with target_parameters); None to choose by architecture.
-        exclude_modules: the same forms; wins over target_modules.
-        layers_to_transform: only these layer indices (with a list of targets).
-        layers_pattern: name(s) of the layer list the index belongs to.
-        rank_pattern, alpha_pattern: {regular expression: value}; it must reach the end of a module's
-            name and may start at any dot; the first that matches wins.
-        target_parameters: raw parameters to adapt, "experts.gate_up_proj"; 2-D or 3-D.
+        target_modules, exclude_modules: a list of names or of dotted ends of names ("q_proj", "self_attn.q_proj"). A
+            string is one regular expression for a name in full. "all-linear". [] for none (with target_parameters).
+            None to choose by architecture. exclude_modules wins.
+        layers_to_transform, layers_pattern: only these indices, in the layer lists of these names (for a list of targets).
+        rank_pattern, alpha_pattern: {regular expression: value}. It must reach the end of a module's name and may
+            start at any dot. The first that matches wins.
+        target_parameters: raw parameters to adapt, "experts.gate_up_proj", with 2 or 3 dimensions.
         modules_to_save: modules trained in full, a copy for each adapter.
-        lora_dropout: probability in [0, 1] on the input of A, in training only.
-        bias: "none", "all" or "lora_only": which biases of the BASE model train as well.
-        fan_in_fan_out: recorded only; how a layer stores its weight is read off the layer.
-        init_lora_weights: True, False, or one of "gaussian", "orthogonal", ...
-        task_type: see TaskType. inference_mode: create the adapter frozen.
-        eva_config, loftq_config, corda_config, lora_ga_config: options of the inits of these names.
-        base_model_name_or_path, revision: notes for the reader of the adapter file.
+        lora_dropout: a probability in [0, 1], for the input of A in training.
+        bias: "none", "all" or "lora_only": which biases of the base model train as well.
+        init_lora_weights: True, False, or a key of `lora_ref.init.METHODS`. Some have options: eva_config and so on.
+        fan_in_fan_out, base_model_name_or_path, revision: notes for the reader of the adapter file.
 
-    Raises:
-        ValueError: a value outside of what is allowed; TypeError: an unknown option name.
-
+    Raises: ValueError: a value outside of what is allowed; TypeError: an unknown option name.
     Numbers are plain Python numbers, not NumPy's.
-
-    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`,
-    `bias="al"` or `init_lora_weights="gausian"` are found late or never); the object that a user
-    passes to `get_peft_model` is not changed.
+    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
+    `init_lora_weights="gausian"` are found late or never); the object that a user passes to `get_peft_model` is not
+    changed.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
     LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})
@@ -96,8 +87,7 @@ def to_dict(config: core.LoraConfig) -> dict[str, Any]:
 def from_dict(data: dict[str, Any]) -> LoraConfig:
     """The inverse of `to_dict`. It also reads the files of PEFT.
 
-    Raises:
-        ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
+    Raises: ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
     """
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
@@ -142,8 +132,7 @@ def dumps(config: core.LoraConfig) -> str:
 def read(path: Path) -> LoraConfig:
     """Read and check adapter_config.json.
 
-    Raises:
-        FileNotFoundError: there is no file. ValueError: it is too large, not JSON, or not a valid configuration.
+    Raises: FileNotFoundError: there is no file. ValueError: it is too large, not JSON, or not a valid configuration.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}; is it an adapter folder?")
@@ -153,10 +142,8 @@ def read(path: Path) -> LoraConfig:
         data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    try:
+    with core.prefix_errors(path):
         return from_dict(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

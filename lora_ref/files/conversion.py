@@ -18,7 +18,7 @@ from ..core.config import LoraConfig
 from ..core.layer import LoraLayer
 from ..core.model import LoraModel
 from ..safe.sharded import gathered
-from .adapter_tensors import PREFIX, wrappers_in_file
+from .adapter_tensors import PREFIX, layers_in_file
 
 
 def plain_factors(
@@ -27,8 +27,7 @@ def plain_factors(
     """A and B such that s B A is the update of the base weight: [A; A0] and [B | -s0/s B0], of twice the rank, where
     the adapter subtracts s0 B0 A0; else the factors as they are.
 
-    Raises:
-        ValueError: D0 is of full rank (LoftQ), or s = 0.
+    Raises: ValueError: D0 is of full rank (LoftQ), or s = 0.
     """
     A, B = (gathered(factor.detach()) for factor in layer.factors(name))
     initial = layer.part("lora_initial", name)
@@ -46,27 +45,18 @@ def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> 
 
     s stays what it is in every layer, since every rank is doubled, and every alpha too (with rsLoRA
     multiplied by sqrt(2)). An adapter without D0 is returned as it is.
-
     Source: PiSSA, arXiv 2404.02948, its conversion to LoRA; PEFT's
     `save_pretrained(path_initial_model_for_weight_conversion=...)`.
     Differs from PEFT: the initial factors are at hand, so no folder of them is needed, and rank_pattern or
-        alpha_pattern together with rsLoRA work.
+    alpha_pattern together with rsLoRA work.
     """
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
-    changed = {
-        name: layer
-        for name, layer in wrappers_in_file(model, adapter_name)
-        if isinstance(layer, LoraLayer) and layer.part("lora_initial", adapter_name) is not None
-    }
+    layers = layers_in_file(model, adapter_name).items()
+    changed = {name: layer for name, layer in layers if layer.part("lora_initial", adapter_name) is not None}
     if not changed:
         return config, tensors
     tensors = dict(tensors)
-    plain: dict[str, Any] = {
-        "init_lora_weights": True,
-        "loftq_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-    }
+    plain: Any = {"init_lora_weights": True, **dict.fromkeys(("loftq_config", "corda_config", "lora_ga_config"))}
     if any(layer.part("lora_initial", adapter_name).A is None for layer in changed.values()):
         for name, layer in changed.items():
             residual = layer.stored(layer.residual(adapter_name))

@@ -26,9 +26,7 @@ def replace(directory: Path, write_weights: Callable[[Path], None], config: str)
 
     `write_weights(path)` writes the tensors to a path. After an error, an interrupt or a kill, `config_path` and the
     tensors' file are the old pair or the new pair. No other file changes.
-
-    Raises:
-        OSError: the disk failed.
+    Raises: OSError: the disk failed.
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file: an adapter needs a folder")

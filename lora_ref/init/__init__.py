@@ -3,10 +3,12 @@
 The import of this package adds them to `METHODS` of `lora_ref.core.inits`. A new init is a function and an entry there.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from ..core.inits import METHODS, Method, find, method_of, uniform
+from ..core.update import Factors
 from . import corda, lora_ga
 from .loftq import loftq
 from .mica import mica
@@ -26,47 +28,28 @@ def check(init_lora_weights: bool | str, shape: tuple[int, ...], r: int, scaling
         method.check(shape, r, scaling)
 
 
+def _changes_base(name: str, function: Callable[..., Factors], check: Any = None, **others: Any) -> Method:
+    check = check or partial(check_shape, name)
+    return Method({"linear": function}, changes_base=True, reads_weight=True, check=check, **others)
+
+
 def _loftq_options(config: LoftQConfig) -> dict[str, Any]:
     return {"bits": config.loftq_bits, "iterations": config.loftq_iter}
 
 
-def _check_orthogonal(shape: tuple[int, ...], r: int, scaling: float) -> None:
-    check_even(r)
-
-
-def _check_mica(shape: tuple[int, ...], r: int, scaling: float) -> None:
-    check_shape("mica", shape, r)  # it does not divide by the scaling
-
-
-CHANGES: Any = {"changes_base": True, "reads_weight": True}
-METHODS.update(
-    {
-        "orthogonal": Method({"linear": orthogonal}, check=_check_orthogonal),
-        "pissa": Method({"linear": pissa}, **CHANGES, check=partial(check_shape, "pissa"), number="niter"),
-        "olora": Method({"linear": olora}, **CHANGES, check=partial(check_shape, "olora")),
-        "loftq": Method(
-            {"linear": loftq},
-            **CHANGES,
-            check=partial(check_shape, "loftq"),
-            config=LoftQConfig,
-            options=_loftq_options,
-        ),
-        "corda": Method(
-            {"linear": corda.corda},
-            **CHANGES,
-            check=partial(check_shape, "corda"),
-            prepare="preprocess_corda",
-            config=CordaConfig,
-        ),
-        # `initialize_lora_eva_weights` sets A later
-        "eva": Method({"linear": uniform}, config=EvaConfig),
-        "mica": Method({"linear": mica, "embedding": mica}, reads_weight=True, train_B=False, check=_check_mica),
-        "lora_ga": Method(
-            {"linear": lora_ga.lora_ga},
-            **CHANGES,
-            check=lora_ga.check_lora_ga,
-            prepare="preprocess_loraga",
-            config=LoraGAConfig,
-        ),
-    }
+# mica does not divide by the scaling; `initialize_lora_eva_weights` sets A of eva later
+METHODS["orthogonal"] = Method({"linear": orthogonal}, check=lambda shape, r, scaling: check_even(r))
+METHODS["pissa"] = _changes_base("pissa", pissa, number="niter")
+METHODS["olora"] = _changes_base("olora", olora)
+METHODS["loftq"] = _changes_base("loftq", loftq, config=LoftQConfig, options=_loftq_options)
+METHODS["corda"] = _changes_base("corda", corda.corda, prepare="preprocess_corda", config=CordaConfig)
+METHODS["eva"] = Method({"linear": uniform}, config=EvaConfig)
+METHODS["mica"] = Method(
+    {"linear": mica, "embedding": mica},
+    reads_weight=True,
+    train_B=False,
+    check=lambda shape, r, scaling: check_shape("mica", shape, r),
+)
+METHODS["lora_ga"] = _changes_base(
+    "lora_ga", lora_ga.lora_ga, lora_ga.check_lora_ga, prepare="preprocess_loraga", config=LoraGAConfig
 )

@@ -32,15 +32,11 @@ def corda(
     U_r^T U S V^T = S_r V_r^T, so S_r V_r^T C'^-1 = U_r^T W, and no inverse is needed. The update projects W onto
     r directions of its output. The covariance only selects them: "ipm" the r largest of the min(in, out) singular
     triples, "kpm" the r smallest. The product does not depend on s, nor on the scale of C.
-
-    Raises:
-        ValueError: r > min(in, out), scaling <= 0, an unknown corda_method, a covariance that is zero or not finite,
-            or the dtype cannot hold the factors.
-
+    Raises: ValueError: r > min(in, out), scaling <= 0, an unknown corda_method, a covariance that is zero or not
+    finite, or the dtype cannot hold the factors.
     Source: CorDA, arXiv 2406.05223, section 3 and algorithm 1.
-
     Differs from PEFT: no inverse of C' and no full SVD, so it is faster and rounds less. float64 is accepted. A
-        direction with S = 0 (W has a lower rank) gives zeros, not a division by zero.
+    direction with S = 0 (W has a lower rank) gives zeros, not a division by zero.
 
     >>> import numpy as np
     >>> W, C = np.array([[3.0, 0.0], [0.0, 2.0]]), np.diag([1.0, 9.0])
@@ -58,9 +54,7 @@ def call_covariance(x: Float[Array, "*tokens in"]) -> Float[Array, "in in"]:
     """X^T X with X = x / max|x|, in at least float32: one call of a layer, as a part of its covariance.
 
     All leading dimensions count tokens. The mean is not subtracted, so this is a second moment.
-
     Source: CorDA, arXiv 2406.05223, section 3; the division by max|x| is from the authors' code.
-
     Differs from PEFT: PEFT divides by |max x|, which is 0 if max x is. There only batches of one sample work.
 
     >>> import numpy as np
@@ -85,12 +79,8 @@ def damp(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     - Else E ||(C' X - I) z||^2 = ||C' X - I||_F^2 for z ~ N(0, I) (Hutchinson), where X z solves C' x = z.
       16 such z cost one LU factorisation, a sixth of the inverse and the product.
     - A large norm comes from 1 / (d mean), so doubling d halves it.
-
-    Raises:
-        ValueError: C is zero or not finite, or has a negative number on its diagonal.
-
+    Raises: ValueError: C is zero or not finite, or has a negative number on its diagonal.
     Source: PEFT's preprocess_corda; the authors' code has the same loop.
-
     Differs from PEFT: the norm is estimated, to 30 % at worst. Near .05, d may differ by a factor of two.
 
     >>> import numpy as np

@@ -26,10 +26,8 @@ def eva(
 
     The rows of A are orthonormal, A A^T = I. They span the r-dimensional subspace with most of the inputs' variance.
     With `whiten` row i is divided by sqrt(sigma_i), its singular value. Then the entries of A x vary more evenly.
-
-    Raises:
-        ValueError: fewer than r components. With `whiten`: a singular value is 0, or too small for the weight's dtype.
-
+    Raises: ValueError: fewer than r components. With `whiten`: a singular value is 0, or too small for the weight's
+    dtype.
     Source: EVA, arXiv 2410.07170, section 3.
 
     >>> import numpy as np
@@ -69,7 +67,6 @@ def redistribute(ratios: Mapping[str, Sequence[float]], ranks: Mapping[str, int]
     `ratios` holds for each layer the explained variance ratios of its components, in falling order. Of layer l only
     the first round(r_l * rho) count, so no new rank is larger. With rho = 1 all ranks stay. A new rank may be 0. Of
     equal ratios the earlier layer's counts first. So of layers with the same input the first has the highest rank.
-
     Source: EVA, arXiv 2410.07170, section 3 and algorithm 1.
 
     >>> redistribute({"a": [0.9, 0.05], "b": [0.5, 0.3]}, {"a": 1, "b": 1}, rho=2.0)

@@ -22,15 +22,11 @@ def loftq(
     Q and s * B @ A do not depend on s. `rng` is not used.
     One iteration gives QLoRA's base with the best factors for it: never worse than Q alone. More iterations are usually
     better, but one of them may raise the error: the scale of a block comes from its largest number.
-
-    Raises:
-        ValueError: r > min(in, out), s <= 0, bits not 2, 4 or 8, iterations < 1, W or a factor is not finite.
-
+    Raises: ValueError: r > min(in, out), s <= 0, bits not 2, 4 or 8, iterations < 1, W or a factor is not finite.
     Source: LoftQ, arXiv 2310.08659, algorithm 1 (there s = 1).
-
     Differs from PEFT: needs no bitsandbytes. PEFT computes its factors without s, so already at lora_alpha = 2 r they
-        can be worse than none. Measured with this quantiser in both (a Gaussian 32x64, r = 4, 4 bits, 3 iterations):
-        PEFT's error is 0.101 of ||W||, that of Q alone 0.093, here 0.070 for every lora_alpha.
+    can be worse than none. Measured with this quantiser in both (a Gaussian 32x64, r = 4, 4 bits, 3 iterations): PEFT's
+    error is 0.101 of ||W||, that of Q alone 0.093, here 0.070 for every lora_alpha.
 
     >>> import numpy as np
     >>> W = np.array([[0.5, -2.0], [2.0, 0.3]])

@@ -15,12 +15,8 @@ def mica(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any 
     The first update is zero. Only A is trained. B is frozen, so every update lies in the column space of B.
     For an embedding W is the logical weight, (dim, vocabulary).
     This needs the full SVD. Eigenvectors of W W^T cost less, but rounding hides the squares of small singular values.
-
-    Raises:
-        ValueError: r > min(in, out), or W is not finite.
-
+    Raises: ValueError: r > min(in, out), or W is not finite.
     Source: MiCA, arXiv 2604.01694.
-
     Differs from PEFT: fixed signs. float64 is accepted.
 
     >>> import numpy as np

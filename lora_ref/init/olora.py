@@ -15,12 +15,8 @@ def olora(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng: Any
     B^T B = I. A is upper trapezoidal with a diagonal >= 0. With s = 1 the first r columns of the residual are zero.
     A and B do not depend on s. The first r columns of W determine Q[:, :r], and R[:r] = Q[:, :r]^T W. So the cost is
     O(in * out * r), and only the residual has the size of W.
-
-    Raises:
-        ValueError: r > min(in, out), scaling <= 0, W is not finite, or the dtype cannot hold the factors.
-
+    Raises: ValueError: r > min(in, out), scaling <= 0, W is not finite, or the dtype cannot hold the factors.
     Source: OLoRA, arXiv 2406.01775, section 3, algorithm 1.
-
     Differs from PEFT: fixed signs. float64 is accepted. In half precision the residual belongs to the rounded factors.
 
     >>> import numpy as np

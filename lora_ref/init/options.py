@@ -5,6 +5,7 @@ import math
 
 from ..core.config import require
 from ..safe.strict import strict
+from .lora_ga import DIRECTIONS, SCALES
 
 
 def is_number(x: object) -> bool:
@@ -82,8 +83,7 @@ class LoraGAConfig:
     stable_gamma: float = 16
 
     def __post_init__(self) -> None:
-        directions, scales = ("ArBr", "A2rBr", "ArB2r", "random"), ("stable", "weight_svd", "gd_scale", "unit")
-        require(self.direction in directions, "direction", self.direction, f"one of {', '.join(directions)}")
-        require(self.scale in scales, "scale", self.scale, f"one of {', '.join(scales)}")
+        require(self.direction in DIRECTIONS, "direction", self.direction, f"one of {', '.join(DIRECTIONS)}")
+        require(self.scale in SCALES, "scale", self.scale, f"one of {', '.join(SCALES)}")
         gamma = self.stable_gamma
         require(is_number(gamma) and gamma > 0, "stable_gamma", gamma, "a number > 0")

@@ -14,10 +14,7 @@ def orthogonal(weight: Float[Array, "out in"], r: int, scaling: float = 1.0, rng
     P and Q are (r/2, r). X (in, r/2) and Y (out, r/2) are standard normal. Rows of an orthogonal matrix are
     orthogonal to each other: Q P^T = 0, so B A = 0. The first update is zero, and both factors get gradients
     at the first step. But A and B have rank r/2 only. Neither of them is an orthogonal matrix.
-
-    Raises:
-        ValueError: r is odd.
-
+    Raises: ValueError: r is odd.
     Source: PEFT's LoraConfig, `init_lora_weights="orthogonal"` (there is no paper).
 
     >>> import numpy as np

@@ -18,14 +18,10 @@ def pissa(
     singular values: B^T residual = 0, residual A^T = 0. Row k of A and column k of B have the norm sqrt(S_k / s).
     niter=None: exact, by `numerics.leading_svd`. niter=n: the randomised SVD with n subspace iterations. It draws
     from `rng`, or from a fixed seed. W = residual + s B A holds for it too.
-
-    Raises:
-        ValueError: r > min(in, out), scaling <= 0, W is not finite, or the dtype cannot hold the factors.
-
+    Raises: ValueError: r > min(in, out), scaling <= 0, W is not finite, or the dtype cannot hold the factors.
     Source: PiSSA, arXiv 2404.02948, equations 2 to 4.
-
-    Differs from PEFT: float64 is accepted. In half precision the residual belongs to the rounded factors.
-        niter draws more columns than r, from a fixed seed.
+    Differs from PEFT: float64 is accepted. In half precision the residual belongs to the rounded factors. niter draws
+    more columns than r, from a fixed seed.
 
     >>> import numpy as np
     >>> W = np.array([[3.0, 0.0], [0.0, -5.0]])

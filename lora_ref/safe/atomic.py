@@ -17,16 +17,14 @@ from torch import nn
 
 from ..core.layer import LoraLayer
 
-# ids of the modules that running full transactions cover, and of the roots of the partial ones
+# ids of the modules that full transactions cover, and of the roots of the partial ones
 _covered: ContextVar[frozenset[int]] = ContextVar("_covered", default=frozenset())
 _shallow: ContextVar[frozenset[int]] = ContextVar("_shallow", default=frozenset())
 
 
 @contextmanager
 def transaction(
-    *roots: nn.Module,
-    modules: Callable[[], Iterable[nn.Module]] | None = None,
-    flags: Iterable[nn.Parameter] = (),
+    *roots: nn.Module, modules: Callable[[], Iterable[nn.Module]] | None = None, flags: Iterable[nn.Parameter] = ()
 ) -> Iterator[None]:
     """Undo every change of the module trees when the body raises, KeyboardInterrupt included.
 
@@ -109,8 +107,8 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def tree(*roots: nn.Module) -> list[nn.Module]:
-    """`modules()` of all the roots, each once and in that order, in a tenth of the time.
+def tree(*roots: nn.Module, factors: bool = True) -> list[nn.Module]:
+    """`modules()` of all the roots, each once and in that order, in a tenth of the time. factors=False: not A and B.
 
     >>> [type(m).__name__ for m in tree(nn.Sequential(nn.Sequential(nn.ReLU()), nn.Tanh()))]
     ['Sequential', 'Sequential', 'ReLU', 'Tanh']
@@ -121,24 +119,15 @@ def tree(*roots: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+            only_base = isinstance(module, LoraLayer) and not factors
+            inner = [module._modules["base_layer"]] if only_base else reversed(module._modules.values())
+            waiting += [child for child in inner if child is not None]
     return list(found.values())
 
 
 def modules_without_factors(model: nn.Module) -> list[nn.Module]:
     """All modules except those that hold A and B. Activating, disabling and merging change attributes of these only."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            inner = [module.base] if isinstance(module, LoraLayer) else module._modules.values()
-            waiting += [child for child in inner if child is not None]
-    return list(found.values())
-
-
-# -- the methods that run in a transaction ---------------------------------------------------------
+    return tree(model, factors=False)
 
 
 def switches(model: Any) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from ..core import inits
 from ..core.adapter_modules import ModulesToSave, unwrapped
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer, is_observed
-from ..core.layer_types import Parameter, is_conv1d_of_transformers, kind_of
+from ..core.layer_types import CONVOLUTIONS, Parameter, is_conv1d_of_transformers, kind_of
 from ..core.model import walk
 from ..core.names import Match, Targeting
 from . import sharded
@@ -42,14 +42,13 @@ def check(
             raise ValueError(f"{match.name}: belongs to the model itself; only a submodule's parameters can be adapted")
         parent, attribute = places[name]
         module = getattr(parent, attribute)
+        bare = unwrapped(module)
         if match.action == "save":
             refusal = _refuse_saving(module, parent)
         else:
             refusal = _refuse_adapting(module, parent, attribute, parameter, match.r or 0)
-            if refusal is None and parameter:
-                refusal = _refuse_twice(name, plan)
-            if refusal is None and will_init:
-                refusal = _refuse_init(config, match, parameter, unwrapped(module), needs_data)
+            refusal = refusal or (_refuse_twice(name, plan) if parameter else None)
+            refusal = refusal or (_refuse_init(config, match, parameter, bare, needs_data) if will_init else None)
         if refusal:
             raise ValueError(f"{match.name}: {refusal}")
         if nested and isinstance(parent, nn.TransformerEncoderLayer):
@@ -59,13 +58,12 @@ def check(
             )
         if match.action == "save":
             continue
-        bare = unwrapped(module)
-        transposed = is_conv1d_of_transformers(bare)
-        if not parameter and kind_of(bare) == "linear" and config.fan_in_fan_out is not transposed and module is bare:
+        transposed, is_linear = is_conv1d_of_transformers(bare), kind_of(bare) == "linear" and not parameter
+        if is_linear and config.fan_in_fan_out is not transposed and module is bare:
             stores = f"{type(bare).__name__} stores {'(in, out)' if transposed else '(out, in)'}"
             notes.append(f"fan_in_fan_out={config.fan_in_fan_out}, but {stores}: the layer's own storage is used")
         holders = shared[id(getattr(bare, parameter or "weight"))]
-        if own_forward(bare) and kind_of(bare) == "linear" and not parameter:
+        if is_linear and own_forward(bare):
             notes.append(
                 f"{match.name}: {type(bare).__name__} has a forward of its own; the update is that of a plain "
                 "nn.Linear, and merged and unmerged outputs may differ"
@@ -89,14 +87,8 @@ def levels_to_the_caller() -> int:
 
 def own_forward(module: nn.Module) -> bool:
     """Does a subclass of torch's layers compute its output in another way?"""
-    return (
-        kind_of(module) != ""
-        and not is_conv1d_of_transformers(module)
-        and not any(
-            type(module).forward is torchs.forward
-            for torchs in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        )
-    )
+    known = [cls.forward for cls in (nn.Linear, nn.Embedding, *CONVOLUTIONS)]
+    return kind_of(module) != "" and not is_conv1d_of_transformers(module) and type(module).forward not in known
 
 
 def _refuse_saving(module: nn.Module, parent: nn.Module) -> str | None:
@@ -154,8 +146,7 @@ def _refuse_twice(owner: str, plan: Targeting) -> str | None:
 
 def _refuse_init(config: LoraConfig, match: Match, parameter: str, bare: nn.Module, needs_data: bool) -> str | None:
     """The reason why this layer cannot be initialised as asked, or None."""
-    weight = getattr(bare, parameter or "weight")
-    value = config.init_lora_weights
+    weight, value = getattr(bare, parameter or "weight"), config.init_lora_weights
     name = inits.method_of(value)
     method = inits.METHODS[name]
     assert match.r is not None and match.scaling is not None
@@ -178,8 +169,7 @@ def _refuse_init(config: LoraConfig, match: Match, parameter: str, bare: nn.Modu
 def unused_rules(targeting: Targeting, config: LoraConfig) -> list[str]:
     """The warnings about rules that matched nothing.
 
-    Raises:
-        ValueError: nothing is adapted; says which rule excluded what, and lists similar names.
+    Raises: ValueError: nothing is adapted; says which rule excluded what, and lists similar names.
     """
     if not any(m.action.startswith("adapt") for m in targeting.matches):
         excluded = [m for m in targeting.matches if m.rule != "no target matches"]

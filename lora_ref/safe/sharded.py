@@ -5,10 +5,6 @@ model trains as it is then. But the engine holds references to the parameters th
 a parameter that is installed afterwards. So adapters are added, loaded and merged before the model is sharded.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -42,23 +38,3 @@ def is_main_process() -> bool:
     """Is this rank 0, or a process by itself?"""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-#: Methods of LoraModel that install or remove parameters, and how a message calls them.
-NOT_SHARDED = {
-    "delete_adapter": "deleting an adapter",
-    "merge_adapter": "merging",
-    "merge_and_unload": "merging",
-    "unload": "unloading",
-}
-
-
-def not_sharded(method: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A method of a model that is refused once the model is sharded."""
-
-    @wraps(method)
-    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        check_not_sharded(model, what)
-        return method(model, *args, **kwargs)
-
-    return run

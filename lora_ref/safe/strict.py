@@ -63,9 +63,8 @@ def strict(cls: type[T]) -> type[T]:
 def check_options(config: LoraConfig) -> None:
     """Check the options of a LoraConfig that `core.config` takes as they are, and turn sets and tuples into lists.
 
-    Raises:
-        ValueError: a value of a wrong type, a regular expression that cannot be used, or options that do not go
-            together; TypeError: one name where a list of names is needed.
+    Raises: ValueError: a value of a wrong type, a regular expression that cannot be used, or options that do not go
+    together; TypeError: one name where a list of names is needed.
     """
     task_type, allowed = config.task_type, f"one of {', '.join(TaskType)}"
     require(task_type is None or task_type in list(TaskType), "task_type", task_type, allowed)
@@ -75,27 +74,6 @@ def check_options(config: LoraConfig) -> None:
     for name in ("base_model_name_or_path", "revision"):
         value = getattr(config, name)
         require(value is None or isinstance(value, str), name, value, "a string or None")
-    _check_names(config)
-    for name in ("rank_pattern", "alpha_pattern"):
-        value = getattr(config, name)
-        require(value is None or isinstance(value, dict), name, value, "a dict {regular expression: value}")
-        for key in value or ():
-            require(isinstance(key, str), name, key, "a dict whose keys are strings")
-        if value:
-            config.pattern_type.compile_all(value, name)
-    if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out):
-        raise ValueError(
-            "target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: the update is added "
-            "to the parameter itself, so there is no input of A to drop"
-        )
-    is_loftq = str(config.init_lora_weights).lower() == "loftq"
-    if config.loftq_config and not is_loftq:
-        warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)
-    if is_loftq and not config.loftq_config:
-        raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
-
-
-def _check_names(config: LoraConfig) -> None:
     regular = ("target_modules", "exclude_modules", "layers_pattern")
     for name in (*regular, "target_parameters", "modules_to_save"):
         value = getattr(config, name)
@@ -120,3 +98,20 @@ def _check_names(config: LoraConfig) -> None:
         raise ValueError("layers_to_transform needs target_modules to be a list; put the layers into the regex")
     if config.layers_pattern and not indices:
         raise ValueError("layers_pattern is given without layers_to_transform: say which layers")
+    for name in ("rank_pattern", "alpha_pattern"):
+        value = getattr(config, name)
+        require(value is None or isinstance(value, dict), name, value, "a dict {regular expression: value}")
+        for key in value or ():
+            require(isinstance(key, str), name, key, "a dict whose keys are strings")
+        if value:
+            config.pattern_type.compile_all(value, name)
+    if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out):
+        raise ValueError(
+            "target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: the update is added "
+            "to the parameter itself, so there is no input of A to drop"
+        )
+    is_loftq = str(config.init_lora_weights).lower() == "loftq"
+    if config.loftq_config and not is_loftq:
+        warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)
+    if is_loftq and not config.loftq_config:
+        raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")
