@@ -40,8 +40,9 @@ class PeftModel(nn.Module):
         with transaction(model):
             self.base_model = base = LoraModel(model)
             self.training = model.training
-            base.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
-            base.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+            with transaction(self):  # covers the new modules, too
+                base.add_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+                base.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         _prepare_gradient_checkpointing(model)
 
     @classmethod
@@ -62,8 +63,9 @@ class PeftModel(nn.Module):
         with transaction(model):
             self.base_model = LoraModel(model)
             self.training = model.training
-            self.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
-            self.set_adapter(adapter_name, inference_mode=not is_trainable)
+            with transaction(self):  # covers the new modules, too
+                self.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+                self.set_adapter(adapter_name, inference_mode=not is_trainable)
         _prepare_gradient_checkpointing(model)
         return self
 

@@ -95,10 +95,11 @@ class Linear(layer_types.Linear):
         names = self.names_of_batch(x.shape[0])
         rows = [i for i, name in enumerate(names) if name in self.r]
         pairs = {names[i]: self.plain_factors(names[i], x) for i in rows}
-        used = [self.lora_dropout[name] for name in pairs if name in self.lora_dropout]
+        dropouts = self.lora_dropout._modules
+        used = [dropouts[name] for name in pairs if name in dropouts]
         if any(type(dropout) is not nn.Dropout or is_observed(dropout) or dropout.training for dropout in used):
             return super().add_by_sample(y, x)
-        if self._modules.get("lora_initial") or not rows or None in pairs.values() or not applies(x):
+        if self.lora_initial._modules or not rows or None in pairs.values() or not applies(x):
             return super().add_by_sample(y, x)
         each = [(*pairs[names[i]], self.scaling[names[i]]) for i in rows]  # type: ignore[misc]
         if len(rows) == len(names):
