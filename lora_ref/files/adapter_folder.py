@@ -68,11 +68,11 @@ def save_adapter(
         return
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
-        warnings.warn(
-            f"adapter {adapter_name!r} holds NaN or infinite numbers ({', '.join(broken[:3])}"
-            f"{', ...' if len(broken) > 3 else ''}): it is written, but cannot be read back",
-            stacklevel=4,
+        named = ", ".join(broken[:3] + ["..."] * (len(broken) > 3))
+        text = (
+            f"adapter {adapter_name!r} holds NaN or infinite numbers ({named}): it is written, but cannot be read back"
         )
+        warnings.warn(text, stacklevel=4)
     write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
 
 

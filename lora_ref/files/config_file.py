@@ -26,13 +26,13 @@ NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qal
 class LoraConfig(core.LoraConfig):
     """How to adapt a model. Every option is checked when the object is made.
 
-    s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. A is (r, in), B (out, r). Numbers are Python's, not NumPy's.
+    s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. A is (r, in), B (out, r). Numbers are Python's.
 
     Attributes:
         target_modules, exclude_modules: a list of names or of dotted ends of names ("q_proj", "self_attn.q_proj"). A
             string is one regular expression for a name in full. "all-linear". [] for none (with target_parameters).
             None to choose by architecture. exclude_modules wins.
-        layers_to_transform, layers_pattern: only these indices, in the layer lists of these names (for a list of targets).
+        layers_to_transform, layers_pattern: only these indices, in layer lists of these names (for a list of targets).
         rank_pattern, alpha_pattern: {regular expression: value}. It must reach the end of a module's name and may
             start at any dot. The first that matches wins.
         target_parameters: raw parameters to adapt, "experts.gate_up_proj", with 2 or 3 dimensions.
@@ -100,10 +100,8 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
             hint = "" if key in OFF_IN_PEFT else did_you_mean(key[:80], known)
             raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{hint}")
         if key not in OFF_IN_PEFT:
-            warnings.warn(
-                f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored",
-                stacklevel=3,
-            )
+            note = f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored"
+            warnings.warn(note, stacklevel=3)
     options = {key: value for key, value in data.items() if key in known}
     for name, method in METHODS.items():
         key = f"{name}_config"

@@ -20,12 +20,12 @@ def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: boo
     for where, layer in layers.items():
         found: dict[str, Any] = {}
         for name in [name for name in names if name in layer.r]:
-            for part in ("lora_A", "lora_B"):
+            for part in ("A", "B"):
                 if layer.kind == "embedding":
-                    table = getattr(layer, f"lora_embedding_{part[-1]}")
-                    found[f"{part} of {name}"] = _stored(table, name, calls)
+                    module, attribute = getattr(layer, f"lora_embedding_{part}"), name
                 else:
-                    found[f"{part} of {name}"] = _stored(getattr(layer, part)[name], "weight", calls)
+                    module, attribute = getattr(layer, f"lora_{part}")[name], "weight"
+                found[f"lora_{part} of {name}"] = _stored(module, attribute, calls)
         if base:
             found["the base"] = _stored(layer.get_base_layer(), layer.weight_name, False)
         for part, weight in found.items():
@@ -45,7 +45,6 @@ def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
         return "is offloaded"
     plain = type(module).__name__ in ("Linear", "Conv1d", "Conv2d", "Conv3d", "FactorTable")
     if calls and (is_observed(module) or not plain or module._parameters.get("bias") is not None):
-        return (
-            f"is a {type(module).__name__} with hooks, a bias or a forward of its own, which its weight does not show"
-        )
+        hidden = "hooks, a bias or a forward of its own"
+        return f"is a {type(module).__name__} with {hidden}, which its weight does not show"
     return weight
