@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..api.peft_model import PeftModel
-from ..core.config import LoraConfig, prefix_errors
+from ..core.config import LoraConfig
 from ..core.layer import adapter_dtype
 from ..core.model import LoraModel, biases, describe, holders
 from ..core.names import exactly
@@ -20,6 +20,7 @@ from ..core.update import Factors
 from ..init.eva import eva
 from ..init.options import EvaConfig
 from ..safe.atomic import transaction
+from ..safe.strict import prefix_errors
 from .eva_statistics import ForwardFn, InputStatistics, RowsFn
 
 

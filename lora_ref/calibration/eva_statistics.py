@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import prefix_errors
 from ..core.layer import LoraLayer
 from ..init.eva import largest_rank, redistribute
 from ..init.options import EvaConfig
 from ..numerics import pca
 from ..safe.progress import progress_bar
+from ..safe.strict import prefix_errors
 from . import hooks
 
 ForwardFn = Callable[[nn.Module, Any], Any]  # (model, batch)
@@ -27,8 +27,8 @@ RowsFn = Callable[[Tensor, Any, str], Tensor]  # (a layer's input, the batch, th
 class InputStatistics:
     """The moments and principal components of the layers' inputs. ValueError: no layers, or round(r * rho) > in.
 
-    `shared_with` is {layer: the first layer with the same input}. Only these first layers have statistics: `wanted`, the
-    largest number of components that a layer with the input can use), `moments`, `components`, and their `rows`.
+    `shared_with` is {layer: the first layer with the same input}. Only these first layers have statistics: `wanted`,
+    the largest number of components that a layer with the input can use, `moments`, `components`, and their `rows`.
     """
 
     def __init__(self, layers: Mapping[str, LoraLayer], adapter_name: str, options: EvaConfig) -> None:

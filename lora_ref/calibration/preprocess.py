@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..api.explain import explain
 from ..core.adapter_modules import AdapterModule
-from ..core.config import LoraConfig, prefix_errors
+from ..core.config import LoraConfig
 from ..core.layer_types import is_conv1d_of_transformers
 from ..core.update import Factors
 from ..init import corda, lora_ga
@@ -23,6 +23,7 @@ from ..init.options import CordaConfig, LoraGAConfig
 from ..safe import refusals as checks
 from ..safe.atomic import transaction
 from ..safe.progress import steps
+from ..safe.strict import prefix_errors
 from . import hooks
 from .covariance import Covariances
 

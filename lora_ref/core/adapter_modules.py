@@ -16,8 +16,6 @@ class AdapterModule(nn.Module):
 
     by_adapter: tuple[str, ...] = ()
     base_attribute = "base_layer"  # the attribute that holds the wrapped module
-    active_adapters: list[str]
-    disable_adapters: bool
     adapter_names: Sequence[str] | None  # one adapter for each sample of the batch
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
-from .config import LoraConfig, prefix_errors
+from .config import LoraConfig
 from .inits import METHODS, find, method_of
 from .layer import Init, InitOf, LoraLayer
 from .layer_types import LAYER_TYPES, kind_of
@@ -109,8 +109,10 @@ class LoraModel(nn.Module):
                     continue
                 method, rounded = init(match.name) if init else _init_of(config, wrapper), init is None
                 numbers = (match.r, match.lora_alpha)
-                with prefix_errors(match.name):
+                try:
                     wrapper.add_adapter(adapter_name, *numbers, config, method, autocast_adapter_dtype, rounded)
+                except ValueError as error:
+                    raise ValueError(f"{match.name}: {error}") from error
         if was_off:  # then the new wrappers are, too
             self.disable_adapter_layers()
         self.peft_config[adapter_name] = config

@@ -13,7 +13,7 @@ from typing import Any
 from ..core import config as core
 from ..core.inits import METHODS
 from ..safe import regexes
-from ..safe.strict import check_options, did_you_mean, strict
+from ..safe.strict import check_options, did_you_mean, prefix_errors, strict
 
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
@@ -140,7 +140,7 @@ def read(path: Path) -> LoraConfig:
         data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    with core.prefix_errors(path):
+    with prefix_errors(path):
         return from_dict(data)
 
 
