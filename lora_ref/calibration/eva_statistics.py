@@ -73,10 +73,9 @@ class InputStatistics:
                     if converged == len(recorded):
                         break
         if missing := [name for name in recorded if name not in self.moments]:
-            raise ValueError(
-                f"{', '.join(missing)}: not called, or with fewer rows in every batch than components are wanted, "
-                f"round(r * rho) = {self.wanted[missing[0]]}: use larger batches, or a smaller r or rho"
-            )
+            few = f"{', '.join(missing)}: not called, or with fewer rows in every batch than components are wanted"
+            n = self.wanted[missing[0]]
+            raise ValueError(f"{few}, round(r * rho) = {n}: use larger batches, or a smaller r or rho")
         converged = converged if updated else self.update_components()
         if converged < len(recorded):
             which = f"EVA: {len(recorded) - converged} of {len(recorded)} inputs have components that"

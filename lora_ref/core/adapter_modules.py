@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# names that `__getattr__` must not look up in the wrapped module while this module is being built or unpickled
+# not looked up in the wrapped module: they may be missing while this module is being built or unpickled
 OWN = ("delegate", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
 
 

@@ -52,10 +52,8 @@ def check(
         if refusal:
             raise ValueError(f"{match.name}: {refusal}")
         if nested and isinstance(parent, nn.TransformerEncoderLayer):
-            notes.append(
-                "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted: "
-                "make it with enable_nested_tensor=False"
-            )
+            masks = "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted"
+            notes.append(f"{masks}: make it with enable_nested_tensor=False")
         if match.action == "save":
             continue
         transposed, is_linear = is_conv1d_of_transformers(bare), kind_of(bare) == "linear" and not parameter
