@@ -107,11 +107,9 @@ class LoraModel(core.LoraModel):
     ) -> nn.Module:
         """The plain base model with the active (or named) adapters merged into it: the original object.
 
-        The sums are written into the memory of the weights: nothing of their size is allocated. Weights that would
-        not be finite are refused before the first is written. From there on there is no exact way back, so Ctrl-C
-        takes effect when all are written: the model is then merged and plain. `progressbar` and `safe_merge` are for
-        PEFT's scripts.
-        Raises: ValueError: as `merge_adapter`; the model is then still adapted, and unchanged.
+        The sums are written into the weights' own memory. Weights that would not be finite are refused before the first
+        is written. From there on Ctrl-C waits until the model is merged and plain, since there is no exact way back.
+        `progressbar` and `safe_merge` are for PEFT's scripts. ValueError as `merge_adapter`: nothing has changed then.
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
         _, names = self._layers_to_merge(adapter_names)

@@ -16,6 +16,7 @@ from ..files.config_file import LoraConfig
 from ..files.conversion import plain_factors
 from ..safe.atomic import transaction
 from ..safe.plain import check_plain
+from ..safe.strict import prefix_errors
 from .combination import COMBINATIONS
 
 
@@ -92,7 +93,7 @@ def combine(
         if combination_type == "svd" and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
         rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
-        with core.prefix_errors(where):
+        with prefix_errors(where):
             combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
             if not all(f.is_meta or numerics.is_finite(f) for f in combined[where][:2]):
                 raise ValueError(f"with weights={list(weights)} the combined factors are not finite")

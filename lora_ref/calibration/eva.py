@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..api.peft_model import PeftModel
-from ..core.config import LoraConfig, prefix_errors
+from ..core.config import LoraConfig
 from ..core.layer import adapter_dtype
 from ..core.model import LoraModel, biases, describe, holders
 from ..core.names import exactly
@@ -20,6 +20,7 @@ from ..core.update import Factors
 from ..init.eva import eva
 from ..init.options import EvaConfig
 from ..safe.atomic import transaction
+from ..safe.strict import prefix_errors
 from .eva_statistics import ForwardFn, InputStatistics, RowsFn
 
 
@@ -37,21 +38,20 @@ def initialize_lora_eva_weights(
 
         A_l = the r_l leading principal components of layer l's inputs, B_l = 0,    sum r_l as before
 
-    The base model runs in evaluation mode on each batch at most once, on the first twice. Layers that get the same
-    tensor share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No more
-    data are read when |cosine| >= tau for all components that the layers need. The adapter's configuration then names
-    every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings, convolutions and raw
-    parameters keep their factors. Every process uses its own data only. Memory: 8 * in * min(in, rows) bytes for every
-    distinct input (`lora_ref.numerics.pca`). Fewer batches or fewer layers need less.
+    The base model runs in evaluation mode, on the first batch twice, on others once. Layers that get the same tensor
+    share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No more data are
+    read when |cosine| >= tau for all that the layers need. The configuration then names every layer in full, with its
+    rank and alpha. A layer of rank 0 loses the adapter. Embeddings, convolutions and raw parameters keep their factors.
+    Every process uses its own data. Memory: 8 * in * min(in, rows) bytes for every distinct input.
 
     Args:
         dataloader: batches. A mapping holds the model's keyword arguments, any other batch is its argument.
         adapter_name: it need not be active.
         forward_fn: (model, batch) -> anything: runs the model in another way.
-        prepare_layer_inputs_fn: (input, batch, layer name) -> (rows, in): the rows of a layer's input to use.
-            Default: those with attention_mask 1 and, with use_label_mask, a label other than label_mask_value. A
-            missing key excludes no row. Inputs with fewer than round(r * rho) rows are skipped.
+        prepare_layer_inputs_fn: (input, batch, layer name) -> (rows, in): the rows of a layer's input to use. Default:
+            `eva_statistics.kept_rows`. Inputs with fewer than round(r * rho) rows are skipped.
         show_progress_bar: on stderr.
+
     Raises: ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
     large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
     Warns: the data ended before all components converged; layers that EVA does not support; no eva_config.

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import prefix_errors
 from ..core.layer import LoraLayer
 from ..init.eva import largest_rank, redistribute
 from ..init.options import EvaConfig
 from ..numerics import pca
 from ..safe.progress import progress_bar
+from ..safe.strict import prefix_errors
 from . import hooks
 
 ForwardFn = Callable[[nn.Module, Any], Any]  # (model, batch)
@@ -27,10 +27,8 @@ RowsFn = Callable[[Tensor, Any, str], Tensor]  # (a layer's input, the batch, th
 class InputStatistics:
     """The moments and principal components of the layers' inputs. ValueError: no layers, or round(r * rho) > in.
 
-    Attributes:
-        shared_with: {layer: the first layer with the same input}. Only these first layers have statistics.
-        wanted: {first layer: the largest number of components that a layer with its input can use}.
-        components: {first layer: the components of its recorded inputs}, complete after `collect`.
+    `shared_with` is {layer: the first layer with the same input}. Only these first layers have statistics: `wanted`,
+    the largest number of components that a layer with the input can use, `moments`, `components`, and their `rows`.
     """
 
     def __init__(self, layers: Mapping[str, LoraLayer], adapter_name: str, options: EvaConfig) -> None:
@@ -41,15 +39,13 @@ class InputStatistics:
         for name, layer in layers.items():
             n, n_in = largest_rank(self.r[name], self.rho), layer.factors(adapter_name)[0].shape[1]
             if n > n_in:
-                raise ValueError(
-                    f"{name}: round(r * rho) = round({self.r[name]} * {options.rho:g}) = {n} components are more than "
-                    f"its {n_in} inputs: choose a smaller r or rho"
-                )
+                product = f"round(r * rho) = round({self.r[name]} * {options.rho:g}) = {n} components"
+                raise ValueError(f"{name}: {product} are more than its {n_in} inputs: choose a smaller r or rho")
         self.shared_with = {name: name for name in layers}
         self.wanted: dict[str, int] = {}
         self.moments: dict[str, pca.Moments] = {}
         self.components: dict[str, pca.Components] = {}
-        self.rows: dict[str, int] = {}  # the number of rows behind the components
+        self.rows: dict[str, int] = {}
 
     def collect(
         self, model: nn.Module, data: Iterable[Any], forward: ForwardFn | None, rows_fn: RowsFn | None, show: bool
@@ -77,17 +73,14 @@ class InputStatistics:
                     if converged == len(recorded):
                         break
         if missing := [name for name in recorded if name not in self.moments]:
-            raise ValueError(
-                f"{', '.join(missing)}: not called, or with fewer rows in every batch than components are wanted, "
-                f"round(r * rho) = {self.wanted[missing[0]]}: use larger batches, or a smaller r or rho"
-            )
+            few = f"{', '.join(missing)}: not called, or with fewer rows in every batch than components are wanted"
+            n = self.wanted[missing[0]]
+            raise ValueError(f"{few}, round(r * rho) = {n}: use larger batches, or a smaller r or rho")
         converged = converged if updated else self.update_components()
         if converged < len(recorded):
-            warnings.warn(
-                f"EVA: {len(recorded) - converged} of {len(recorded)} inputs have components that had not converged to "
-                f"tau={self.options.tau:g} when the data ended, after {count} batches: they are those of all the data",
-                stacklevel=4,
-            )
+            which = f"EVA: {len(recorded) - converged} of {len(recorded)} inputs have components that"
+            end = f"when the data ended, after {count} batches: they are those of all the data"
+            warnings.warn(f"{which} had not converged to tau={self.options.tau:g} {end}", stacklevel=4)
 
     def find_shared_inputs(self, forward: Callable[[], Any]) -> None:
         """Find the layers that get the same tensor objects in one forward."""
@@ -155,10 +148,8 @@ def kept_rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:
     if keep is None:
         return rows
     if x.shape[:-1] not in (keep.shape, (keep.numel(),)):
-        raise ValueError(
-            f"its input has the positions {tuple(x.shape[:-1])}, the batch's mask {tuple(keep.shape)}: say which rows "
-            "count with prepare_layer_inputs_fn"
-        )
+        positions = f"its input has the positions {tuple(x.shape[:-1])}, the batch's mask {tuple(keep.shape)}"
+        raise ValueError(f"{positions}: say which rows count with prepare_layer_inputs_fn")
     return rows[keep.reshape(-1).to(x.device)]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..api.explain import explain
 from ..core.adapter_modules import AdapterModule
-from ..core.config import LoraConfig, prefix_errors
+from ..core.config import LoraConfig
 from ..core.layer_types import is_conv1d_of_transformers
 from ..core.update import Factors
 from ..init import corda, lora_ga
@@ -23,6 +23,7 @@ from ..init.options import CordaConfig, LoraGAConfig
 from ..safe import refusals as checks
 from ..safe.atomic import transaction
 from ..safe.progress import steps
+from ..safe.strict import prefix_errors
 from . import hooks
 from .covariance import Covariances
 
@@ -38,10 +39,9 @@ class Prepared:
 
     def __call__(self, weight: Float[Tensor, "out in"], r: int, scaling: float = 1.0, rng: Any = None) -> Factors:
         if (tuple(weight.shape), r) != (self.shape, self.r):
-            raise ValueError(
-                f"init_lora_weights={self.method!r} was prepared for a weight {self.shape} and r={self.r}, not for "
-                f"{tuple(weight.shape)} and r={r}: use the same model and configuration for both steps"
-            )
+            made = f"init_lora_weights={self.method!r} was prepared for a weight {self.shape} and r={self.r}"
+            both = "use the same model and configuration for both steps"
+            raise ValueError(f"{made}, not for {tuple(weight.shape)} and r={r}: {both}")
         return self.start(weight, scaling=scaling)
 
 
@@ -58,10 +58,9 @@ def preprocess_corda(
 
         s * B A = U_r U_r^T W,  residual = W - s * B A      (the paper's frozen weight): `lora_ref.init.corda`
 
-    `run_model()` calls the model on the data, in batches of any shape. The model runs in evaluation mode without
-    gradients. Give `hooked_model` if `run_model` calls another copy of `model` (quantised, on another device).
-    Memory, until it returns: in * in numbers for each distinct input, in float32 (float64 for a float64 model).
-    Layers that always get the same tensor, such as the projections of an attention, share them.
+    `run_model()` calls the model on the data, in batches of any shape, in evaluation mode without gradients. Give
+    `hooked_model` if it calls another copy of `model` (quantised, on another device). Memory, until it returns: in * in
+    numbers for each distinct input, in at least float32. Layers that always get the same tensor share them.
     Raises: ValueError: no run_model; a configuration for another init; a targeted layer that is not Linear or Conv1D,
     is adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all zero or
     not finite. The model is unchanged after any exception.
@@ -111,7 +110,7 @@ def preprocess_loraga(
 
     `train_step()` calls the model, and `backward()` on the loss, once for each batch. It must not step an optimiser.
     The gradient is the mean over all backward passes, in at least float32. The training modes stay: dropout makes it
-    random. Memory, until it returns: in * out numbers for each targeted weight. Other parameters get no gradients.
+    random. Memory, until it returns: in * out numbers for each targeted weight.
     Raises: ValueError: a configuration for another init; a targeted layer that is not Linear or Conv1D, is adapted
     already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
     `requires_grad` and `grad` of the parameters are restored in any case.

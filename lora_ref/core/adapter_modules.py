@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# names that `__getattr__` must not look up in the wrapped module
-OWN = ("base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
+# not looked up in the wrapped module: they may be missing while this module is being built or unpickled
+OWN = ("delegate", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
 
 
 class AdapterModule(nn.Module):
@@ -16,8 +16,6 @@ class AdapterModule(nn.Module):
 
     by_adapter: tuple[str, ...] = ()
     base_attribute = "base_layer"  # the attribute that holds the wrapped module
-    active_adapters: list[str]
-    disable_adapters: bool
     adapter_names: Sequence[str] | None  # one adapter for each sample of the batch
 
     def __init__(self) -> None:

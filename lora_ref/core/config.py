@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from .inits import METHODS, method_of
@@ -15,15 +14,6 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
         shown = repr(value)
         raise ValueError(f"{name}={shown[:80]}{'...' if len(shown) > 80 else ''}: must be {allowed}")
-
-
-@contextmanager
-def prefix_errors(what: object) -> Iterator[None]:
-    """A `with` block that puts what it is about before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 class Pattern:

@@ -188,9 +188,7 @@ class LoraLayer(AdapterModule):
         """A logical update in the shape that the base weight is stored in."""
         return D.mT if self.fan_in_fan_out else D
 
-    def get_base_layer(self) -> Any:
-        """The module inside of nested wrappers."""
-        return unwrapped(self)
+    get_base_layer = unwrapped
 
     @property
     def base_weight(self) -> nn.Parameter:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
-from .config import LoraConfig, prefix_errors
+from .config import LoraConfig
 from .inits import METHODS, find, method_of
 from .layer import Init, InitOf, LoraLayer
 from .layer_types import LAYER_TYPES, kind_of
@@ -87,8 +87,7 @@ class LoraModel(nn.Module):
     ) -> None:
         """Add an adapter, inactive and frozen. `init` gives the init of each layer by name, in place of the config's.
 
-        Raises: ValueError if the name is taken or not usable, nothing is targeted, a layer cannot be adapted as asked,
-        or a second adapter has bias != "none".
+        Raises: ValueError for a name that is taken or not usable, and for what cannot be adapted as asked.
         """
         self._check_new_name(adapter_name)
         config = copy.deepcopy(dataclasses.replace(peft_config))  # checked again; the user's own is not changed
@@ -109,8 +108,10 @@ class LoraModel(nn.Module):
                     continue
                 method, rounded = init(match.name) if init else _init_of(config, wrapper), init is None
                 numbers = (match.r, match.lora_alpha)
-                with prefix_errors(match.name):
+                try:
                     wrapper.add_adapter(adapter_name, *numbers, config, method, autocast_adapter_dtype, rounded)
+                except ValueError as error:
+                    raise ValueError(f"{match.name}: {error}") from error
         if was_off:  # then the new wrappers are, too
             self.disable_adapter_layers()
         self.peft_config[adapter_name] = config
@@ -166,8 +167,8 @@ class LoraModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several whose updates add. They train (not with inference_mode), others are frozen.
 
-        Merged adapters are unmerged first.
-        Raises: ValueError for an unknown adapter, one named twice, or two that save the same module.
+        Merged ones are unmerged first. Raises: ValueError for an unknown adapter, one named twice, or two that save the
+        same module.
         Differs from PEFT: unmerging there leaves rounding errors in the weights.
         """
         names, wrappers = self._names_or_active(adapter_name), self.wrappers()
@@ -193,9 +194,8 @@ class LoraModel(nn.Module):
             bias.requires_grad_(False)
         for wrapper in self.wrappers():
             wrapper.delete_adapter(adapter_name)
-        was_active = adapter_name in self.active_adapters
-        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-        if was_active and not self.active_adapters and self.peft_config:
+        before, self.active_adapters = self.active_adapters, [n for n in self.active_adapters if n != adapter_name]
+        if before and not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
     def set_scale(self, adapter_name: str, factor: float) -> None:

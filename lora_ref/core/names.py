@@ -76,8 +76,7 @@ def layer_index(name: str, patterns: Iterable[Any]) -> int | None:
     >>> layer_index("layers.3.up", any_list), layer_index("layers.3.up", layers)
     (None, 3)
     """
-    found = (pattern.match(name) for pattern in patterns)
-    return next((int(match["lora_ref_index"]) for match in found if match), None)
+    return next((int(match["lora_ref_index"]) for pattern in patterns if (match := pattern.match(name))), None)
 
 
 def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Any]:
@@ -134,8 +133,7 @@ HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in ("SEQ_C
 def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str] | None = None) -> Targeting:
     """Decide for every module whether it is adapted, saved or left, by which rule, with which r, alpha and s.
 
-    `defaults` are the target_modules of each architecture, for None.
-    Raises: ValueError if that architecture is not known, or a pattern is too slow.
+    `defaults` are each architecture's target_modules, for None. ValueError: it is not known, or a pattern is too slow.
 
     >>> names = ModelNames({"layers.0.q": "linear", "layers.0.up": "linear", "head": "linear"})
     >>> config = LoraConfig(target_modules=["q"], modules_to_save=["head"], rank_pattern={"q": 2})

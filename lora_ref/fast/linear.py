@@ -9,13 +9,9 @@ With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ 
                                      dx = g W            (T, in)
                                      dx += dz^T A        (T, in), where x was kept
 
-It is faster than autograd for four reasons:
-
-- The rank comes first in a product. (r, T) @ (T, out) is several times faster than (out, T) @ (T, r) where r is small.
-- The sums are in place, in y and in dx.
-- Few Python instructions run between the two large products.
-- Backward needs x, z, and one byte per element for dropout.
-
+It is faster than autograd. The rank comes first in a product: (r, T) @ (T, out) is several times faster than
+(out, T) @ (T, r) where r is small. The sums are in place, in y and in dx. Few Python instructions run between the two
+large products. Backward needs x, z, and one byte per element for dropout.
 Several adapters without dropout become one of the sum of their ranks.
 """
 

@@ -16,13 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core.config import LoraConfig, prefix_errors
+from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import InitialUpdate
 from ..core.model import LoraModel
 from ..core.update import Factors, at_least_float32
 from ..safe.atomic import transaction
 from ..safe.sharded import gathered, is_main_process
+from ..safe.strict import prefix_errors
 from . import config_file, conversion
 from . import file_pair as folder
 from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, layers_in_file
@@ -68,11 +69,11 @@ def save_adapter(
         return
     broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
-        warnings.warn(
-            f"adapter {adapter_name!r} holds NaN or infinite numbers ({', '.join(broken[:3])}"
-            f"{', ...' if len(broken) > 3 else ''}): it is written, but cannot be read back",
-            stacklevel=4,
+        named = ", ".join(broken[:3] + ["..."] * (len(broken) > 3))
+        text = (
+            f"adapter {adapter_name!r} holds NaN or infinite numbers ({named}): it is written, but cannot be read back"
         )
+        warnings.warn(text, stacklevel=4)
     write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..core import config as core
 from ..core.inits import METHODS
 from ..safe import regexes
-from ..safe.strict import check_options, did_you_mean, strict
+from ..safe.strict import check_options, did_you_mean, prefix_errors, strict
 
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
@@ -32,7 +32,7 @@ class LoraConfig(core.LoraConfig):
         target_modules, exclude_modules: a list of names or of dotted ends of names ("q_proj", "self_attn.q_proj"). A
             string is one regular expression for a name in full. "all-linear". [] for none (with target_parameters).
             None to choose by architecture. exclude_modules wins.
-        layers_to_transform, layers_pattern: only these indices, in the layer lists of these names (targets in a list).
+        layers_to_transform, layers_pattern: only these indices, in layer lists of these names (for a list of targets).
         rank_pattern, alpha_pattern: {regular expression: value}. It must reach the end of a module's name and may
             start at any dot. The first that matches wins.
         target_parameters: raw parameters to adapt, "experts.gate_up_proj", with 2 or 3 dimensions.
@@ -100,10 +100,8 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
             hint = "" if key in OFF_IN_PEFT else did_you_mean(key[:80], known)
             raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{hint}")
         if key not in OFF_IN_PEFT:
-            warnings.warn(
-                f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored",
-                stacklevel=3,
-            )
+            note = f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored"
+            warnings.warn(note, stacklevel=3)
     options = {key: value for key, value in data.items() if key in known}
     for name, method in METHODS.items():
         key = f"{name}_config"
@@ -142,7 +140,7 @@ def read(path: Path) -> LoraConfig:
         data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    with core.prefix_errors(path):
+    with prefix_errors(path):
         return from_dict(data)
 
 

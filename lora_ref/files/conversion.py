@@ -43,8 +43,7 @@ def plain_factors(
 def convert(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of an adapter's file, such that it fits the original base model.
 
-    s stays what it is in every layer, since every rank is doubled, and every alpha too (with rsLoRA
-    multiplied by sqrt(2)). An adapter without D0 is returned as it is.
+    Ranks and alphas are doubled (with rsLoRA alphas times sqrt(2)), so s stays. Without a D0 nothing changes.
     Source: PiSSA, arXiv 2404.02948, its conversion to LoRA; PEFT's
     `save_pretrained(path_initial_model_for_weight_conversion=...)`.
     Differs from PEFT: the initial factors are at hand, so no folder of them is needed, and rank_pattern or

@@ -71,14 +71,11 @@ def call_covariance(x: Float[Array, "*tokens in"]) -> Float[Array, "in in"]:
 def damp(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     """C' = C + d * mean(diag C) * I with the first d of .01, .02, .04, ... for which ||C' C'^-1 - I||_F < .05.
 
-    With fewer tokens than inputs C is singular. The condition number of C' is at most 1 + in / d. Only rounding keeps
-    C' C'^-1 from I: in float64 d is always .01, in float32 it may double for a C of 2,000 rows or more.
-    The norm is estimated without an inverse:
-
-    - It was never measured above 7 u ||C'||_F ||C'^-1||_2, and ||C'^-1||_2 <= 1 / (d mean). Usually that suffices.
-    - Else E ||(C' X - I) z||^2 = ||C' X - I||_F^2 for z ~ N(0, I) (Hutchinson), where X z solves C' x = z.
-      16 such z cost one LU factorisation, a sixth of the inverse and the product.
-    - A large norm comes from 1 / (d mean), so doubling d halves it.
+    With fewer tokens than inputs C is singular. The condition number of C' is at most 1 + in / d. In float64 d is
+    always .01. In float32 it may double for a C of 2,000 rows or more. The norm is estimated without an inverse. It was
+    never measured above 7 u ||C'||_F ||C'^-1||_2, and ||C'^-1||_2 <= 1 / (d mean). If that does not suffice, 16 z are
+    drawn: E ||(C' X - I) z||^2 = ||C' X - I||_F^2 for z ~ N(0, I) (Hutchinson), where X z solves C' x = z. A large norm
+    comes from 1 / (d mean), so doubling d halves it.
     Raises: ValueError: C is zero or not finite, or has a negative number on its diagonal.
     Source: PEFT's preprocess_corda; the authors' code has the same loop.
     Differs from PEFT: the norm is estimated, to 30 % at worst. Near .05, d may differ by a factor of two.
@@ -90,10 +87,8 @@ def damp(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     """
     C = numerics.at_least_float32(covariance)
     if not (numerics.is_finite(C) and C.diagonal().min() >= 0 and C.diagonal().max() > 0):
-        raise ValueError(
-            "the covariance of the inputs is zero, or not finite, or has a negative variance: it does not say which "
-            "directions matter"
-        )
+        wrong = "the covariance of the inputs is zero, or not finite, or has a negative variance"
+        raise ValueError(f"{wrong}: it does not say which directions matter")
     C, e = numerics.near_one(C)
     xp, mean, damping = library(C), float(C.diagonal().mean()), 0.01
     D, ii = C + 0, list(range(len(C)))

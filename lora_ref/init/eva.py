@@ -44,10 +44,8 @@ def eva(
     A = vectors[:r]
     if whiten:
         if not (singular_values[:r] > 0).all():
-            raise ValueError(
-                f"EvaConfig(whiten=True): the inputs vary in fewer than r={r} directions, and the others cannot be "
-                "whitened; use more data, a smaller r or whiten=False"
-            )
+            few = f"EvaConfig(whiten=True): the inputs vary in fewer than r={r} directions"
+            raise ValueError(f"{few}, and the others cannot be whitened; use more data, a smaller r or whiten=False")
         A = A / singular_values[:r, None] ** 0.5
     return Factors(numerics.cast_finite(A, weight), numerics.zeros((weight.shape[0], r), weight))
 

@@ -68,10 +68,8 @@ def check_lora_ga(
     """
     residual.check_shape("lora_ga", shape, r, scaling)
     if 2 * r > min(shape):
-        raise ValueError(
-            "init_lora_weights='lora_ga' takes r directions for A and r for B: "
-            f"2r <= min(in, out) = {min(shape)}, r={r} is more"
-        )
+        need = f"2r <= min(in, out) = {min(shape)}, r={r} is more"
+        raise ValueError(f"init_lora_weights='lora_ga' takes r directions for A and r for B: {need}")
     if direction not in DIRECTIONS:
         raise ValueError(f"direction={direction!r}: must be one of {', '.join(map(repr, DIRECTIONS))}")
     if scale not in SCALES:

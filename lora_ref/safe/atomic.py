@@ -28,10 +28,9 @@ def transaction(
 ) -> Iterator[None]:
     """Undo every change of the module trees when the body raises, KeyboardInterrupt included.
 
-    It costs a shallow copy of each module's attributes; tensors are not copied. A nested transaction adds nothing: the
-    outer one undoes everything, so do not catch errors in between. Pass `modules` (a function that gives the modules
-    which may change) and `flags` (parameters whose requires_grad may change) to copy less. A full transaction inside
-    such a partial one is not skipped.
+    It costs a shallow copy of each module's attributes; tensors are not copied. The outermost transaction undoes
+    everything, so do not catch errors in between. `modules` (a function that gives the modules which may change) and
+    `flags` (parameters whose requires_grad may change) copy less. A full one inside of a partial one is not skipped.
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> try:

@@ -44,9 +44,8 @@ def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
         return "is offloaded"
     plain = type(module).__name__ in ("Linear", "Conv1d", "Conv2d", "Conv3d", "FactorTable")
     if calls and (is_observed(module) or not plain or module._parameters.get("bias") is not None):
-        return (
-            f"is a {type(module).__name__} with hooks, a bias or a forward of its own, which its weight does not show"
-        )
+        hidden = "hooks, a bias or a forward of its own"
+        return f"is a {type(module).__name__} with {hidden}, which its weight does not show"
     return weight
 
 

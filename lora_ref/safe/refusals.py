@@ -52,10 +52,8 @@ def check(
         if refusal:
             raise ValueError(f"{match.name}: {refusal}")
         if nested and isinstance(parent, nn.TransformerEncoderLayer):
-            notes.append(
-                "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted: "
-                "make it with enable_nested_tensor=False"
-            )
+            masks = "nn.TransformerEncoder cannot take padding masks in eval mode once its layers are adapted"
+            notes.append(f"{masks}: make it with enable_nested_tensor=False")
         if match.action == "save":
             continue
         transposed, is_linear = is_conv1d_of_transformers(bare), kind_of(bare) == "linear" and not parameter
@@ -64,15 +62,11 @@ def check(
             notes.append(f"fan_in_fan_out={config.fan_in_fan_out}, but {stores}: the layer's own storage is used")
         holders = shared[id(getattr(bare, parameter or "weight"))]
         if is_linear and own_forward(bare):
-            notes.append(
-                f"{match.name}: {type(bare).__name__} has a forward of its own; the update is that of a plain "
-                "nn.Linear, and merged and unmerged outputs may differ"
-            )
+            own = f"{match.name}: {type(bare).__name__} has a forward of its own"
+            notes.append(f"{own}; the update is that of a plain nn.Linear, and merged and unmerged outputs may differ")
         if len(holders) > 1 and module is bare:  # a further adapter of a wrapped layer changes nothing
-            notes.append(
-                f"{match.name}: its weight is tied ({', '.join(holders)}); the adapter acts on {match.name} alone, "
-                "and merging it ends the tie"
-            )
+            tied = f"{match.name}: its weight is tied ({', '.join(holders)})"
+            notes.append(f"{tied}; the adapter acts on {match.name} alone, and merging it ends the tie")
     for note in dict.fromkeys(notes):
         warnings.warn(note, stacklevel=levels_to_the_caller())
 

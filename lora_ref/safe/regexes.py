@@ -66,9 +66,8 @@ class Pattern(config.Pattern):
         texts = list(texts)
         classes = sum(text.count("[") for text in texts)
         if len(texts) > MAX_PATTERNS or classes > MAX_CLASSES or sum(map(len, texts)) > MAX_LENGTH:
-            raise ValueError(
-                f"{option}: {len(texts)} regular expressions with {classes} classes [...] are too large together"
-            )
+            both = f"{len(texts)} regular expressions with {classes} classes [...]"
+            raise ValueError(f"{option}: {both} are too large together")
         clock = Clock(TIME_LIMIT if len(texts) == 1 else 3 * TIME_LIMIT)
         return [cls(text, option, template, clock) for text in texts]
 
@@ -84,9 +83,8 @@ class Pattern(config.Pattern):
             return getattr(self.compiled, method)(name)
         left = self.clock.left
         if left <= 0:
-            raise ValueError(
-                f"{self.option}: its regular expressions are too slow for this model; write fewer or simpler"
-            )
+            slow = "its regular expressions are too slow for this model"
+            raise ValueError(f"{self.option}: {slow}; write fewer or simpler")
         started = time.perf_counter()
         try:
             match = getattr(self.compiled, method)(name, timeout=TIME_LIMIT if left > TIME_LIMIT else left)

@@ -5,7 +5,8 @@ import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -33,6 +34,15 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     """
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@contextmanager
+def prefix_errors(what: object) -> Iterator[None]:
+    """A `with` block that puts what it is about before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def strict(cls: type[T]) -> type[T]:
