@@ -143,7 +143,16 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     layers.0.up        no target matches None
     head        save   modules_to_save 'head' None
     """
-    targets, pattern_type = _targets(names, config, defaults or {}), config.pattern_type
+    targets, pattern_type, defaults = config.target_modules, config.pattern_type, defaults or {}
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
+        targets = exactly(linear, names.kinds)
+    elif targets is None and not config.target_parameters:
+        if names.model_type is None or names.model_type not in defaults:
+            reason = f"it is None, and there is no default for model_type={names.model_type!r}"
+            raise ValueError(f"Please specify target_modules: {reason}; for every linear layer say 'all-linear'")
+        targets = defaults[names.model_type]
+    targets = [] if targets is None else targets
     heads = HEADS.get(config.task_type or "", [])
     target = Rule("target_modules", targets, pattern_type)
     exclude = Rule("exclude_modules", config.exclude_modules, pattern_type)
@@ -186,17 +195,3 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     rules = [target] * (targets is config.target_modules) + [exclude, save, parameter, ranks, alphas]
     unused = {r.option: [x for x in r.items if x not in r.used and not (r is save and x in heads)] for r in rules}
     return Targeting(matches, targets, {option: items for option, items in unused.items() if items})
-
-
-def _targets(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str]) -> list[str] | str:
-    """target_modules, with "all-linear" and None replaced by names."""
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
-        return exactly(linear, names.kinds)
-    if targets is not None or config.target_parameters:
-        return [] if targets is None else targets
-    if names.model_type is None or names.model_type not in defaults:
-        reason = f"it is None, and there is no default for model_type={names.model_type!r}"
-        raise ValueError(f"Please specify target_modules: {reason}; for every linear layer say 'all-linear'")
-    return defaults[names.model_type]
