@@ -348,10 +348,7 @@ def describe(model: nn.Module) -> ModelNames:
 def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Parameter]:
     """{name: parameter} of the base biases that train with this adapter, names as in `named_parameters()`.
 
-        "none"       none of them
-        "all"        every parameter named `bias`, in adapted modules, norms and everywhere else
-        "lora_only"  the bias of each adapted module (LoRA itself has no bias)
-
+    "none": none of them. "all": every parameter named `bias`. "lora_only": the bias of each adapted module.
     They train in place. Switching the adapter off, or unloading it, does NOT restore the original outputs then.
     Source: microsoft/LoRA, `mark_only_lora_as_trainable`; PEFT's LoraConfig, `bias`.
     """

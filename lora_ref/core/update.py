@@ -6,7 +6,6 @@ Every function takes NumPy arrays or torch tensors, and batches of them: `@` car
 of a mixture, groups of a convolution).
 """
 
-import math
 import sys
 from typing import Any, NamedTuple
 
@@ -41,16 +40,6 @@ def delta(A: Float[Array, "*batch r in"], B: Float[Array, "*batch out r"], scali
            [ 8., 16.]])
     """
     return scaling * (B @ A)  # (out, r) @ (r, in) -> (out, in)
-
-
-def parameter_count(shape: tuple[int, ...], r: int) -> int:
-    """r * (in + out) trained numbers for each weight of shape (..., out, in).
-
-    >>> parameter_count((768, 768), r=8), 768 * 768
-    (12288, 589824)
-    """
-    *batch, n_out, n_in = shape
-    return math.prod(batch) * r * (n_in + n_out)
 
 
 def is_torch(x: Array) -> bool:

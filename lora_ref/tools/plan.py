@@ -16,6 +16,16 @@ FROZEN_BYTES, TRAINED_BYTES = 2, 16  # of a base weight and of an adapter weight
 ENGINES = ("one process", "DDP", "FSDP2", "tensor parallel")
 
 
+def parameter_count(shape: tuple[int, ...], r: int) -> int:
+    """r * (in + out) trained numbers for each weight of shape (..., out, in).
+
+    >>> parameter_count((768, 768), r=8), 768 * 768
+    (12288, 589824)
+    """
+    *batch, n_out, n_in = shape
+    return math.prod(batch) * r * (n_in + n_out)
+
+
 @dataclass(frozen=True)
 class Shape:
     """A Llama-like transformer: seven linear layers a block, an embedding and a separate head.
