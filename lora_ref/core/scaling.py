@@ -50,5 +50,4 @@ def check_scaling(s: float, largest: float) -> float:
 
 def _shown(value: object) -> str:
     """repr, cut short. Python refuses to print an int of more than 4300 digits."""
-    huge = isinstance(value, int) and abs(value) > 10**80
-    return "<an int of more than 80 digits>" if huge else repr(value)[:80]
+    return "<an int of more than 80 digits>" if isinstance(value, int) and abs(value) > 10**80 else repr(value)[:80]
