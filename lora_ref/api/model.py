@@ -82,16 +82,15 @@ class LoraModel(core.LoraModel):
         return layers, names
 
     def unmerge_adapter(self) -> None:
-        layers = [wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer)]
-        check_merged(layers)
-        merging.unmerge(layers)
+        check_merged(self)
+        merging.unmerge(self.wrappers())
 
     def disable_adapter_layers(self) -> None:
-        check_merged(wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer))
+        check_merged(self)
         super().disable_adapter_layers()
 
     def enable_adapter_layers(self) -> None:
-        check_merged(wrapper for wrapper in self.wrappers() if isinstance(wrapper, LoraLayer))
+        check_merged(self)
         super().enable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -131,7 +130,7 @@ class LoraModel(core.LoraModel):
             trained = f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
             stay = "with the adapters disabled, trained biases stay, and the output is not the original's"
             warnings.warn(trained + stay, stacklevel=3)
-        check_merged(wrapper for wrapper in wrappers if isinstance(wrapper, LoraLayer))
+        check_merged(self)
         states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in wrappers]
         trains = [(p, p.requires_grad) for p in self.parameters() if isinstance(p, Tensor)]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}

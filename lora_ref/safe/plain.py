@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..core.layer import LoraLayer, is_observed
+from ..core.model import LoraModel
 
 
 def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: bool = True, calls: bool = True) -> None:
@@ -49,9 +50,9 @@ def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
     return weight
 
 
-def check_merged(layers: Iterable[LoraLayer]) -> None:
+def check_merged(model: LoraModel) -> None:
     """Raise ValueError if a merged weight is offloaded, or computed from others: then it cannot be replaced."""
-    for layer in layers:
-        if layer.set_aside and isinstance(reason := _stored(layer.get_base_layer(), layer.weight_name, False), str):
-            merged = ", ".join(layer.merged_adapters)
-            raise ValueError(f"{type(layer).__name__} with {merged} merged: the base {reason}: undo that first")
+    for layer in [wrapper for wrapper in model.wrappers() if isinstance(wrapper, LoraLayer) and wrapper.set_aside]:
+        if isinstance(reason := _stored(layer.get_base_layer(), layer.weight_name, False), str):
+            where = next(name for name, other in model.layers().items() if other is layer)
+            raise ValueError(f"{where}: {', '.join(layer.merged_adapters)} is merged, and the base {reason}: undo that")
