@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
 
 # `Float[Array, "out in"]` in these modules' signatures is checked, shapes and all, at every call. Not in
 # `lora_ref.core.scaling` and `lora_ref.init.options`: these have errors of their own for a value of the wrong type.
@@ -27,6 +28,8 @@ CHECKED = ("core.update", "numerics", "api.combination", *(f"init.{name}" for na
 install_import_hook([f"lora_ref.{name}" for name in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# a pytest plugin may have loaded NumPy before this file: then the variable above came too late
+threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), user_api="blas")
 
 slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # the default run is the same every time; the deep one looks where nobody has looked

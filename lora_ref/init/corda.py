@@ -89,7 +89,7 @@ def damp(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     if not (numerics.is_finite(C) and C.diagonal().min() >= 0 and C.diagonal().max() > 0):
         wrong = "the covariance of the inputs is zero, or not finite, or has a negative variance"
         raise ValueError(f"{wrong}: it does not say which directions matter")
-    C, e = numerics.near_one(C)
+    C, e = numerics.scaled_to_one(C)
     xp, mean, damping = library(C), float(C.diagonal().mean()), 0.01
     D, ii = C + 0, list(range(len(C)))
     D[ii, ii] += damping * mean
@@ -100,7 +100,7 @@ def damp(covariance: Float[Array, "in in"]) -> Float[Array, "in in"]:
     while error >= 0.05:
         D[ii, ii] += damping * mean  # now twice the damping
         damping, error = 2 * damping, error / 2
-    return numerics.times_power(D, e)
+    return numerics.times_2_to_the(D, e)
 
 
 def output_directions(
@@ -116,8 +116,8 @@ def output_directions(
     (array([[1.],
            [0.]]), array([3.]))
     """
-    W, w = numerics.near_one(numerics.at_least_float32(weight))
-    C, c = numerics.near_one(numerics.cast(covariance, W))
+    W, w = numerics.scaled_to_one(numerics.at_least_float32(weight))
+    C, c = numerics.scaled_to_one(numerics.cast(covariance, W))
     if corda_method not in ("ipm", "kpm"):
         raise ValueError(f"corda_method={corda_method!r}: must be 'ipm' or 'kpm'")
     G = W @ C  # (out, in) @ (in, in) -> (out, in)
@@ -127,7 +127,7 @@ def output_directions(
         _, R = numerics.qr(G.T)  # G = R^T Q^T and the small R^T have the same left singular vectors
         U = numerics.svd(R.T)[0][:, -r:]
     S = ((U.T @ G) ** 2).sum(-1) ** 0.5  # (r, out) @ (out, in) -> (r, in), the norms of its rows
-    return U, numerics.times_power(S, w + c)
+    return U, numerics.times_2_to_the(S, w + c)
 
 
 def project_weight(

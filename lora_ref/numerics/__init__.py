@@ -1,13 +1,12 @@
-"""One spelling for the array work that NumPy and torch spell differently.
+"""Array functions and decompositions for NumPy arrays and torch tensors alike.
 
-NumPy arrays stay in their precision, float64 for the oracle; torch tensors are decomposed in at
-least float32 (half precision has no decompositions). Importing this package does not import torch:
-a tensor can only arrive if torch is there already.
+A result has the library, the device and the dtype of its input. Decompositions work in at least float32, because
+LAPACK has no half precision. This package does not import torch. It finds the module that made the tensor.
 """
 
 from ..core.inits import draw_normal, draw_uniform, zeros
 from ..core.update import Array, at_least_float32, is_torch
-from .arrays import cast, cast_finite, check_finite, is_finite, near_one, times_power
+from .arrays import cast, cast_finite, check_finite, is_finite, scaled_to_one, times_2_to_the
 from .dense import qr, subtract_product, svd, svd_of_product
 from .leading import leading_svd, randomized_svd
 
@@ -22,12 +21,12 @@ __all__ = [
     "is_finite",
     "is_torch",
     "leading_svd",
-    "near_one",
     "qr",
     "randomized_svd",
+    "scaled_to_one",
     "subtract_product",
     "svd",
     "svd_of_product",
-    "times_power",
+    "times_2_to_the",
     "zeros",
 ]

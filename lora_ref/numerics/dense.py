@@ -1,18 +1,16 @@
-"""The decompositions that LAPACK has: QR and SVD, of one matrix or of a batch, with the signs fixed."""
-
-import sys
+"""QR and SVD of one matrix or of a batch, by LAPACK. The signs are fixed."""
 
 import numpy as np
 from jaxtyping import Float
 
 from ..core.update import Array, at_least_float32, is_torch
-from .arrays import check_finite, near_one, times_power
+from .arrays import cast, check_finite, library, scaled_to_one, times_2_to_the
 
 
 def subtract_product(
     W: Float[Array, "out in"], B: Float[Array, "out r"], A: Float[Array, "r in"], s: float
 ) -> Float[Array, "out in"]:
-    """W - s * B @ A in at least float32, with one array of W's size and no second one.
+    """W - s * B @ A, computed and returned in at least float32. The result is the only new array of W's size.
 
     >>> subtract_product(np.eye(2), np.array([[1.0], [0.0]]), np.array([[1.0, 3.0]]), 2.0)
     array([[-1., -6.],
@@ -27,31 +25,26 @@ def subtract_product(
 
 
 def qr(x: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch m k"]]:
-    """X = Q R, reduced: Q^T Q = I, R upper triangular.
+    """X = Q R with Q^T Q = I and R upper triangular; reduced: m = min(n, k). In at least float32.
 
-    The signs are fixed: R's diagonal is >= 0, so that Q and R are unique for full rank.
+    The diagonal of R is >= 0. So Q and R are unique where X has full rank.
 
     >>> Q, R = qr(np.array([[0.0, 2.0], [-3.0, 1.0]]))
     >>> R
     array([[ 3., -1.],
            [ 0.,  2.]])
     """
-    if is_torch(x):
-        torch = sys.modules["torch"]
-        Q, R = torch.linalg.qr(at_least_float32(x))
-        sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R.dtype)
-    else:
-        Q, R = np.linalg.qr(at_least_float32(x))
-        sign = np.where(R.diagonal(axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+    Q, R = library(x).linalg.qr(at_least_float32(x))
+    sign = 1 - 2 * cast(R.diagonal(0, -2, -1) < 0, R)
     return Q * sign[..., None, :], sign[..., :, None] * R
 
 
 def svd(
     x: Float[Array, "*batch n k"],
 ) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch m"], Float[Array, "*batch m k"]]:
-    """X = U diag(S) Vh, thin: m = min(n, k), S descending.
+    """X = U diag(S) Vh, thin: m = min(n, k); S descends. In at least float32.
 
-    The signs are fixed: in each row of Vh the entry of largest magnitude is positive.
+    In each row of Vh the entry of largest magnitude is positive.
 
     Raises:
         ValueError: x has NaN or infinite entries.
@@ -61,12 +54,11 @@ def svd(
     array([5., 3.])
     """
     check_finite(x)
-    xp = sys.modules["torch"] if is_torch(x) else np
-    return signed(*xp.linalg.svd(at_least_float32(x), full_matrices=False))
+    return signed(*library(x).linalg.svd(at_least_float32(x), full_matrices=False))
 
 
 def signed(U: Array, S: Array, Vh: Array) -> tuple[Array, Array, Array]:
-    """The same triples with the entry of largest magnitude in each row of Vh positive."""
+    """The same triples, with signs such that in each row of Vh the entry of largest magnitude is positive."""
     at = abs(Vh).argmax(-1)[..., None]  # (*batch, m, 1)
     largest = Vh.take_along_dim(at, -1) if is_torch(Vh) else np.take_along_axis(Vh, at, -1)
     sign = largest / abs(largest)
@@ -76,11 +68,11 @@ def signed(U: Array, S: Array, Vh: Array) -> tuple[Array, Array, Array]:
 def svd_of_product(
     B: Float[Array, "*batch out r"], A: Float[Array, "*batch r in"]
 ) -> tuple[Float[Array, "*batch out m"], Float[Array, "*batch m"], Float[Array, "*batch m in"]]:
-    """B A = U diag(S) Vh without forming B A: QR both factors, decompose the small core.
+    """B A = U diag(S) Vh, thin: m = min(out, r, in); without the product B A.
 
-        B = Qb Rb,  A^T = Qa Ra,  B A = Qb (Rb Ra^T) Qa^T,  m = min(out, r, in)
+        B = Qb Rb,  A^T = Qa Ra,  B A = Qb (Rb Ra^T) Qa^T
 
-    O((in + out) r^2) operations instead of O(in * out * min(in, out)).
+    Only the small matrix Rb Ra^T is decomposed: O((in + out) r^2) operations instead of O(in * out * min(in, out)).
 
     Raises:
         ValueError: B or A are not finite.
@@ -89,8 +81,8 @@ def svd_of_product(
     >>> S
     array([10.])
     """
-    (B, b), (A, a) = near_one(at_least_float32(B)), near_one(at_least_float32(A))
+    (B, b), (A, a) = scaled_to_one(at_least_float32(B)), scaled_to_one(at_least_float32(A))
     Qb, Rb = qr(B)  # (out, m), (m, r)
-    Qa, Ra = qr(A.mT if is_torch(A) else A.swapaxes(-1, -2))  # (in, m'), (m', r)
-    U, S, Vh = svd(Rb @ (Ra.mT if is_torch(Ra) else Ra.swapaxes(-1, -2)))
-    return Qb @ U, times_power(S, a + b), Vh @ (Qa.mT if is_torch(Qa) else Qa.swapaxes(-1, -2))
+    Qa, Ra = qr(A.swapaxes(-1, -2))  # (in, m'), (m', r)
+    U, S, Vh = svd(Rb @ Ra.swapaxes(-1, -2))
+    return Qb @ U, times_2_to_the(S, a + b), Vh @ Qa.swapaxes(-1, -2)

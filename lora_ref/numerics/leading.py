@@ -1,135 +1,150 @@
-"""The leading singular triples of a big matrix, exactly or approximately, without those that nobody needs."""
+"""The r leading singular triples of a large matrix, exact or approximate, without the others."""
 
+import inspect
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from threadpoolctl import threadpool_limits
 
-from ..core.update import Array, at_least_float32
-from .arrays import cast, library, near_one, seeded_normal, times_power
+from ..core.update import Array, at_least_float32, is_torch
+from .arrays import beside, detached, scaled_to_one, seeded_normal, times_2_to_the
 from .dense import qr, signed, svd
 
-LONGEST_BASIS, KEPT = 16, 4  # blocks in a Krylov basis, and blocks that a restart keeps
-PATIENCE = 128  # products with W before the dense decomposition is the better choice
+SMALL = 256  # rows and columns: below, and for r above an eighth of them, the dense decomposition is as fast
+PASSES = 8
+# where the Krylov space is exhausted, ARPACK draws a new vector; SciPy before 1.17 has no seed for it
+SEED: dict[str, Any] = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
 
 
 def leading_svd(
     W: Float[Array, "out in"], r: int
 ) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]]:
-    """The r leading triples of `svd(W)`.
+    """U_r (out, r), S_r (r,), Vh_r (r, in): the r leading triples of `svd(W)`, in at least float32.
 
-    As exact as the dense decomposition and, for r much smaller than W, 10 to 100 times faster:
-    `_block_krylov` needs products with W only, a few dozen times r of them. Its answer is verified; where
-    that fails, and where r is not small against W, the dense decomposition answers.
+    They are as exact as those of the dense decomposition. `lanczos_svd` computes them, or where it returns None, the
+    dense decomposition. No gradient flows through the result.
 
     Raises:
         ValueError: W has NaN or infinite entries.
 
-    >>> import numpy as np
     >>> U, S, Vh = leading_svd(np.array([[3.0, 0.0], [0.0, -5.0]]), r=1)
     >>> S, Vh
     (array([5.]), array([[0., 1.]]))
     """
-    W, e = near_one(at_least_float32(W))
-    width = max(r, 8)
-    if LONGEST_BASIS * width <= min(W.shape) // 2:
-        start = seeded_normal((W.shape[1], width), W, seed=0)
-        tolerance = float(library(W).finfo(W.dtype).eps) * max(64, sum(W.shape) ** 0.5)
-        triples = _block_krylov(W, start, r, tolerance / 4)
-        if triples and _are_leading(W, *triples, tolerance):
-            U, S, Vh = signed(*triples)
-            return U, times_power(S, e), Vh
-    U, S, Vh = svd(W)
-    return U[:, :r], times_power(S[:r], e), Vh[:r]
+    W, e = scaled_to_one(at_least_float32(detached(W)))
+    found = lanczos_svd(W, r)
+    U, S, Vh = signed(*found) if found else svd(W)
+    return U[:, :r], times_2_to_the(S[:r], e), Vh[:r]
 
 
-def _block_krylov(W: Array, X: Array, r: int, tolerance: float) -> tuple[Array, Array, Array] | None:
-    """The r leading triples of W by block Lanczos bidiagonalisation with thick restarts; None without convergence.
+def lanczos_svd(
+    W: Float[Array, "out in"], r: int
+) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]] | None:
+    """The r leading triples by SciPy's ARPACK; None where `svd` is the better choice.
 
-    Orthonormal bases V and U grow by a block at a time, from a random block X on:
+    V holds the right singular vectors found so far, none at first. Each pass adds to V the leading eigenvectors of
 
-        U_j = W V_j,   V_(j+1) = W^T U_j,   both orthogonalised against all before them
+        P W^T W P,   P = I - V V^T
 
-    so that W V = U H, and the leading triples of the small H = U^T W V soon give those of W. W^T U = V H^T
-    but for the newest block: that part tells the error of each triple. When the bases are long, their best
-    part replaces them. A block of at least r columns finds r equal singular values at once, to which
-    a single vector is blind.
+    from a new random start. Then W V = U diag(S) Q^T gives the best triples in the span of V, and V <- V Q. At most
+    r vectors are kept, those with |W^T u - s v| <= tolerance * S_1. The passes end when V has r vectors and the
+    next pass finds nothing above S_r + tolerance * S_1. This corrects two errors of a single pass:
 
-    Source: Golub, Luk, Overton, 1981, doi 10.1145/355945.355946 (blocks);
-    Baglama, Reichel, 2005, doi 10.1137/04060593X (restarts).
+    - Lanczos from one vector can miss copies of a repeated singular value. The next pass finds them.
+    - W^T W squares the singular values, so s has an error of S_1 / s roundings. The next pass works without S_1.
+
+    The result is None for small matrices, for tensors that are not on the CPU, and where ARPACK does not converge
+    before the dense decomposition would end. The starts are seeded, so the same W gives the same triples. There is
+    one exception: SciPy before 1.17, and fewer than 2 r + 1 different singular values.
+
+    Source: Lehoucq, Sorensen, Yang, ARPACK Users' Guide, 1998, doi 10.1137/1.9780898719628.
+
+    >>> W = np.diag(np.repeat([3.0, 2.0, 1.0], [4, 2, 400]))
+    >>> _, S, _ = lanczos_svd(W, r=6)
+    >>> S.round(9)
+    array([3., 3., 3., 3., 2., 2.])
     """
-    xp = library(X)
-    width, check_at = X.shape[1], 1
-    V, U, H = X[:, :0], W[:, :0], X[:0, :0]
-    for _ in range(PATIENCE):
-        X = _orthonormal(X, V)
-        V, WX = xp.concatenate([V, X], 1), _times(W, X)
-        Y = _orthonormal(WX, U)
-        Z = _times(W.T, Y)
-        H = xp.concatenate([xp.concatenate([H, U.T @ WX], 1), Z.T @ V], 0)  # U^T W V
-        U = xp.concatenate([U, Y], 1)
-        X = Z - V @ H[-width:].T  # (in, width), what W^T U has outside the range of V
-        blocks = V.shape[1] // width
-        if blocks < check_at:
-            continue
-        P, S, Qh = svd(H)
-        if xp.linalg.norm(X @ P[-width:, :r], axis=0).max() <= tolerance * S[0]:  # W^T u - s v
-            return U @ P[:, :r], S[:r], Qh[:r] @ V.T
-        check_at = min(blocks + max(blocks // 2, 1), LONGEST_BASIS)
-        if blocks == LONGEST_BASIS:
-            kept = KEPT * width
-            V, U, H = V @ Qh[:kept].T, U @ P[:, :kept], xp.diag(S[:kept])
+    if max(SMALL, 8 * r) > min(W.shape) or (is_torch(W) and W.device.type != "cpu"):
+        return None
+    A = np.asarray(W)  # the memory of the tensor, not a copy
+    if False:
+        found = lanczos_svd(W.T, r)
+        return found and (found[2].T, found[1], found[0].T)
+    V, allowed = np.zeros((A.shape[1], 0), A.dtype), 0.0
+    tolerance = float(np.finfo(A.dtype).eps) * max(64, sum(A.shape) ** 0.5)
+    try:
+        for seed in range(PASSES):
+            k = r - V.shape[1] or seed**2  # 1, then 4, 9, ...: where one copy was missed, there may be others
+            start = np.random.default_rng(seed).standard_normal((len(V), k))
+            largest, X = _largest(A, V, start.astype(A.dtype), tolerance / 4, allowed)
+            if V.shape[1] == r and largest <= S[-1] + allowed:
+                return beside(W, U), beside(W, S), beside(W, V.T)
+            V, _ = np.linalg.qr(np.concatenate([V, X], 1))
+            U, S, Qh = np.linalg.svd(A @ V, full_matrices=False)  # (out, in) @ (in, k)
+            U, S, V = U[:, :r], S[:r], V @ Qh[:r].T
+            allowed = tolerance * float(S[0])
+            V = V[:, np.linalg.norm(A.T @ U - V * S, axis=0) <= allowed]
+    except (ArpackError, np.linalg.LinAlgError):  # they did not converge
+        return None
     return None
 
 
-def _are_leading(W: Array, U: Array, S: Array, Vh: Array, tolerance: float) -> bool:
-    """Are these singular triples of W, and is there no larger one beside them?"""
-    norm, eye = library(S).linalg.norm, cast(library(S).eye(len(S)), S)
-    defects = [U.T @ U - eye, Vh @ Vh.T - eye]
-    errors = [_times(W, Vh.T) - U * S, _times(W.T, U) - Vh.T * S]
-    X = seeded_normal((Vh.shape[1], 8), S, seed=1)  # another random block, for what the first may have missed
-    for _ in range(2):
-        X = _times(W.T, _times(W, _orthonormal(X, Vh.T)))
-    largest_left = norm(_times(W, _orthonormal(X, Vh.T)), axis=0).max()
-    return bool(
-        all(norm(x, axis=0).max() <= tolerance for x in defects)
-        and all(norm(x, axis=0).max() <= tolerance * S[0] for x in errors)
-        and largest_left <= S[-1] + tolerance * S[0]
-    )
+def _largest(
+    A: np.ndarray, V: np.ndarray, start: np.ndarray, tolerance: float, negligible: float
+) -> tuple[float, np.ndarray]:
+    """The largest singular value s of A P, and its k leading right singular vectors v (in, k), for a start (in, k).
+
+    |P A^T A v - s^2 v| <= tolerance * s^2. Where A P is smaller than `negligible`, (0, some vectors).
+    """
+
+    def project(x: np.ndarray) -> np.ndarray:
+        return x - V @ (V.T @ x)
+
+    def product(x: np.ndarray) -> np.ndarray:
+        return project((A @ project(x) / size) @ A / size)
+
+    X = project(project(start))
+    n, k = X.shape
+    size = np.linalg.norm(A @ X[:, 0]) / np.linalg.norm(X[:, 0])  # size <= |A P|, and mostly |A P| <= sqrt(n) size
+    if n**0.5 * size <= negligible:
+        return 0.0, X
+    operator = LinearOperator((n, n), product, dtype=A.dtype)  # its largest eigenvalue is above 1, as ARPACK assumes
+    restarts = n // max(k, 20)  # about n products in all: with more, the dense decomposition is as fast
+    with threadpool_limits(1, user_api="blas"):  # in many short products, threads would wait for one another
+        values, X = eigsh(operator, k, v0=X[:, 0], tol=tolerance, maxiter=restarts, **SEED)
+    return float(size * max(values.max(), 0) ** 0.5), X
 
 
 def _times(W: Array, X: Array) -> Array:
-    return (X.T @ W.T).T  # W @ X; with the thin factor in front, BLAS libraries are up to 40 times faster
-
-
-def _orthonormal(X: Array, basis: Array) -> Array:
-    """An orthonormal basis of the columns of X, orthogonal to those of `basis`: twice is enough."""
-    for _ in range(2):
-        X, _ = qr(X - basis @ _times(basis.T, X))
-    return X
+    return (X.T @ W.T).T  # W @ X; with the thin factor in front, the BLAS of torch is up to 9 times faster
 
 
 def randomized_svd(
     W: Float[Array, "out in"], r: int, niter: int, rng: Any = None
 ) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]]:
-    """About the r leading triples: those of W seen through the range of (W W^T)^niter W X, X random (in, r + 8).
+    """Q U (out, r), S (r,), Vh (r, in): approximately the r leading triples of W, in at least float32.
 
-        Q = an orthonormal basis of that range,   Q^T W = U S Vh,   W ~ (Q U) S Vh
+        Q^T W = U diag(S) Vh,   Q an orthonormal basis of the range of (W W^T)^niter W X,   X (in, r + 8) random
 
-    The 8 columns more than r, and the orthogonalisation after every product, are what make few
-    iterations enough. X is drawn with a fixed seed unless `rng` is given.
+    X has 8 columns more than r, and every product is orthogonalised. So few iterations are enough. X is drawn from
+    `rng`, or with a fixed seed.
+
+    Raises:
+        ValueError: W has NaN or infinite entries.
 
     Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
 
-    >>> import numpy as np
     >>> U, S, Vh = randomized_svd(np.diag([9.0, 3.0, 1.0]), r=2, niter=0)
     >>> S.round(6)
     array([9., 3.])
     """
-    W, e = near_one(at_least_float32(W))
+    W, e = scaled_to_one(at_least_float32(detached(W)))
     width = min(r + 8, *W.shape)
     Q, _ = qr(_times(W, seeded_normal((W.shape[1], width), W, seed=0, rng=rng)))  # (out, width)
     for _ in range(niter):
         Z, _ = qr(_times(W.T, Q))  # (in, width)
         Q, _ = qr(_times(W, Z))
     U, S, Vh = svd(Q.T @ W)  # (width, in)
-    return Q @ U[:, :r], times_power(S[:r], e), Vh[:r]
+    return Q @ U[:, :r], times_2_to_the(S[:r], e), Vh[:r]

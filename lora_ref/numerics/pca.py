@@ -2,41 +2,38 @@
 
     S = sum over all x of (x - mean) (x - mean)^T = V diag(sigma^2) V^T
 
-The rows of V^T are the components, sigma the singular values of the centred data. S is kept, not
-the data: `update` costs one product X^T X a batch, `components` one symmetric eigenproblem of any
-size the data may have had. All of it is float64: squaring doubles the digits that a number needs, and
-float64 has twice those of float32, so data in float32 or less lose nothing. What float64 data lose:
-of a singular value below 1e-8 of the largest nothing is left.
+The rows of V^T are the components. sigma holds the singular values of the centred data. `update` costs one product
+X^T X a batch. `components` costs one symmetric eigenproblem, however many data there were.
 
-Memory: 8 * in * min(in, number of rows seen) bytes, for S is not formed before it is smaller than
-the rows themselves: 8 MiB at in = 1024, 128 MiB at 4096, 925 MiB at 11008. Where that is too much,
-give fewer rows: k rows never take more than 8 * k * in bytes.
+Everything is float64. A square has twice as many digits as the number, and float64 has more than twice those of
+float32. So data in float32 or less lose nothing. Of float64 data, singular values below 1e-8 of the largest are lost.
+
+Memory: 8 * in * min(in, number of rows seen) bytes, because S is not formed while it is larger than the rows. That is
+8 MiB at in = 1024, 128 MiB at 4096 and 925 MiB at 11008. With k rows it is never more than 8 * k * in bytes.
 """
 
 import math
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse.linalg
 from jaxtyping import Float
-from threadpoolctl import threadpool_limits
 
 from .. import numerics
 from . import Array
-from .arrays import library
+from .arrays import beside, library
+from .dense import signed
+from .leading import lanczos_svd
 
 EPS = 2.0**-52  # of float64
 BLOCK = 256  # columns of a symmetric product that are computed at a time
-SMALL = 256  # below this size a dense eigenproblem is as quick
 
 
 class Moments(NamedTuple):
-    """What is known of the rows seen: how many, their mean, and their scatter S about it.
+    """The number of rows seen, their mean, and their scatter S about the mean.
 
-    S is `kept` if `squared` (its upper triangle: S is symmetric), else kept^T @ kept, as long as that has fewer rows
-    than columns.
+    If `squared`, the upper triangle of S is that of `kept`. Otherwise S = kept^T @ kept, and `kept` has fewer rows than
+    columns.
     """
 
     seen: int
@@ -46,7 +43,7 @@ class Moments(NamedTuple):
 
 
 class Components(NamedTuple):
-    """Components (n, in) with orthonormal rows, their singular values, and the part of the variance of each."""
+    """Components (n, in) with orthonormal rows, their singular values, and their shares of the variance."""
 
     vectors: Float[Array, "n in"]
     singular_values: Float[Array, " n"]
@@ -54,19 +51,19 @@ class Components(NamedTuple):
 
 
 def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
-    """The moments of the rows seen before (None: none) and the rows of X together.
+    """The moments of the rows seen before (None: none) and of the rows of X (m, in) together, in float64.
 
         S <- S + (X - mean_X)^T (X - mean_X) + n m / (n + m) * d d^T,    d = mean_X - mean
 
-    for n rows before and m now. Each batch is centred by its own mean before it is squared, so a mean
-    that is large against the spread costs no digits. `before` is used up: its S is added to in place.
+    n is the number of rows before, m that of X. Each batch is centred by its own mean before it is squared. So no
+    digits are lost where the mean is large against the spread. S is changed in place: do not use `before` again.
 
     Raises:
         ValueError: X has no rows, or a number in it is not finite.
 
-    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-        variances", 1979; the extra row is that of Ross et al., "Incremental learning for robust visual
-        tracking", 2008, which scikit-learn's IncrementalPCA follows.
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+        The row for d is that of Ross et al., "Incremental learning for robust visual tracking", 2008, which
+        scikit-learn's IncrementalPCA follows.
 
     >>> moments = update(update(None, np.array([[1.0, 5.0]])), np.array([[3.0, 5.0], [5.0, 5.0]]))
     >>> moments.seen, moments.mean, moments.kept
@@ -96,16 +93,16 @@ def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
 
 
 def components(moments: Moments, n: int) -> Components:
-    """The n leading components, by falling singular value: V^T (n, in), sigma (n,), sigma^2 / trace(S) (n,).
+    """V^T (n, in), sigma (n,), sigma^2 / trace(S) (n,): the n leading components, by falling singular value.
 
-    In each row the entry of largest magnitude is positive. A sigma that is not to be told from 0 in
-    float64 squares is 0, and its row some direction orthogonal to the others.
+    In each row the entry of largest magnitude is positive. Where sigma^2 is within the rounding of the largest one,
+    sigma is 0, and its row is an arbitrary direction orthogonal to the others.
 
     Raises:
         ValueError: n is less than 1, or larger than the number of rows seen or of columns; S overflows.
 
-    Source: equal to scikit-learn's IncrementalPCA of the same batches when that keeps all components. One
-        that keeps n of them loses at every batch what lies in the others.
+    Source: equal to scikit-learn's IncrementalPCA of the same batches if that keeps all components. If it keeps n of
+        them, it loses the others at every batch.
 
     >>> X = np.array([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 100
     >>> vectors, singular_values, ratios = components(update(None, X), n=2)
@@ -127,63 +124,33 @@ def components(moments: Moments, n: int) -> Components:
         values, U = leading_eigh(kept @ kept.T, n)
         V = numerics.qr(kept.T @ U)[0]  # (in, k) @ (k, n) -> (in, n), orthonormal even where sigma is 0
     values = values * (values > n_in * EPS * values[0])
-    rows = V.T * _signs(V)[:, None]
+    rows = signed(V, values, V.T)[2]
     return Components(rows, values**0.5, values / trace if trace > 0 else values)
 
 
 def leading_eigh(C: Float[Array, "d d"], n: int) -> tuple[Float[Array, " n"], Float[Array, "d n"]]:
-    """The n largest eigenvalues of a positive semidefinite matrix, falling, and their eigenvectors as columns.
+    """lambda (n,), falling, and V (d, n): C v = lambda v for the n largest eigenvalues of a positive semidefinite C.
 
-    On the CPU by Lanczos where n is small against d. It can miss some of several equal eigenvalues, so it has
-    to prove itself: the residuals |C v - lambda v| are small, and a Cholesky factorisation shows that without
-    these pairs no larger eigenvalue is left. Where it fails, and on other devices, by a dense decomposition.
+    They are the leading singular triples of C. `lanczos_svd` computes them, or where it returns None, a dense
+    eigendecomposition.
 
     >>> leading_eigh(np.diag([1.0, 3.0, 2.0]), 2)[0]
     array([3., 2.])
     """
-    C, e = numerics.near_one(C)
+    C, e = numerics.scaled_to_one(C)
+    if found := lanczos_svd(C, n):
+        return numerics.times_2_to_the(found[1], e), found[2].T
+    d, xp = len(C), library(C)
     if numerics.is_torch(C) and C.device.type != "cpu":
-        values, V = sys.modules["torch"].linalg.eigh(C)
-        return numerics.times_power(values[-n:].flip(0).clamp(min=0), e), V[:, -n:].flip(1)
-    c = np.asarray(C)  # a tensor on the CPU is read where it lies
-    as_given = sys.modules["torch"].from_numpy if numerics.is_torch(C) else np.asarray
-    found = _lanczos(c, n) if len(c) > SMALL and 8 * n <= len(c) else None
-    if found is None or not _are_leading(C, *map(as_given, found)):
-        found = scipy.linalg.eigh(c, subset_by_index=[len(c) - n, len(c) - 1])
-    return as_given(numerics.times_power(np.maximum(found[0][::-1], 0), e)), as_given(found[1][:, ::-1].copy())
-
-
-def _lanczos(c: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """n leading eigenpairs, rising; None where they do not converge soon (a dense decomposition is as quick)."""
-    start = np.random.default_rng(0).standard_normal(len(c))
-    try:
-        with threadpool_limits(1, user_api="blas"):  # NumPy's threads and torch's, each waiting in turn, cost far more
-            return scipy.sparse.linalg.eigsh(c, n, which="LA", v0=start, maxiter=10)
-    except scipy.sparse.linalg.ArpackError:
-        return None
-
-
-def _are_leading(C: Float[Array, "d d"], values: Float[Array, " n"], V: Float[Array, "d n"]) -> bool:
-    """Are these eigenpairs (rising), and C - V diag(values) V^T <= values[0] (1 + rounding) I?"""
-    n, xp, VL, ii = len(C), library(C).linalg, V * values, list(range(len(C)))
-    allowed = n * EPS * values[-1]
-    rest = VL @ V.T - C  # (d, n) @ (n, d) -> (d, d)
-    rest[ii, ii] += values[0] + allowed
-    try:
-        xp.cholesky(rest)  # exists for positive definite matrices only
-    except xp.LinAlgError:
-        return False
-    return bool(xp.norm(C @ V - VL) <= allowed)
+        values, V = xp.linalg.eigh(C)
+    else:  # computes these n vectors alone
+        values, V = (beside(C, x) for x in scipy.linalg.eigh(np.asarray(C), subset_by_index=[d - n, d - 1]))
+    values, V = xp.flip(values[-n:], (0,)), xp.flip(V[:, -n:], (1,))
+    return numerics.times_2_to_the(values.clip(0), e), V
 
 
 def _add_gram(S: Float[Array, "d d"], X: Float[Array, "k d"]) -> Float[Array, "d d"]:
-    """S += X^T X in place, but for what is left of the blocks on the diagonal: nearly half of the work."""
+    """S += X^T X in place, in the blocks on and above the diagonal. The others would be nearly half of the work."""
     for i in range(0, len(S), BLOCK):
         S[i : i + BLOCK, i:] += X[:, i : i + BLOCK].T @ X[:, i:]
     return S
-
-
-def _signs(V: Float[Array, "d n"]) -> Float[Array, " n"]:
-    """The sign of the entry of largest magnitude in each column."""
-    largest = V[abs(V).argmax(0), range(V.shape[1])]
-    return largest / abs(largest)

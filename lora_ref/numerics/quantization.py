@@ -1,32 +1,31 @@
-"""NormalFloat quantisation: k bits a weight, a block of 64 weights sharing one scale.
+"""NormalFloat quantisation: k bits for each weight, and one scale for each block of 64 weights.
 
     w ~ scale * c        c one of the 2^k numbers of a codebook, scale = max |w| over the block
 
-The codebook holds quantiles of the normal distribution, for that is how trained weights are
-distributed: where they are dense, its numbers are dense. Importing this module does not import torch.
+The codebook holds quantiles of the normal distribution, because trained weights are distributed so. Where weights are
+dense, its numbers are dense. Importing this module does not import torch.
 """
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from scipy.special import ndtri
 
 from .. import numerics
-from .arrays import Array, library
+from .arrays import Array, beside, library
 
 BLOCK = 64
-AT_ONCE = 4096  # blocks: what is computed on the way stays small beside the weight, and in the cache
+AT_ONCE = 4096  # blocks that are computed at a time: intermediate results are small and stay in the cache
 CELLS = 1024  # of the lookup table: one and a half of them are shorter than any code's interval
 
 
 class Quantized(NamedTuple):
-    """What `quantize` makes of a weight of this shape: codes, a byte each, and one scale a block.
+    """The result of `quantize` for a weight of this shape: a code of one byte for each weight, a scale for each block.
 
-    A scale is the size of one of the weight's own numbers, so the weight's dtype holds it exactly
-    and no wider one would hold more: k + 0.5 bits a weight in float32, k + 0.25 in a half precision
-    (were the codes packed, which they are not here).
+    A scale is the magnitude of one of the weights, so the weight's dtype holds it exactly. Packed, that would be
+    k + 0.5 bits for each weight in float32, and k + 0.25 in half precision. Here the codes are not packed.
     """
 
     codes: UInt8[Array, "blocks 64"]
@@ -36,16 +35,15 @@ class Quantized(NamedTuple):
 
 
 def codebook(bits: int) -> Float[np.ndarray, " codes"]:
-    """The 2^k numbers of NF-k in ascending order: -1, quantiles, 0, one quantile more, 1.
+    """The n = 2^k numbers of NF-k (n,), in ascending order from -1 to 1.
 
         {ppf(p_i) / ppf(p_0)} for n/2 probabilities p_i, {0}, {-ppf(p_i) / ppf(p_0)} for n/2 - 1 of them
 
-    with n = 2^k, ppf the inverse of the normal distribution function and m probabilities p_0, ..., p_(m-1)
-    in equal steps from 0.9677083 down to (and without) 1/2. There is an exact zero, and one more positive
-    number than negative ones.
+    ppf is the inverse of the normal distribution function. m probabilities p_0, ..., p_(m-1) go down in equal steps
+    from 0.9677083 to 1/2, which is excluded. Zero is exact. There is one more positive number than negative ones.
 
-    The numbers are rounded to float32, and on the way there where the published NF4 table was: that makes
-    them this table to the last bit, and the same in every dtype.
+    The numbers are rounded to float32, and the intermediate results where those of the published NF4 table were. So
+    they are this table to the last bit, and the same in every dtype. They are returned in float64.
 
     Raises:
         ValueError: bits is not 2, 4 or 8.
@@ -67,9 +65,9 @@ def codebook(bits: int) -> Float[np.ndarray, " codes"]:
 def _upper_quantiles(m: int) -> Float[np.ndarray, " m"]:
     first, last = np.float32(0.9677083), np.float32(0.5)
     i, step = np.arange(m, dtype=np.float32), (first - last) / np.float32(m)
-    # each half counted from its own end, as the published table has it: from one end, three of 16 numbers differ
+    # each half is counted from its own end, as in the published table; otherwise three of its 16 numbers differ
     p = np.where(i < (m + 1) // 2, first - step * i, last + step * (m - i))
-    return np.array([NormalDist().inv_cdf(float(x)) for x in p])
+    return ndtri(p.astype(np.float64))
 
 
 def quantize(weight: Float[Array, "..."], bits: int) -> Quantized:
@@ -77,8 +75,8 @@ def quantize(weight: Float[Array, "..."], bits: int) -> Quantized:
 
         code = argmin_j |w / scale - c_j|,  scale = max |w| over the block
 
-    The nearest exactly, of w / scale as float32 rounds it (float64 for a float64 weight); in the middle
-    between two it is the lower. Zeros fill up the last block, a block of zeros has scale 0.
+    w / scale is rounded to float32 (float64 for a float64 weight). Its nearest number is found exactly; in the middle
+    between two it is the lower one. The last block is filled with zeros. A block of zeros has scale 0.
 
     Raises:
         ValueError: bits is not 2, 4 or 8; or the weight holds NaN or infinity.
@@ -92,7 +90,7 @@ def quantize(weight: Float[Array, "..."], bits: int) -> Quantized:
     array([[ 0.68, -2.  ,  0.  ],
            [ 2.  ,  0.  ,  0.68]])
     """
-    tables = [_beside(weight, table) for table in _lookup_table(bits, _dtype(weight))]
+    tables = [beside(weight, table) for table in _lookup_table(bits, _dtype(weight))]
     pad = library(weight).nn.functional.pad if numerics.is_torch(weight) else np.pad
     flat = weight.reshape(-1)
     blocks = (pad(flat, (0, -len(flat) % BLOCK)) if len(flat) % BLOCK else flat).reshape(-1, BLOCK)
@@ -106,7 +104,7 @@ def _quantize(blocks: Array, first: Array, middle: Array) -> tuple[Array, Array]
     scales = xp.amax(abs(blocks), axis=1, keepdims=True)
     if not xp.isfinite(scales).all():
         raise ValueError("the weight holds NaN or infinity: it has no scale to be quantised with")
-    # in at least float32; divided, not multiplied by 1 / scale, which a subnormal scale would make infinite
+    # in at least float32; a division, because 1 / scale is infinite for a subnormal scale
     x = blocks / numerics.at_least_float32(xp.where(scales > 0, scales, 1))
     cell = _int32(x * (CELLS // 2) + CELLS // 2)
     codes = first[cell]
@@ -117,13 +115,16 @@ def _quantize(blocks: Array, first: Array, middle: Array) -> tuple[Array, Array]
 def dequantize(quantized: Quantized) -> Float[Array, "..."]:
     """W~ = scale * c, in the shape and dtype of the weight that was quantised.
 
-    |W~ - W| <= scale * (the widest gap of the codebook) / 2, and the largest number of a block stays as it is.
+    |W~ - W| <= scale * (the widest gap of the codebook) / 2. The largest number of each block does not change.
+
+    >>> dequantize(quantize(np.array([[0.0, -2.0]]), bits=4))
+    array([[ 0., -2.]])
     """
     codes, scales, shape, bits = quantized
-    values = _beside(codes, codebook(bits).astype(_dtype(scales)))
+    values = beside(codes, codebook(bits).astype(_dtype(scales)))
 
     def dequantized(part: slice) -> Array:
-        # int32, for torch takes uint8 indices for a mask
+        # int32, because torch reads uint8 indices as a mask
         return numerics.cast(values[_int32(codes[part])] * numerics.at_least_float32(scales[part]), scales)
 
     parts = [dequantized(slice(i, i + AT_ONCE)) for i in range(0, len(codes), AT_ONCE)]
@@ -131,29 +132,24 @@ def dequantize(quantized: Quantized) -> Float[Array, "..."]:
 
 
 def _lookup_table(bits: int, dtype: type) -> tuple[UInt8[np.ndarray, " cells"], Float[np.ndarray, " cells"]]:
-    """For each cell of [-1, 1]: the code at its start, and the middle beyond which it is the next one.
+    """For each cell of [-1, 1]: the code at its start, and the middle above which the code is one more.
 
-    A table of the 2^k distances of every weight takes 2^k copies of it, a search takes k steps; this takes two
-    reads. The code is that of half a cell before the start, so that x * CELLS may be rounded across it.
+    Each weight costs two reads. A table of its distances would need 2^k times its memory, and a search k steps. The
+    code is that of half a cell before the start, so that x * CELLS may be rounded across it.
     """
     values = codebook(bits)
     middles = (values[:-1] + values[1:]) / 2  # exact: these are float32 numbers in float64
     starts = (np.arange(CELLS + 1) - 0.5) * (2 / CELLS) - 1
     first = np.searchsorted(middles, starts)
-    # the largest number of dtype that is not above the middle: for x in dtype, x > it just where x > the middle
+    # the largest number of dtype that is not above the middle: a number of dtype is above both or neither
     below = middles.astype(dtype)
     below = np.where(below > middles, np.nextafter(below, dtype(-1)), below)
     return first.astype(np.uint8), np.append(below, dtype(1))[first]
 
 
 def _dtype(x: Array) -> type:
-    """NumPy's name for the precision that x is computed in."""
+    """The NumPy dtype in which x is quantised."""
     return np.float64 if x.dtype.itemsize == 8 else np.float32
-
-
-def _beside(x: Array, table: np.ndarray) -> Array:
-    """The table in the library and on the device of x."""
-    return library(x).from_numpy(table).to(x.device) if numerics.is_torch(x) else table
 
 
 def _int32(x: Array) -> Array:

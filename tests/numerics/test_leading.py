@@ -1,6 +1,7 @@
-"""The truncated decompositions, against the dense one in float64, and what happens when they must give up."""
+"""The truncated decompositions, against the dense one in float64; when they are left to it; and the array functions."""
 
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -8,18 +9,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse.linalg import ArpackNoConvergence
+from threadpoolctl import threadpool_limits
 
 from lora_ref import numerics
 from lora_ref.numerics import leading
 from spec_tests import distance
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
-# both sides of where the Krylov method begins: 16 blocks of 8 columns in half of the smaller side
-SHAPES = [(1, 1), (1, 7), (7, 1), (20, 12), (256, 256), (300, 256), (256, 400)]
-SPECTRA = ["flat", "decaying", "low rank", "repeated", "orthogonal", "zero"]
-shapes, spectra, ranks = st.sampled_from(SHAPES), st.sampled_from(SPECTRA), st.integers(1, 12)
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+# on both sides of the size from which Lanczos is used, tall and wide
+SHAPES = [(1, 1), (1, 7), (7, 1), (20, 12), (255, 300), (256, 256), (300, 256), (256, 400)]
+SPECTRA = ["flat", "decaying", "low rank", "repeated", "two values", "large gap", "orthogonal", "zero"]
+LAYOUTS = ["C", "Fortran", "rows of a larger one", "every second column", "reversed"]
+shapes, spectra, ranks = st.sampled_from(SHAPES), st.sampled_from(SPECTRA), st.integers(1, 32)
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(list(EPS))
+
+
+def with_values(rng, shape, S):
+    """A random float64 matrix with these singular values."""
+    U, _ = np.linalg.qr(rng.standard_normal((shape[0], len(S))))
+    V, _ = np.linalg.qr(rng.standard_normal((shape[1], len(S))))
+    return (U * S) @ V.T
 
 
 def matrix(seed, shape, spectrum):
@@ -33,12 +45,39 @@ def matrix(seed, shape, spectrum):
         "decaying": 1.0 / index,
         "low rank": np.where(index <= 3, 1.0 / index, 0.0),
         "repeated": np.where(index <= 5, 1.0, 0.5 / index),
+        "two values": np.where(index <= 20, 1.0, 0.5),
+        "large gap": np.where(index <= 4, 1.0, 2.0**-20 / index),  # its square drowns in the rounding of 1 in float32
         "orthogonal": np.ones(m),
         "zero": np.zeros(m),
     }[spectrum]
-    U, _ = np.linalg.qr(rng.standard_normal((shape[0], m)))
-    V, _ = np.linalg.qr(rng.standard_normal((shape[1], m)))
-    return (U * S) @ V.T
+    return with_values(rng, shape, S)
+
+
+@st.composite
+def any_spectrum(draw, m):
+    """m falling singular values from 1 on: runs of equal ones, with gaps between them from 2^-30 to everything."""
+    S, value = [], 1.0
+    for _ in range(draw(st.integers(1, 12))):
+        S += [value] * draw(st.sampled_from([1, 2, 3, 5, 20, 60, m]))
+        value *= draw(st.sampled_from([1 - 2.0**-30, 1 - 2.0**-12, 0.99, 0.7, 2.0**-8, 2.0**-16, 0.0]))
+    return np.array(S + [value / k for k in range(1, m + 1)])[:m]
+
+
+def laid_out(W, layout):
+    """The same matrix as a view of some memory, for an array or a tensor."""
+    n, m = W.shape
+    new = W.new_zeros if isinstance(W, torch.Tensor) else lambda shape: np.zeros(shape, W.dtype)
+    if layout == "reversed" and isinstance(W, np.ndarray):  # torch has no negative strides
+        return np.ascontiguousarray(W[::-1, ::-1])[::-1, ::-1]
+    view = {
+        "C": lambda: new((n, m)),
+        "Fortran": lambda: new((m, n)).T,
+        "rows of a larger one": lambda: new((n + 2, m + 3))[1:-1, 2:-1],
+        "every second column": lambda: new((n, 2 * m))[:, ::2],
+        "reversed": lambda: new((n, m)),
+    }[layout]()
+    view[:] = W
+    return view
 
 
 def in_both(W, dtype):
@@ -72,58 +111,217 @@ def test_leading_svd_is_the_head_of_the_dense_one(seed, shape, spectrum, r, dtyp
         assert_leading(np.asarray(given_as, dtype=np.float64), r, *numerics.leading_svd(given_as, r), EPS[dtype])
 
 
+@given(st.data(), seeds, st.sampled_from([(256, 256), (300, 257), (256, 400)]), ranks, dtypes)
+def test_repeated_values_and_gaps_of_every_size_are_found(data, seed, shape, r, dtype):
+    W = with_values(np.random.default_rng(seed), shape, data.draw(any_spectrum(min(shape))))
+    for given_as in in_both(W, dtype):
+        assert_leading(np.asarray(given_as, dtype=np.float64), r, *numerics.leading_svd(given_as, r), EPS[dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("shape", [(20, 12), (300, 256), (256, 300)])
+def test_library_dtype_and_values_do_not_depend_on_the_layout(shape, dtype, layout):
+    """The result has the library and the dtype of W. W stays as it is, and no gradient flows."""
+    warnings.simplefilter("error")
+    W = matrix(0, shape, "decaying")
+    for given_as in in_both(W, dtype):
+        W64 = np.asarray(given_as, dtype=np.float64)
+        weight = laid_out(given_as, layout)
+        if isinstance(weight, torch.Tensor):
+            weight.requires_grad_()
+        for made in (numerics.leading_svd(weight, 4), numerics.randomized_svd(weight, 4, niter=20)):
+            assert {type(x) for x in made} == {type(given_as)}
+            assert {x.dtype for x in made} == {given_as.dtype}
+            assert not any(getattr(x, "requires_grad", False) for x in made)
+            assert_leading(W64, 4, *made, EPS[dtype])
+        assert (weight == given_as).all()
+
+
+@given(seeds, st.sampled_from(["flat", "decaying", "repeated", "large gap"]), ranks, dtypes)
+def test_the_transposed_matrix_has_the_same_triples(seed, spectrum, r, dtype):
+    """U and V change places. Lanczos works on the smaller side of both, so nothing is rounded differently."""
+    for W in in_both(matrix(seed, (300, 256), spectrum), dtype):
+        one, other = leading.lanczos_svd(W, r), leading.lanczos_svd(W.T, r)
+        assert (one is None) == (other is None)
+        if one is None:
+            continue  # not found in time
+        (U, S, Vh), (U2, S2, Vh2) = one, other
+        assert (U == Vh2.T).all() and (S == S2).all() and (Vh == U2.T).all()
+
+
+@given(seeds, st.sampled_from([(300, 256), (256, 400)]), spectra, ranks, dtypes)
+def test_arrays_and_tensors_have_the_same_triples_to_the_last_bit(seed, shape, spectrum, r, dtype):
+    """They are computed from the same memory by the same code."""
+    tensor, array = in_both(matrix(seed, shape, spectrum), dtype)
+    made = leading.lanczos_svd(tensor, r), leading.lanczos_svd(array, r)
+    assert (made[0] is None) == (made[1] is None)
+    for x, y in zip(*(triples or () for triples in made), strict=True):
+        assert (x.numpy() == y).all()
+
+
+@pytest.fixture
+def without_dense(monkeypatch):
+    """Where the dense decomposition would be used, the test fails."""
+
+    def refused(x):
+        raise AssertionError("the dense decomposition is used")
+
+    monkeypatch.setattr(leading, "svd", refused)
+
+
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_the_krylov_method_answers_by_itself_where_it_is_used(spectrum, dtype, monkeypatch):
+def test_lanczos_needs_no_help_where_it_is_used(spectrum, dtype, without_dense):
     W = matrix(0, (400, 320), spectrum)
-    shapes_of_dense = []
-    dense = leading.svd
-    monkeypatch.setattr(leading, "svd", lambda x: shapes_of_dense.append(tuple(x.shape)) or dense(x))
     for given_as in in_both(W, dtype):
-        assert_leading(np.asarray(given_as, dtype=np.float64), 8, *numerics.leading_svd(given_as, 8), EPS[dtype])
-    assert shapes_of_dense
-    assert max(max(shape) for shape in shapes_of_dense) <= leading.LONGEST_BASIS * 8
+        for r in (1, 8, 40):
+            assert_leading(np.asarray(given_as, dtype=np.float64), r, *numerics.leading_svd(given_as, r), EPS[dtype])
 
 
-def test_without_convergence_the_dense_decomposition_answers(monkeypatch):
+@pytest.mark.parametrize("e", [-90, -40, -20, 20, 40, 90])
+@pytest.mark.parametrize("dtype", EPS)
+def test_lanczos_needs_no_help_for_small_and_large_numbers(dtype, e, without_dense):
+    """ARPACK has an absolute tolerance, which is made for eigenvalues near 1."""
     W = matrix(0, (300, 256), "flat")
-    krylov, answers = leading._block_krylov, []
-    monkeypatch.setattr(leading, "_block_krylov", lambda *args: answers.append(krylov(*args)))
-    monkeypatch.setattr(leading, "PATIENCE", 3)
-    assert_leading(W, 8, *numerics.leading_svd(W, 8), EPS[torch.float64])
-    assert answers == [None]
-
-
-def spoiled(name, U, S, Vh):
-    """Triples that are wrong in one way each."""
-    if name == "the largest is missed":
-        return U[:, 1:], S[1:], Vh[1:]
-    if name == "a wrong value":
-        return U, S * (1 + 1e-9), Vh
-    if name == "a wrong left vector":
-        return U + 1e-9 * U[:, ::-1], S, Vh
-    if name == "one triple twice":
-        index = [*range(len(S) - 1), len(S) - 2]  # instead of the last: nothing larger is missing
-        return U[:, index], S[index], Vh[index]
-    return U * np.nan, S, Vh
+    for given_as in in_both(W, dtype):
+        U, S, Vh = numerics.leading_svd(given_as * 2.0**e, 8)
+        assert_leading(np.asarray(given_as, dtype=np.float64), 8, U, np.asarray(S) * 2.0**-e, Vh, EPS[dtype])
 
 
 @pytest.mark.parametrize(
-    "name", ["the largest is missed", "a wrong value", "a wrong left vector", "one triple twice", "not a number"]
+    ("shape", "r", "used"), [((255, 300), 1, False), ((256, 300), 32, True), ((300, 256), 33, False)]
 )
-def test_what_does_not_verify_is_not_returned(name, monkeypatch):
+def test_small_matrices_and_large_ranks_are_left_to_the_dense_decomposition(shape, r, used):
+    for W in in_both(matrix(0, shape, "decaying"), torch.float32):
+        assert (leading.lanczos_svd(W, r) is not None) is used
+
+
+def test_another_device_than_the_cpu_is_left_to_torch():
+    assert leading.lanczos_svd(torch.zeros(300, 256, device="meta"), 4) is None
+
+
+@pytest.mark.parametrize("layout", ["C", "Fortran"])
+def test_the_matrix_is_not_copied(layout):
+    for W in in_both(matrix(0, (1500, 1200), "decaying"), torch.float32):
+        weight = laid_out(W, layout)
+        numerics.leading_svd(weight, 2)  # what is loaded or compiled at the first call
+        tracemalloc.start()
+        numerics.leading_svd(weight, 2)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < weight.nbytes / 2
+
+
+def fails(*args, **kwargs):
+    raise ArpackNoConvergence("not found in time", np.zeros(0), np.zeros((0, 0)))
+
+
+def nothing_found(C, k, v0, **options):
+    return np.full(k, np.nan), np.full((len(v0), k), np.nan, v0.dtype)
+
+
+@pytest.mark.parametrize("faulty", [fails, nothing_found])
+def test_without_convergence_the_dense_decomposition_is_used(faulty, monkeypatch):
+    W = matrix(0, (300, 256), "flat")
+    monkeypatch.setattr(leading, "eigsh", faulty)
+    assert leading.lanczos_svd(W, 8) is None
+    assert_leading(W, 8, *numerics.leading_svd(W, 8), EPS[torch.float64])
+
+
+def test_one_pass_is_not_believed(monkeypatch):
+    """What it found is right, but only a second pass shows that nothing is missing."""
     W = matrix(0, (300, 256), "decaying")
-    krylov = leading._block_krylov
-    calls = []
+    monkeypatch.setattr(leading, "PASSES", 1)
+    assert leading.lanczos_svd(W, 8) is None
 
-    def wrong(W, X, r, tolerance):
+
+def spoiled(name, values, X):
+    """Eigenvectors (rising) that are wrong in one way each, with values that look right."""
+    k, rng = X.shape[1], np.random.default_rng(5)
+    if name == "the largest are missed":
+        return values[:-2], X[:, :-2]
+    if name == "the smallest are missed":
+        return values[2:], X[:, 2:]
+    if name == "one in the middle is missed":
+        return np.delete(values, k // 2), np.delete(X, k // 2, axis=1)
+    if name == "a wrong vector":
+        return values, X + 1e-5 * rng.standard_normal(X.shape) * (np.arange(k) == k - 2)
+    if name == "inexact vectors":
+        return values, X + 1e-9 * rng.standard_normal(X.shape)
+    if name == "one vector twice":
+        return values, X[:, [*range(k - 1), k - 2]]
+    if name == "random vectors":
+        return values, np.linalg.qr(rng.standard_normal(X.shape))[0]
+    return values, X * [1] * 0 if name == "zero" else X[:, ::-1]
+
+
+@pytest.mark.parametrize("spectrum", ["decaying", "repeated", "low rank"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("the largest are missed", "the smallest are missed", "one in the middle is missed", "a wrong vector"),
+        *("inexact vectors", "one vector twice", "random vectors", "zero", "another order"),
+    ],
+)
+def test_the_next_pass_mends_what_one_pass_has_wrong(name, spectrum, monkeypatch, without_dense):
+    W = matrix(0, (300, 256), spectrum)
+    eigsh, largest, passes, calls = leading.eigsh, leading._largest, [], []
+
+    def faulty(C, k, **options):
         calls.append(name)
-        extra = name == "the largest is missed"
-        return spoiled(name, *krylov(W, X, r + extra, tolerance))
+        more = 2 * (len(calls) == 1 and name == "the largest are missed")  # so that the number is right
+        found = eigsh(C, k + more, **options)
+        return spoiled(name, *found) if len(calls) == 1 else found
 
-    monkeypatch.setattr(leading, "_block_krylov", wrong)
+    monkeypatch.setattr(leading, "eigsh", faulty)
+    monkeypatch.setattr(leading, "_largest", lambda *args: passes.append(name) or largest(*args))
     assert_leading(W, 6, *numerics.leading_svd(W, 6), EPS[torch.float64])
-    assert calls == [name]
+    assert calls and len(passes) > 1
+
+
+@pytest.mark.parametrize("copies", [2, 5, 20])
+def test_copies_that_every_pass_misses_but_one_are_found(copies, monkeypatch, without_dense):
+    """In exact arithmetic Lanczos sees one copy of each singular value. Here it is made to."""
+    S = np.r_[np.ones(copies), 1 / (2.0 + np.arange(256 - copies))]
+    W = with_values(np.random.default_rng(0), (300, 256), S)
+    eigsh, calls = leading.eigsh, []
+
+    def one_copy(C, k, **options):
+        values, X = eigsh(C, k, **options)
+        calls.append(k)
+        new = np.r_[True, np.diff(values) > 2.0**-20 * values[-1]]
+        return values[new], X[:, new]
+
+    monkeypatch.setattr(leading, "eigsh", one_copy)
+    monkeypatch.setattr(leading, "PASSES", 2 * copies + 2)
+    assert_leading(W, 6, *numerics.leading_svd(W, 6), EPS[torch.float64])
+    assert len(calls) > 2
+
+
+EXACT = {
+    "identity": np.eye(256),
+    "permutation": np.eye(256)[np.random.default_rng(0).permutation(256)],
+    "few values": np.diag(np.repeat([3.0, 2.0, 1.0], [3, 50, 203])),
+    "ones": np.ones((256, 300)),
+    "one row": np.eye(256)[:, :1] * np.ones(256),
+    "two entries": np.diag(np.r_[1.0, 1.0, np.zeros(254)]),
+    "blocks": np.kron(np.eye(2), np.ones((128, 128))),
+    "zero": np.zeros((256, 256)),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("r", [1, 4, 10])
+@pytest.mark.parametrize("dtype", EPS)
+def test_where_the_krylov_space_ends_the_rest_is_found_and_is_the_same_every_time(name, r, dtype):
+    """ARPACK continues with a random vector. SciPy before 1.17 has no seed for it."""
+    assert leading.lanczos_svd(EXACT[name].astype(NUMPY[dtype]), r) is not None
+    for W in in_both(EXACT[name], dtype):
+        made, again = (numerics.leading_svd(W, r) for _ in range(2))
+        assert_leading(EXACT[name], r, *made, EPS[dtype])
+        if leading.SEED:
+            assert all((x == y).all() for x, y in zip(made, again, strict=True))
 
 
 @pytest.mark.parametrize("n", [3, 256])
@@ -193,15 +391,85 @@ def test_nothing_depends_on_the_global_generators(library):
 def test_two_threads_agree_with_one_to_rounding():
     W = torch.from_numpy(matrix(0, (512, 512), "decaying")).float()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = numerics.leading_svd(W, 8)
-    torch.set_num_threads(2)
-    try:
-        two = numerics.leading_svd(W, 8)
-        again = numerics.leading_svd(W, 8)
-    finally:
-        torch.set_num_threads(threads)
+    made = []
+    for n in (1, 2, 2):
+        torch.set_num_threads(n)
+        try:
+            with threadpool_limits(n, user_api="blas"):
+                made.append(numerics.leading_svd(W, 8))
+        finally:
+            torch.set_num_threads(threads)
+    one, two, again = made
     assert all(torch.equal(x, y) for x, y in zip(two, again, strict=True))
     products = [(U * S) @ Vh for U, S, Vh in (one, two)]
     gap = 1 / 8 - 1 / 9  # a perturbation of W moves its rank-r part by that much more
     assert torch.linalg.norm(products[0] - products[1]) <= 2 * 64 * EPS[torch.float32] * math.sqrt(8) / gap
+
+
+# -- array functions -----------------------------------------------------------------------------
+
+
+@given(seeds, st.sampled_from([(1, 1), (5, 3), (3, 5), (4, 4)]), st.sampled_from([(), (2, 3)]), dtypes)
+def test_qr_has_one_sign_and_keeps_the_dtype(seed, shape, batch, dtype):
+    X = np.random.default_rng(seed).standard_normal((*batch, *shape))
+    for x in in_both(X, dtype):
+        Q, R = numerics.qr(x)
+        assert Q.dtype == R.dtype == x.dtype
+        Q, R = (np.asarray(part, dtype=np.float64) for part in (Q, R))
+        assert (np.diagonal(R, axis1=-2, axis2=-1) >= 0).all()
+        assert (np.triu(R) == R).all()
+        bound = 8 * math.prod(shape) * EPS[dtype]  # Higham, Accuracy and Stability, 19.4, with 8 for c
+        assert np.abs(np.swapaxes(Q, -1, -2) @ Q - np.eye(min(shape))).max() <= bound
+        assert np.abs(Q @ R - np.asarray(x, dtype=np.float64)).max() <= bound * max(np.linalg.norm(X), 1)
+
+
+@pytest.mark.parametrize("name", ["leading_svd", "randomized_svd", "svd", "svd_of_product", "subtract_product"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_numpys_precision_stays_at_least_float32(name, dtype):
+    W, B, A = (x.astype(dtype) for x in (np.eye(300, 280), np.ones((300, 2)), np.ones((2, 280))))
+    made = {
+        "leading_svd": lambda: numerics.leading_svd(W, 2),
+        "randomized_svd": lambda: numerics.randomized_svd(W, 2, 1),
+        "svd": lambda: numerics.svd(W),
+        "svd_of_product": lambda: numerics.svd_of_product(B, A),
+        "subtract_product": lambda: [numerics.subtract_product(W, B, A, 2.0)],
+    }[name]()
+    assert {x.dtype for x in made} == {np.dtype(np.promote_types(dtype, np.float32))}
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@given(st.data(), st.integers(1, 40), st.booleans())
+def test_is_finite_means_every_entry_however_large(dtype, data, n, spoilt):
+    largest = torch.finfo(dtype).max
+    x = torch.full((n,), data.draw(st.sampled_from([1.0, largest])), dtype=torch.float64).to(dtype)  # sums may overflow
+    if spoilt:
+        bad = [v for v in (math.nan, math.inf, -math.inf) if not torch.tensor(v).to(dtype).float().isfinite()]
+        x[data.draw(st.integers(0, n - 1))] = data.draw(st.sampled_from(bad))
+    warnings.simplefilter("error")
+    assert numerics.is_finite(x) is not spoilt
+    if dtype in (torch.float64, torch.float32, torch.float16):
+        assert numerics.is_finite(x.numpy()) is not spoilt
+        assert numerics.is_finite(x.requires_grad_()) is not spoilt
+
+
+def test_nothing_is_finite():
+    assert numerics.is_finite(np.zeros((0, 3)))
+    assert numerics.is_finite(torch.zeros(0, 3))
+
+
+@given(seeds, dtypes, st.integers(-1060, 1020), st.integers(1, 50))
+def test_what_is_scaled_to_one_has_squares_and_comes_back(seed, dtype, e, n):
+    info = torch.finfo(dtype)
+    x = torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 1, n)).to(dtype)
+    x = numerics.times_2_to_the(x, max(min(e, 1000 if dtype is torch.float64 else 120), math.frexp(info.tiny)[1] + 1))
+    x[0] = -x[0]
+    for given_as in (x, x.numpy()):
+        y, power = numerics.scaled_to_one(given_as)
+        assert (numerics.times_2_to_the(y, power) == given_as).all()
+        assert (power == 0) == (y is given_as)
+        squares = (y**2).sum()
+        assert info.tiny / info.eps < squares < info.max * info.eps
+        assert power == 0 or 1 <= abs(y).max() < 2
