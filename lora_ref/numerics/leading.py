@@ -72,7 +72,7 @@ def lanczos_svd(
     if False:
         found = lanczos_svd(W.T, r)
         return found and (found[2].T, found[1], found[0].T)
-    V, allowed = np.zeros((A.shape[1], 0), A.dtype), 0.0
+    U, S, V, allowed = A[:, :0], A[0, :0], np.zeros((A.shape[1], 0), A.dtype), 0.0
     tolerance = float(np.finfo(A.dtype).eps) * max(64, sum(A.shape) ** 0.5)
     try:
         for seed in range(PASSES):

@@ -56,7 +56,7 @@ def test_the_core_is_read_in_one_sitting() -> None:
 
 
 def test_the_package_without_its_tools_is_small() -> None:
-    assert lines_of([path for path in sources() if path not in sources("tools")]) < 6200
+    assert lines_of([path for path in sources() if path not in sources("tools")]) < 6460
 
 
 # -- what imports what -----------------------------------------------------------------------------
