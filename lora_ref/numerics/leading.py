@@ -69,7 +69,7 @@ def lanczos_svd(
     if max(SMALL, 8 * r) > min(W.shape) or (is_torch(W) and W.device.type != "cpu"):
         return None
     A = np.asarray(W)  # the memory of the tensor, not a copy
-    if False:
+    if len(A) < A.shape[1]:
         found = lanczos_svd(W.T, r)
         return found and (found[2].T, found[1], found[0].T)
     U, S, V, allowed = A[:, :0], A[0, :0], np.zeros((A.shape[1], 0), A.dtype), 0.0

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_ref import numerics
 from lora_ref.numerics import leading
-from spec_tests import close, distance
+from spec_tests import distance
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -140,15 +140,14 @@ def test_library_dtype_and_values_do_not_depend_on_the_layout(shape, dtype, layo
 
 @given(seeds, st.sampled_from(["flat", "decaying", "repeated", "large gap"]), ranks, dtypes)
 def test_the_transposed_matrix_has_the_same_triples(seed, spectrum, r, dtype):
-    """U and V change places. Lanczos works on the smaller side of both."""
+    """U and V change places. Lanczos works on the smaller side of both, so nothing is rounded differently."""
     for W in in_both(matrix(seed, (300, 256), spectrum), dtype):
         one, other = leading.lanczos_svd(W, r), leading.lanczos_svd(W.T, r)
         assert (one is None) == (other is None)
         if one is None:
             continue  # not found in time
-        (U, S, _), (U2, S2, Vh2) = one, other
-        assert tuple(U.shape) == tuple(Vh2.T.shape) and len(U2) == W.shape[1]
-        close(S2, S, terms=sum(W.shape) * r, size=float(S[0]))
+        (U, S, Vh), (U2, S2, Vh2) = one, other
+        assert (U == Vh2.T).all() and (S == S2).all() and (Vh == U2.T).all()
 
 
 @given(seeds, st.sampled_from([(300, 256), (256, 400)]), spectra, ranks, dtypes)
