@@ -230,6 +230,39 @@ def test_without_lanczos_the_dense_decomposition_is_used(library, monkeypatch):
     assert np.abs(V.T @ V - np.eye(5)).max() <= 300 * 5 * U64
 
 
+@pytest.mark.parametrize("d", [20, 300])
+@pytest.mark.parametrize("e", [-700, 0, 700])
+@pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+def test_eigenvalues_of_matrices_of_any_size(d, e, library):
+    C = symmetric(0.9 ** np.arange(d))
+    values, V = (np.asarray(x) for x in pca.leading_eigh(library(C * 2.0**e), 2))
+    close(values * 2.0**-e, 0.9 ** np.arange(2), terms=d * 2, size=1.0)
+    close(C @ V, V * (values * 2.0**-e), terms=d * 2, size=1.0)
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+@given(seed=seeds)
+def test_no_eigenvalue_is_negative(library, seed):
+    """Of a matrix of rank 2 all others are 0, but for roundings of either sign."""
+    X = np.random.default_rng(seed).standard_normal((2, 12))
+    values, _ = pca.leading_eigh(library(X.T @ X), 12)
+    assert (np.asarray(values) >= 0).all()
+
+
+@given(seeds, st.sampled_from([12, 300]), st.integers(1, 5), libraries)
+def test_directions_that_the_data_do_not_have_are_exactly_zero(seed, n_in, rank, library):
+    """Of rank k data, with more rows than columns or fewer: sigma is 0 from k on, and the rows are orthonormal."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((rank, n_in))
+    for rows in (10, 2 * n_in):
+        X = rng.standard_normal((rows, rank)) @ mixed
+        vectors, sigma, ratios = (np.asarray(x) for x in pca.components(moments([X - X.mean(0)], library), 8))
+        assert (sigma[:rank] > 0).all()
+        assert not sigma[rank:].any()
+        assert not ratios[rank:].any()
+        close(vectors @ vectors.T, np.eye(8), terms=8 * n_in * 8, size=1.0)
+
+
 @pytest.mark.parametrize("values", [np.ones(300), np.repeat([2.0, 1.0, 0.0], 100), np.r_[7.0, np.zeros(299)]])
 def test_the_same_matrix_has_the_same_eigenvectors_every_time(values):
     """Here many directions are equally good, and the Krylov space ends early."""
