@@ -56,8 +56,8 @@ def lanczos_svd(
     - W^T W squares the singular values, so s has an error of S_1 / s roundings. The next pass works without S_1.
 
     The result is None for small matrices, for tensors that are not on the CPU, and where ARPACK does not converge
-    before the dense decomposition would end. The starts are seeded, so the same W gives the same triples. There is
-    one exception: SciPy before 1.17, and fewer than 2 r + 1 different singular values.
+    before the dense decomposition would end. The starts are seeded, so the same W gives the same triples. SciPy before
+    1.17 is an exception where the Krylov space is exhausted, for example with few different singular values.
 
     Source: Lehoucq, Sorensen, Yang, ARPACK Users' Guide, 1998, doi 10.1137/1.9780898719628.
 

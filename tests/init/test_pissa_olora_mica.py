@@ -17,8 +17,8 @@ from lora_ref.init.pissa import pissa
 from spec_tests import agree, close
 from spec_tests.rounding import unit
 
-SHAPES = [(1, 1), (1, 7), (7, 1), (6, 6), (20, 12), (12, 20), (300, 256)]
-SPECTRA = ["flat", "decaying", "low rank", "repeated", "orthogonal", "zero"]
+SHAPES = [(1, 1), (1, 7), (7, 1), (6, 6), (20, 12), (12, 20), (300, 256), (256, 300)]
+SPECTRA = ["flat", "decaying", "low rank", "repeated", "tiny gaps", "large gap", "orthogonal", "zero"]
 seeds = st.integers(0, 2**32 - 1)
 shapes, spectra = st.sampled_from(SHAPES), st.sampled_from(SPECTRA)
 scalings = st.sampled_from([0.25, 1.0, 2.0, 16 / math.sqrt(3)])
@@ -35,6 +35,8 @@ def matrix(seed, shape, spectrum):
         "decaying": 1.0 / index,
         "low rank": np.where(index <= 2, 1.0 / index, 0.0),
         "repeated": np.where(index <= 3, 1.0, 0.5 / index),
+        "tiny gaps": 1 - 2.0**-20 * index,
+        "large gap": np.where(index <= 2, 1.0, 2.0**-20 / index),
         "orthogonal": np.ones(m),
         "zero": np.zeros(m),
     }[spectrum]
@@ -53,8 +55,13 @@ def weights(draw):
     W = matrix(draw(seeds), shape, draw(spectra))
     dtype = draw(dtypes)
     tensor = torch.from_numpy(W).to(dtype)
+    layout = draw(st.sampled_from(["C", "Fortran", "every second column"]))
+    if layout == "Fortran":
+        tensor = tensor.T.contiguous().T
+    elif layout == "every second column":
+        tensor = tensor.repeat_interleave(2, dim=1)[:, ::2]
     as_numpy = dtype in (torch.float64, torch.float32) and draw(st.booleans())
-    weight = tensor.numpy() if as_numpy else tensor
+    weight = tensor.numpy() if as_numpy else tensor.detach().requires_grad_(draw(st.booleans()))
     return weight, tensor.double().numpy(), r, draw(scalings), unit(dtype), min(unit(dtype), unit(torch.float32))
 
 
