@@ -225,9 +225,14 @@ def test_a_power_of_two_moves_the_scales_only(seed, shape, bits, e):
 @given(seeds, shapes, bits_)
 def test_blocks_run_along_the_rows_of_the_logical_weight_however_it_is_stored(seed, shape, bits):
     w = random_weight(seed, torch.float32, *shape)
-    stored_transposed = w.T.contiguous().T
-    assert torch.equal(quantize(stored_transposed, bits).codes, quantize(w, bits).codes)
-    assert torch.equal(dequantize(quantize(stored_transposed, bits)), dequantize(quantize(w, bits)))
+    want = quantize(w, bits)
+    transposed, strided = w.T.contiguous().T, w.repeat_interleave(2, dim=1)[:, ::2]
+    for stored in (transposed, strided, w.clone().requires_grad_()):
+        made = quantize(stored, bits)
+        assert torch.equal(made.codes, want.codes) and torch.equal(made.scales, want.scales)
+        assert torch.equal(dequantize(made), dequantize(want))
+    for stored in (transposed.numpy(), strided.numpy(), np.asfortranarray(w.numpy())):
+        assert np.array_equal(quantize(stored, bits).codes, want.codes.numpy())
 
 
 @given(seeds, st.integers(1, 200), bits_)
