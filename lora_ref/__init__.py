@@ -37,25 +37,13 @@ _WITH_TORCH = {
     "set_peft_model_state_dict": "api.peft_model",
 }
 
+# fmt: off
 __all__ = [
-    "CordaConfig",
-    "EvaConfig",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraGAConfig",
-    "LoraLayer",
-    "LoraModel",
-    "PeftConfig",
-    "PeftModel",
-    "TaskType",
-    "explain",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "initialize_lora_eva_weights",
-    "preprocess_corda",
-    "preprocess_loraga",
-    "set_peft_model_state_dict",
+    "CordaConfig", "EvaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer", "LoraModel", "PeftConfig",
+    "PeftModel", "TaskType", "explain", "get_peft_model", "get_peft_model_state_dict", "initialize_lora_eva_weights",
+    "preprocess_corda", "preprocess_loraga", "set_peft_model_state_dict",
 ]
+# fmt: on
 
 
 def __getattr__(name: str) -> Any:

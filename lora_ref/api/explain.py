@@ -26,11 +26,8 @@ class Explanation(Targeting):
         from rich.text import Text
 
         unused = [f"{option} '{item}' matched nothing" for option, items in self.unused.items() for item in items]
-        table = Table(
-            title="What is adapted, and why",
-            caption=Text("\n".join(unused)) if unused else None,
-            caption_justify="left",
-        )
+        caption = Text("\n".join(unused)) if unused else None
+        table = Table(title="What is adapted, and why", caption=caption, caption_justify="left")
         for heading in ("module", "", "rule"):
             table.add_column(heading, overflow="fold")
         for heading in ("r", "alpha", "s"):

@@ -4,18 +4,19 @@ The rooms are attached here, in three places:
 
 1. `layer_types` and the merging methods: `fast` gives the same numbers sooner.
 2. `refuse`: `safe.refusals` knows all reasons why a model cannot be adapted as asked.
-3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction.
+3. The last lines: each method of `safe.atomic.ATOMIC` runs in a transaction, some after a check.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core import model as core
-from ..core.adapter_modules import AdapterModule
+from ..core.adapter_modules import AdapterModule, unwrap
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import InitOf, LoraLayer
@@ -23,8 +24,7 @@ from ..core.layer_types import LAYER_TYPES, Linear
 from ..core.names import HEADS, Match, Targeting
 from ..fast import linear, merging
 from ..safe import atomic, progress, refusals
-from ..safe.plain import check_merged, check_plain
-from ..safe.sharded import check_not_sharded
+from ..safe.plain import check_merged, check_not_sharded, check_plain
 from ..safe.strict import did_you_mean
 from . import weighted
 from .default_targets import ARCHITECTURES
@@ -38,7 +38,7 @@ class LoraModel(core.LoraModel):
     default_targets = ARCHITECTURES
 
     def wrappers(self) -> list[AdapterModule]:
-        return [m for m in atomic.modules_without_factors(self.model) if isinstance(m, AdapterModule)]
+        return [m for m in atomic.tree(self.model, factors=False) if isinstance(m, AdapterModule)]
 
     def add_adapter(
         self, adapter_name: str, peft_config: LoraConfig, autocast_adapter_dtype: bool = True, init: InitOf = None
@@ -85,22 +85,6 @@ class LoraModel(core.LoraModel):
         check_merged(self)
         merging.unmerge(self.wrappers())
 
-    def disable_adapter_layers(self) -> None:
-        check_merged(self)
-        super().disable_adapter_layers()
-
-    def enable_adapter_layers(self) -> None:
-        check_merged(self)
-        super().enable_adapter_layers()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        check_not_sharded(self, "deleting an adapter")
-        super().delete_adapter(adapter_name)
-
-    def unload(self) -> nn.Module:
-        check_not_sharded(self, "unloading")
-        return super().unload()
-
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
@@ -111,13 +95,13 @@ class LoraModel(core.LoraModel):
         `progressbar` and `safe_merge` are for PEFT's scripts. ValueError as `merge_adapter`: nothing has changed then.
         Differs from PEFT: a weight that is tied to another module's is replaced, and the other keeps its values.
         """
-        _, names = self._layers_to_merge(adapter_names)
+        layers, names = self._layers_to_merge(adapter_names)
         with atomic.uninterrupted(), atomic.switches_and_flags(self):
             self.enable_adapter_layers()
             if adapter_names is not None:
                 self.set_adapter(names)
-            sums = merging.sums_in_place(self.model, self.layers(), names)
-            core.unwrap(self.model)
+            sums = merging.sums_in_place(self.model, layers, names)
+            unwrap(self.model)
             merging.write(sums)
         return self.model
 
@@ -131,7 +115,8 @@ class LoraModel(core.LoraModel):
             stay = "with the adapters disabled, trained biases stay, and the output is not the original's"
             warnings.warn(trained + stay, stacklevel=3)
         check_merged(self)
-        states = [(wrapper, vars(wrapper).copy(), _weight(wrapper)) for wrapper in wrappers]
+        weights: Any = [wrapper.base_weight if isinstance(wrapper, LoraLayer) else None for wrapper in wrappers]
+        states = [(wrapper, vars(wrapper).copy(), weight) for wrapper, weight in zip(wrappers, weights, strict=True)]
         trains = [(p, p.requires_grad) for p in self.parameters() if isinstance(p, Tensor)]
         owned = {name: core.biases(self.model, c.bias, name).values() for name, c in configs.items()}
 
@@ -145,7 +130,7 @@ class LoraModel(core.LoraModel):
                 wrapper.set_adapter([])
             for wrapper, state, weight in states:
                 wrapper.active_adapters = [names[name] for name in state["active_adapters"] if name in names]
-                wrapper.disable_adapters = state["disable_adapters"]
+                vars(wrapper)["disable_adapters"] = state["disable_adapters"]
                 merged = [names[name] for name in state.get("merged_adapters", ()) if name in names]
                 if not isinstance(wrapper, LoraLayer) or not (merged or wrapper.merged_adapters):
                     continue
@@ -174,10 +159,9 @@ class LoraModel(core.LoraModel):
         self._check_known(old)
         self._check_new_name(new)
         for wrapper in self.wrappers():
-            for parts in (getattr(wrapper, attribute) for attribute in wrapper.by_adapter):
-                if old in parts:
-                    parts[new] = parts[old]
-                    del parts[old]
+            for values in wrapper.dicts():
+                if old in values:
+                    values[new] = values.pop(old)
             for names in ("active_adapters", "merged_adapters"):
                 if names in vars(wrapper):
                     setattr(wrapper, names, [new if name == old else name for name in getattr(wrapper, names)])
@@ -210,9 +194,11 @@ class LoraModel(core.LoraModel):
     add_weighted_adapter = weighted.add_weighted_adapter
 
 
-def _weight(wrapper: AdapterModule) -> Any:
-    return wrapper.base_weight if isinstance(wrapper, LoraLayer) else None
-
-
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "delete_adapter": partial(check_not_sharded, what="deleting an adapter"),
+    "unload": partial(check_not_sharded, what="unloading"),
+    "disable_adapter_layers": check_merged,
+    "enable_adapter_layers": check_merged,
+}
 for name, changes in atomic.ATOMIC.items():
-    setattr(LoraModel, name, atomic.atomic(getattr(LoraModel, name), changes))
+    setattr(LoraModel, name, atomic.atomic(getattr(LoraModel, name), changes, CHECKS.get(name)))

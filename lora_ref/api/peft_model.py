@@ -106,12 +106,10 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")
-        selected = list(self.peft_config) if selected_adapters is None else self._names_or_active(selected_adapters)
-        for name, folder in adapter_folder.adapter_folders(self.base_model, Path(save_directory)):
-            if name in selected:
-                adapter_folder.save_adapter(
-                    self.base_model, name, folder, save_embedding_layers, convert, is_main_process
-                )
+        selected = self.peft_config if selected_adapters is None else self._names_or_active(selected_adapters)
+        for name in dict.fromkeys(selected):
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            adapter_folder.save_adapter(self.base_model, name, folder, save_embedding_layers, convert, is_main_process)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward. With adapter_names, sample i uses adapter_names[i] ("__base__": none)."""

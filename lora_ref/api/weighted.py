@@ -19,6 +19,8 @@ from ..safe.plain import check_plain
 from ..safe.strict import prefix_errors
 from .combination import COMBINATIONS
 
+Layers = Mapping[str, LoraLayer]
+
 
 def add_weighted_adapter(
     model: LoraModel,
@@ -61,7 +63,7 @@ def add_weighted_adapter(
 
 
 def combine(
-    layers: Mapping[str, LoraLayer],
+    layers: Layers,
     adapters: Sequence[str],
     weights: Sequence[float],
     combination_type: str = "svd",
@@ -101,10 +103,7 @@ def combine(
 
 
 def configure(
-    layers: Mapping[str, LoraLayer],
-    combined: Mapping[str, Factors],
-    parents: Sequence[core.LoraConfig],
-    modules: Collection[str],
+    layers: Layers, combined: Mapping[str, Factors], parents: Sequence[core.LoraConfig], modules: Collection[str]
 ) -> LoraConfig:
     """The configuration of the combination: lora_alpha = r in every layer, so that s = 1; a plain init.
 

@@ -1,7 +1,6 @@
 """EVA on a model, after `get_peft_model`: record the inputs of its layers on data, then set the ranks and A."""
 
 import dataclasses
-import functools
 import math
 import re
 import warnings
@@ -9,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..api.peft_model import PeftModel
+from ..core.adapter_modules import holders
 from ..core.config import LoraConfig
 from ..core.layer import adapter_dtype
-from ..core.model import LoraModel, biases, describe, holders
+from ..core.model import LoraModel, biases, describe
 from ..core.names import exactly
 from ..core.update import Factors
 from ..init.eva import eva
@@ -119,7 +118,7 @@ def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, fac
             rank,
             adjusted_alpha(layer.lora_alpha[adapter_name], layer.r[adapter_name], rank, config),
             config,
-            functools.partial(_return_factors, new),
+            lambda *shape_and_scaling, new=new: new,
             autocast=old[0].dtype == adapter_dtype(layer.base_weight.dtype),
         )
         for factor, old_factor in zip(layer.factors(adapter_name), old, strict=True):
@@ -150,8 +149,3 @@ def adjusted_alpha(alpha: float, r: int, rank: int, config: LoraConfig) -> float
     if rank == r or not adjust:
         return alpha
     return alpha * (math.sqrt(rank / r) if config.use_rslora else rank / r)
-
-
-def _return_factors(factors: Factors, weight: Tensor, r: int, scaling: float) -> Factors:
-    """The init of a layer whose factors are computed already."""
-    return factors

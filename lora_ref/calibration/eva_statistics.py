@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import LoraLayer
-from ..init.eva import largest_rank, redistribute
+from ..init.eva import redistribute
 from ..init.options import EvaConfig
 from ..numerics import pca
 from ..safe.progress import progress_bar
@@ -37,7 +37,7 @@ class InputStatistics:
         self.layers, self.options, self.rho = layers, options, float(options.rho)
         self.r = {name: layer.r[adapter_name] for name, layer in layers.items()}
         for name, layer in layers.items():
-            n, n_in = largest_rank(self.r[name], self.rho), layer.factors(adapter_name)[0].shape[1]
+            n, n_in = round(self.r[name] * self.rho), layer.factors(adapter_name)[0].shape[1]
             if n > n_in:
                 product = f"round(r * rho) = round({self.r[name]} * {options.rho:g}) = {n} components"
                 raise ValueError(f"{name}: {product} are more than its {n_in} inputs: choose a smaller r or rho")
@@ -61,7 +61,7 @@ class InputStatistics:
             if rows_fn is None:  # rows_fn may return different rows for layers with the same input
                 self.find_shared_inputs(lambda: forward(model, first_batch))
             for name, shared in self.shared_with.items():
-                self.wanted[shared] = max(self.wanted.get(shared, 0), largest_rank(self.r[name], self.rho))
+                self.wanted[shared] = max(self.wanted.get(shared, 0), round(self.r[name] * self.rho))
             recorded = {name: self.layers[name] for name in self.wanted}
             for count, batch in enumerate(itertools.chain([first_batch], batches), 1):
                 with hooks.record_inputs(recorded, functools.partial(self.record, batch=batch, rows_fn=rows_fn)):

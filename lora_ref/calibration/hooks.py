@@ -1,6 +1,7 @@
-"""Hooks that record the inputs of layers (EVA, CorDA) and the gradients of weights (LoRA-GA) while a model runs."""
+"""What is recorded while a model runs: inputs of layers (EVA), their covariances (CorDA), gradients (LoRA-GA)."""
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import numerics
+from ..init.corda import call_covariance
 from ..safe.atomic import finish
 
 
@@ -27,17 +29,12 @@ def record_inputs(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor
         record(name, args[0] if args else next(iter(kwargs.values())))
 
     handles: list[RemovableHandle] = []
-
-    def remove_hooks() -> None:
-        for handle in handles:
-            handle.remove()
-
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True))
         yield
     finally:
-        finish(remove_hooks)
+        finish(lambda: list(map(RemovableHandle.remove, handles)))
 
 
 @contextmanager
@@ -101,3 +98,49 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         finish(restore)
+
+
+class CovarianceSum:
+    """The sum of X^T X over a sequence of inputs. It is immutable: `add` returns another sum, `next`.
+
+    The query, key and value projections of an attention get the same tensor. Its X^T X (in, in) is computed once, for
+    layers refer to the same sum while their inputs are the same: they add the same input and get the same `next`.
+
+    >>> x, start = torch.ones(3, 2), CovarianceSum()
+    >>> q, k = start.add(x), start.add(x)
+    >>> q is k, q.add(torch.zeros(1, 2)).mean(), k.mean()
+    (True, tensor([[1.5000, 1.5000],
+            [1.5000, 1.5000]]), tensor([[3., 3.],
+            [3., 3.]]))
+    """
+
+    def __init__(self, total: Any = 0.0, calls: int = 0, x: Tensor | None = None) -> None:
+        self.total, self.calls = total, calls
+        self.x = None if x is None else weakref.ref(x)  # the latest input, not kept alive
+        self.version = _version(x)
+        self.next: CovarianceSum | None = None
+
+    def add(self, x: Tensor) -> "CovarianceSum":
+        """The sum of this and X^T X."""
+        if self.next is None or not self.next.ends_in(x):
+            # not in the half precision of a surrounding autocast
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                total = call_covariance(x)
+                total += self.total  # in place: one more (in, in) array would cost as much as the sum
+                self.next = CovarianceSum(total, self.calls + 1, x)
+        return self.next
+
+    def ends_in(self, x: Tensor) -> bool:
+        """True if x is the latest input: the same object, and not changed in place since then."""
+        return self.x is not None and self.x() is x and self.version is not None and self.version == _version(x)
+
+    def mean(self) -> Tensor:
+        """The sum divided by the number of calls; ValueError if there was none."""
+        if self.calls == 0:
+            raise ValueError("the layer got no input while the model ran")
+        return self.total / self.calls
+
+
+def _version(x: Tensor | None) -> int | None:
+    """The number of in-place changes of a tensor; None in inference mode, where torch does not count them."""
+    return None if x is None or x.is_inference() else x._version

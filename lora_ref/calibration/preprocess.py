@@ -25,7 +25,6 @@ from ..safe.atomic import transaction
 from ..safe.progress import steps
 from ..safe.strict import prefix_errors
 from . import hooks
-from .covariance import Covariances
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,13 @@ def preprocess_corda(
     if missing := [name for name in targets if name not in modules]:
         raise ValueError(f"{missing[0]}: hooked_model has no module of this name")
     layers = {name: modules[name] for name in targets}
-    covariances = Covariances(layers)
-    with hooks.evaluation_mode(hooked), hooks.record_inputs(layers, covariances.record):
-        run_model()
+    covariances = dict.fromkeys(layers, hooks.CovarianceSum())
 
+    def record(name: str, x: Tensor) -> None:
+        covariances[name] = covariances[name].add(x)
+
+    with hooks.evaluation_mode(hooked), hooks.record_inputs(layers, record):
+        run_model()
     latest: list[Any] = [None, None]  # a sum and its damped mean: layers with the same inputs follow each other
 
     def prepare(name: str, module: Any, r: int) -> Callable[..., Factors]:

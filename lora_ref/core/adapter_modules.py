@@ -16,6 +16,8 @@ class AdapterModule(nn.Module):
 
     by_adapter: tuple[str, ...] = ()
     base_attribute = "base_layer"  # the attribute that holds the wrapped module
+    active_adapters: list[str]
+    disable_adapters: bool
     adapter_names: Sequence[str] | None  # one adapter for each sample of the batch
 
     def __init__(self) -> None:
@@ -38,7 +40,13 @@ class AdapterModule(nn.Module):
 
     def part(self, attribute: str, adapter: str) -> Any:
         """attribute[adapter] of a dict of modules, or None."""
-        return self._modules[attribute]._modules.get(adapter)  # type: ignore[union-attr]
+        parts = self._modules.get(attribute)
+        return None if parts is None else parts._modules.get(adapter)
+
+    def dicts(self) -> list[Any]:
+        """The dicts {adapter: value} that are there."""
+        here = vars(self) | self._modules
+        return [here[attribute] for attribute in self.by_adapter if attribute in here]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of all parameters of adapters."""
@@ -52,7 +60,7 @@ class AdapterModule(nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, or on again as they were."""
-        self.disable_adapters = not enabled
+        vars(self)["disable_adapters"] = not enabled
 
     def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and let them train (not with inference_mode). All others are frozen."""
@@ -62,9 +70,8 @@ class AdapterModule(nn.Module):
             parameter.requires_grad = name in self.active_adapters and not inference_mode
 
     def delete_adapter(self, name: str) -> None:
-        for attribute in self.by_adapter:
-            if name in (part := getattr(self, attribute)):
-                del part[name]
+        for values in [values for values in self.dicts() if name in values]:
+            del values[name]
         self.active_adapters = [other for other in self.active_adapters if other != name]
 
     def names_of_batch(self, batch: int) -> list[str]:
@@ -132,3 +139,36 @@ def unwrapped(module: Any) -> Any:
     while isinstance(module, AdapterModule):
         module = module.base
     return module
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, parent, attribute) of every module, as if no wrapper were there. Shared modules come once."""
+    seen: set[int] = set()
+    waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
+    while waiting:
+        name, parent, attribute = waiting.pop()
+        bare = unwrapped(parent._modules[attribute])
+        if bare is not None and id(bare) not in seen:
+            seen.add(id(bare))
+            yield name, parent, attribute
+            waiting += [(f"{name}.{inner}", bare, inner) for inner in reversed(bare._modules)]
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """{id of an unwrapped module: every (parent, attribute) that holds it}. A shared module has several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    waiting = [model]
+    for parent in waiting:
+        for attribute, child in parent._modules.items():
+            if (bare := unwrapped(child)) is not None:
+                waiting += [] if id(bare) in found else [bare]
+                found.setdefault(id(bare), []).append((parent, attribute))
+    return found
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put every wrapped module back into its place. Of a module that is saved, the copy in use stays."""
+    for parent, attribute in [place for places in holders(model).values() for place in places]:
+        module = getattr(parent, attribute)
+        if isinstance(module, AdapterModule):
+            setattr(parent, attribute, module.delegate if isinstance(module, ModulesToSave) else unwrapped(module))

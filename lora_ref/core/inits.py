@@ -125,10 +125,6 @@ def find(init_lora_weights: bool | str, kind: str, layer: str = "this layer", **
 
     >>> find("gaussian", "linear").__name__, find("gaussian", "embedding").__name__
     ('gaussian', 'embedding')
-    >>> find("orthogonal", "embedding", "model.embed_tokens")
-    Traceback (most recent call last):
-    ...
-    ValueError: model.embed_tokens: init_lora_weights='orthogonal' is not available for embedding layers
     """
     name = method_of(init_lora_weights)
     method = METHODS[name]

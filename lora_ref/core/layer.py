@@ -39,8 +39,7 @@ class InitialUpdate(nn.Module):
         super().__init__()
         self.scaling = s
         for name, x in (("A", A), ("B", B), ("D", D)):
-            x = None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
-            self.register_buffer(name, x)
+            self.register_buffer(name, x if x is None else x.detach().clone(memory_format=torch.contiguous_format))
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if self.D is not None:
@@ -75,9 +74,13 @@ class LoraLayer(AdapterModule):
     # the weight not in use: the original while merged, the merged while disabled. Bare, it would be registered
     set_aside: list[nn.Parameter]
 
+    # most layers need neither: made when they are looked up
+    lora_dropout: Any = property(lambda self: self._modules.setdefault("lora_dropout", nn.ModuleDict()))
+    lora_initial: Any = property(lambda self: self._modules.setdefault("lora_initial", nn.ModuleDict()))
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._modules.update({"base_layer": base_layer, **{name: nn.ModuleDict() for name in PARTS}})
+        self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
         vars(self).update({name: {} for name in NUMBERS})
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
@@ -92,12 +95,12 @@ class LoraLayer(AdapterModule):
 
     def check_device(self, x: Tensor) -> None:
         """ValueError: x, the base and the active factors are on different devices, and no hook will move them."""
-        parts = {"the base": self.base_layer}
+        parts = {"the base": (self.base_layer, self.weight_name)}
         acting = {*(self.active_adapters if self.adapter_names is None else self.adapter_names)} & self.r.keys()
         for name in [] if self.disable_adapters else acting - {*self.merged_adapters}:
-            parts |= {f"lora_A of {name}": self.lora_A[name], f"lora_B of {name}": self.lora_B[name]}
-        for part, module in parts.items():
-            weight = next(module.parameters(), None)
+            parts |= {f"{key} of {name}": place for key, place in self.stored_in(name).items()}
+        for part, (module, attribute) in parts.items():
+            weight = module._parameters.get(attribute, next(module.parameters(), None))
             if weight is not None and weight.device != x.device and not is_observed(module):
                 where = f"{type(self).__name__}: the input is on {x.device}, {part} on {weight.device}"
                 raise ValueError(f"{where}: move the model to one device, for example model.to({str(x.device)!r})")
@@ -112,11 +115,11 @@ class LoraLayer(AdapterModule):
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s B A dropout(x) - D0 x."""
-        lora_A, lora_B, dropout, initial = self.lora_A[name], self.lora_B[name], self.lora_dropout, self.lora_initial
+        lora_A, lora_B, dropout, initial = (self.part(attribute, name) for attribute in PARTS)
         x = as_input_of(lora_A, x)
-        dropped = dropout[name](x) if name in dropout else x
+        dropped = x if dropout is None else dropout(x)
         z = self.scaling[name] * lora_B(lora_A(dropped))  # (*tokens, in) -> (*tokens, r) -> (*tokens, out)
-        return z - initial[name](x) if name in initial else z
+        return z if initial is None else z - initial(x)
 
     def add_by_sample(self, y: Tensor, x: Tensor) -> Tensor:
         """y_i + the branch of sample i's own adapter."""
@@ -175,6 +178,10 @@ class LoraLayer(AdapterModule):
         """Create the modules that hold A (r, in) and B (out, r), in the shapes of the adapter file."""
         # ModuleDict's own assignment takes twice as long
         self.lora_A._modules[name], self.lora_B._modules[name] = linear_of(A), linear_of(B)
+
+    def stored_in(self, name: str) -> dict[str, tuple[nn.Module, str]]:
+        """{key in the adapter file: (module, attribute)} of the parameters A and B of one adapter."""
+        return {"lora_A.weight": (self.lora_A[name], "weight"), "lora_B.weight": (self.lora_B[name], "weight")}
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
         """A and B of one adapter in logical orientation."""

@@ -50,12 +50,8 @@ class Embedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def check_device(self, x: Tensor) -> None:
-        tables = self.lora_embedding_A, self.lora_embedding_B
-        parts = [self.get_base_layer().weight, *(table[n] for table in tables for n in self.active_adapters)]
-        if any(part.device != x.device for part in parts) and not any(map(is_observed, (self.base_layer, *tables))):
-            devices = ", ".join(str(part.device) for part in parts)
-            raise ValueError(f"Embedding: the input is on {x.device}, the base, A and B on {devices}: move the model")
+    def stored_in(self, name: str) -> dict[str, tuple[nn.Module, str]]:
+        return {part: (getattr(self, part), name) for part in ("lora_embedding_A", "lora_embedding_B")}
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_embedding_A(name), self.lora_embedding_B(name)

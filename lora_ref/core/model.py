@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter_modules import AdapterModule, ModulesToSave, unwrapped
+from .adapter_modules import AdapterModule, ModulesToSave, holders, unwrap, unwrapped, walk
 from .config import LoraConfig
 from .inits import METHODS, find, method_of
 from .layer import Init, InitOf, LoraLayer
@@ -167,8 +167,7 @@ class LoraModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several whose updates add. They train (not with inference_mode), others are frozen.
 
-        Merged ones are unmerged first. Raises: ValueError for an unknown adapter, one named twice, or two that save the
-        same module.
+        Merged ones are unmerged first. ValueError: an unknown adapter, one named twice, two that save the same module.
         Differs from PEFT: unmerging there leaves rounding errors in the weights.
         """
         names, wrappers = self._names_or_active(adapter_name), self.wrappers()
@@ -300,37 +299,6 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, parent, attribute) of every module, as if no wrapper were there. Shared modules come once."""
-    seen: set[int] = set()
-    waiting = [(attribute, model, attribute) for attribute in reversed(model._modules)]
-    while waiting:
-        name, parent, attribute = waiting.pop()
-        bare = unwrapped(parent._modules[attribute])
-        if bare is not None and id(bare) not in seen:
-            seen.add(id(bare))
-            yield name, parent, attribute
-            waiting += [(f"{name}.{inner}", bare, inner) for inner in reversed(bare._modules)]
-
-
-def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """{id of an unwrapped module: every (parent, attribute) that holds it}. A shared module has several."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items() if not isinstance(parent, AdapterModule) else ():
-            if child is not None:
-                found.setdefault(id(unwrapped(child)), []).append((parent, attribute))
-    return found
-
-
-def unwrap(model: nn.Module) -> None:
-    """Put every wrapped module back into its place. Of a module that is saved, the copy in use stays."""
-    for parent, attribute in [place for places in holders(model).values() for place in places]:
-        module = getattr(parent, attribute)
-        if isinstance(module, AdapterModule):
-            setattr(parent, attribute, module.delegate if isinstance(module, ModulesToSave) else unwrapped(module))
-
-
 def describe(model: nn.Module) -> ModelNames:
     """What targeting needs to know of a model. transformers is recognised by its methods, not imported."""
     kinds, parameters, heads = {}, [], []
@@ -377,8 +345,7 @@ def to_merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> dict[str,
             raise ValueError("the adapters are disabled: enable them before merging")
         if added and layer.groups > 1:
             convolution = f"{where}: the update of a convolution with groups={layer.groups} cannot be merged"
-            reason = "it connects all input channels to all outputs, which the grouped kernel has no room for"
-            raise ValueError(f"{convolution}: {reason}")
+            raise ValueError(f"{convolution}: it connects all inputs to all outputs, which the grouped kernel cannot")
         if added:
             new[where] = added
     return new

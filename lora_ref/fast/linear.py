@@ -27,8 +27,7 @@ from torch.nn.modules import module as everywhere
 
 from ..core import layer_types
 from ..core.layer import is_observed
-from .mixed_batch import add_each
-from .sums import add_in_place
+from .sums import add_each, add_in_place
 
 
 class Branch(NamedTuple):
@@ -46,26 +45,27 @@ class Linear(layer_types.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]
         if applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
-            weights, branch = plain_weights(base), self.branch_tensors(x)
-            if weights is not None and branch is not None and weights[0].device == x.device:
-                return add_branch(base, self.logical(weights[0]), weights[1], x, branch)
+            weights = plain_weights(base)
+            if weights is not None and weights[0].device == x.device:
+                if self.adapter_names is not None and not self.disable_adapters:
+                    return self.add_by_sample(base(x), x)
+                if (branch := self.branch_tensors(x)) is not None:
+                    return add_branch(base, self.logical(weights[0]), weights[1], x, branch)
         return super().forward(x, *args, **kwargs)
 
     def branch_tensors(self, x: Tensor) -> Branch | None:
         """The branch as tensors, or None where this file does not apply: disabled, a mixed batch, a D0, a factor
         that is not plain, two dropout masks, or p > 1/2 (s / (1 - p) might leave the range of the dtype)."""
-        part: Any = self._modules  # dicts and not attributes, as in `plain_weights`
-        initial, dropouts, found = part["lora_initial"]._modules, part["lora_dropout"]._modules, []
+        found = []
         if self.disable_adapters or self.adapter_names is not None:
             return None
         for name in self.active_adapters:
             if name in self.merged_adapters:
                 continue
-            pair, p = self.plain_factors(name, x), 0.0
-            if pair is None or name in initial:
+            pair, dropout, p = self.plain_factors(name, x), self.part("lora_dropout", name), 0.0
+            if pair is None or self.part("lora_initial", name) is not None:
                 return None
-            if name in dropouts:
-                dropout = dropouts[name]
+            if dropout is not None:
                 if type(dropout) is not nn.Dropout or is_observed(dropout) or (dropout.p > 0.5 and dropout.training):
                     return None
                 p = dropout.p if dropout.training else 0.0
@@ -91,11 +91,10 @@ class Linear(layer_types.Linear):
         names = self.names_of_batch(x.shape[0])
         rows = [i for i, name in enumerate(names) if name in self.r]
         pairs = {names[i]: self.plain_factors(names[i], x) for i in rows}
-        dropouts = self.lora_dropout._modules
-        used = [dropouts[name] for name in pairs if name in dropouts]
-        if any(type(dropout) is not nn.Dropout or is_observed(dropout) or dropout.training for dropout in used):
-            return super().add_by_sample(y, x)
-        if self.lora_initial._modules or not rows or None in pairs.values() or not applies(x):
+        used = [dropout for name in pairs if (dropout := self.part("lora_dropout", name)) is not None]
+        plain = all(type(dropout) is nn.Dropout and not (is_observed(dropout) or dropout.training) for dropout in used)
+        if not (plain and rows and applies(x)) or None in pairs.values() or "lora_initial" in self._modules:
+            self.check_device(x)
             return super().add_by_sample(y, x)
         each = [(*pairs[names[i]], self.scaling[names[i]]) for i in rows]  # type: ignore[misc]
         if len(rows) == len(names):

@@ -18,7 +18,7 @@ from ..core.adapter_modules import AdapterModule
 from ..core.layer import LoraLayer, checked_scaling
 from ..core.model import to_merge
 from ..core.update import at_least_float32
-from ..safe.atomic import finish, modules_without_factors
+from ..safe.atomic import finish, tree
 from .sums import add_in_place
 
 BLOCK = 1 << 18  # numbers that are summed at a time: they stay in a processor's cache (a GPU takes more)
@@ -28,19 +28,23 @@ State = tuple[LoraLayer, nn.Parameter, list[nn.Parameter], list[str]]  # a layer
 
 
 @torch.no_grad()
-def merged_weight(layer: LoraLayer, names: Sequence[str]) -> Tensor:
-    """W + sum of s B A over the named adapters, in W's dtype and storage."""
+def merged_weight(where: str, layer: LoraLayer, names: Sequence[str]) -> Tensor:
+    """W + sum of s B A over the named adapters, in W's dtype and storage; ValueError if it is not finite."""
     if has_initial_update(layer, names):
-        return layer.merged_weight(names)
-    W = layer.logical(layer.base_weight.detach().clone())  # a view, or another copy
-    for part, updates in blocks(W, updates_of(layer, names, W.dtype)):
-        add(part, updates)
-    return layer.stored(W)
+        weight = layer.merged_weight(names)
+    else:
+        W = layer.logical(layer.base_weight.detach().clone())  # a view, or another copy
+        for part, updates in blocks(W, updates_of(layer, names, W.dtype)):
+            add(part, updates)
+        weight = layer.stored(W)
+    if not numerics.is_finite(weight):  # it is in the cache now
+        raise ValueError(f"{where}: merging {', '.join(names)} gives weights that are not finite; nothing was merged")
+    return weight
 
 
 def has_initial_update(layer: LoraLayer, names: Iterable[str]) -> bool:
     """Does one of these adapters subtract a D0? Its difference from s B A is rounded once, so it is computed first."""
-    return any(layer.part("lora_initial", name) is not None for name in names)
+    return "lora_initial" in layer._modules and any(layer.part("lora_initial", name) is not None for name in names)
 
 
 def updates_of(layer: LoraLayer, names: Sequence[str], dtype: torch.dtype) -> list[Update]:
@@ -101,21 +105,13 @@ def surely_finite(W: Tensor, updates: list[Update]) -> bool:
 def merge(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> None:
     """Merge the named adapters into all layers, or into none; ValueError as `LoraModel.merge_adapter`."""
     new = to_merge(layers, names)
-    weights = {where: finite_weight(where, layers[where], adapters) for where, adapters in new.items()}
+    weights = {where: merged_weight(where, layers[where], adapters) for where, adapters in new.items()}
     states: list[State] = []
     for where, weight in weights.items():
         layer = layers[where]
         kept, merged = layer.set_aside or [layer.base_weight], layer.merged_adapters + new[where]
         states.append((layer, layer.as_weight(weight), kept, merged))
     install(states)
-
-
-def finite_weight(where: str, layer: LoraLayer, names: Sequence[str]) -> Tensor:
-    """`merged_weight`; ValueError if it is not finite. Each is looked at while it is in the cache."""
-    weight = merged_weight(layer, names)
-    if not numerics.is_finite(weight):
-        raise ValueError(f"{where}: merging {', '.join(names)} gives weights that are not finite; nothing was merged")
-    return weight
 
 
 def unmerge(wrappers: Iterable[AdapterModule]) -> None:
@@ -157,7 +153,7 @@ def sums_in_place(
         W = layer.base_weight.detach()
         updates = updates_of(layer, adapters, W.dtype)
         if not surely_finite(W, updates):
-            finite_weight(where, layer, adapters)
+            merged_weight(where, layer, adapters)
         if owners[_memory(W)] == 1 and _is_all_of_its_memory(W, layer.logical(W)):
             sums += blocks(layer.logical(W), updates)
         else:
@@ -183,8 +179,7 @@ def write(sums: list[tuple[Tensor, list[Update]]]) -> None:
 
 def _owners(model: nn.Module) -> Counter[int]:
     """{memory: the number of parameters and buffers in it}."""
-    modules = modules_without_factors(model)
-    tensors = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
+    tensors = (t for m in tree(model, factors=False) for t in (*m._parameters.values(), *m._buffers.values()))
     return Counter(_memory(tensor) for tensor in tensors if tensor is not None)
 
 

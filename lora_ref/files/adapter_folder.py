@@ -8,7 +8,6 @@ safetensors is read: unpickling a file runs the program that it holds.
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -16,17 +15,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .. import numerics
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import InitialUpdate
 from ..core.model import LoraModel
 from ..core.update import Factors, at_least_float32
 from ..safe.atomic import transaction
-from ..safe.sharded import gathered, is_main_process
+from ..safe.plain import gathered, is_main_process
 from ..safe.strict import prefix_errors
 from . import config_file, conversion
 from . import file_pair as folder
-from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, is_finite, layers_in_file
+from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, layers_in_file
 from .file_pair import WEIGHTS
 
 
@@ -67,12 +67,10 @@ def save_adapter(
     tensors = {key: gathered(tensor).cpu().contiguous().clone() for key, tensor in live.items()}
     if not (is_main_process() if writes is None else writes):
         return
-    broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
+    broken = [key for key, tensor in tensors.items() if not numerics.is_finite(tensor)]
     if broken:
         named = ", ".join(broken[:3] + ["..."] * (len(broken) > 3))
-        text = (
-            f"adapter {adapter_name!r} holds NaN or infinite numbers ({named}): it is written, but cannot be read back"
-        )
+        text = f"adapter {adapter_name!r} holds NaN or infinite numbers ({named}): written, but it cannot be read back"
         warnings.warn(text, stacklevel=4)
     write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
 
@@ -106,17 +104,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     directory = path.parent
     if not path.is_file():
         if (directory / "adapter_model.bin").exists():
-            raise ValueError(
-                f"{directory} holds adapter_model.bin, a pickle, which can run code when it is read. If you trust it, "
-                "convert it once: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-                f"'{WEIGHTS}')"
-            )
+            convert = f"safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '{WEIGHTS}')"
+            pickle = "a pickle, which can run code when it is read. If you trust it, convert it once"
+            raise ValueError(f"{directory} holds adapter_model.bin, {pickle}: {convert}")
         raise FileNotFoundError(f"there is no {WEIGHTS} in {directory}")
     try:
         # the header says where the file ends, or nothing is read; at once takes half the time that one by one does
         with path.open("rb") as file, safetensors.safe_open(path, framework="pt"):
             tensors = safetensors.torch.load(file.read())
-        infinite = [key for key, tensor in tensors.items() if not is_finite(tensor)]  # a 4-bit type: RuntimeError
+        # a 4-bit type: RuntimeError
+        infinite = [key for key, tensor in tensors.items() if not numerics.is_finite(tensor)]
     except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from error
     if not tensors:
@@ -142,11 +139,10 @@ def load_adapter(
     config, tensors = read_adapter(directory)
     again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them
     if METHODS[method_of(config.init_lora_weights)].changes_base and not again:
-        raise ValueError(
-            f"{directory}: saved with init_lora_weights={config.init_lora_weights!r} and not converted: its update "
-            "belongs to a base weight that the init had changed, so on the original base it would be wrong. Save it "
-            "again, converted (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-        )
+        saved = f"{directory}: saved with init_lora_weights={config.init_lora_weights!r} and not converted"
+        wrong = "its update belongs to a base weight that the init had changed. On the original base it would be wrong"
+        save = "Save it again, converted (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        raise ValueError(f"{saved}: {wrong}. {save}")
     config.inference_mode = not is_trainable
     with transaction(model), prefix_errors(directory):
         init = None if again else lambda name: _allocate_nothing
@@ -170,7 +166,7 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
             needed = f"{tuple(layer.base_weight.shape)} of floating point"
             raise ValueError(f"{key}: has shape {tuple(W.shape)} of {W.dtype}, the model needs {needed}")
         Q = W.to(layer.base_weight)
-        if not is_finite(Q):
+        if not numerics.is_finite(Q):
             raise ValueError(f"{key}: is not finite in {Q.dtype}")
         D = at_least_float32(layer.logical_weight()) - at_least_float32(layer.logical(Q))
         layer.lora_initial[adapter_name] = InitialUpdate(D=D)
@@ -184,9 +180,3 @@ def _allocate_nothing(weight: Tensor, r: int, scaling: float) -> Factors:
         raise ValueError(f"r={r} is beyond any memory")
     A, B = (torch.empty(shape, device="meta") for shape in ((*batch, r, n_in), (*batch, n_out, r)))
     return Factors(A, B)
-
-
-def adapter_folders(model: LoraModel, directory: Path) -> Iterator[tuple[str, Path]]:
-    """(adapter, its folder): "default" lies at the root, others in folders of their names."""
-    for name in model.peft_config:
-        yield name, directory if name == "default" else directory / name

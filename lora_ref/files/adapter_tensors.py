@@ -9,7 +9,7 @@ The name of the adapter is not part of the key.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,26 +39,21 @@ def adapter_tensors(model: LoraModel, adapter_name: str) -> dict[str, TensorPlac
     """{key in the file: its place in the model} of all that belongs to one adapter."""
     found = {}
     check_plain(model.layers(), [adapter_name], base=False, calls=False)
-    for name, module in wrappers_in_file(model, adapter_name):
-        if isinstance(module, LoraLayer):
+    trained = {id(bias) for bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).values()}
+    for name, module in modules_in_file(model, adapter_name):
+        if id(bias := module._parameters.get("bias")) in trained and bias is not None:
+            found[PREFIX + f"{name}.bias".lstrip(".")] = TensorPlace(module, "bias", bias, bias.device)
+        if isinstance(module, LoraLayer) and adapter_name in module.r:
             device = module.base_weight.device
-            for part in ("lora_A", "lora_B"):
-                if adapter_name in (layers := getattr(module, part)):
-                    linear = layers[adapter_name]
-                    found[f"{PREFIX}{name}.{part}.weight"] = TensorPlace(linear, "weight", linear.weight, device)
-            for part in ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ():
-                table = getattr(module, part)
-                found[f"{PREFIX}{name}.{part}"] = TensorPlace(table, adapter_name, table[adapter_name], device)
-        elif isinstance(module, ModulesToSave):
+            for part, (owner, attribute) in module.stored_in(adapter_name).items():
+                found[f"{PREFIX}{name}.{part}"] = TensorPlace(owner, attribute, getattr(owner, attribute), device)
+        elif isinstance(module, ModulesToSave) and adapter_name in module.adapters():
             found |= _all_of(module.modules_to_save[adapter_name], f"{PREFIX}{name}")
-    for name, bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).items():
-        owner = model.model.get_submodule(name.rpartition(".")[0])
-        found[PREFIX + path_in_file(model.model, name, adapter_name)] = TensorPlace(owner, "bias", bias, bias.device)
     return found
 
 
-def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, AdapterModule]]:
-    """(name in the file, module) of all modules that hold a part of an adapter.
+def modules_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    """(name in the file, module) of all modules but those that hold factors.
 
     The file has no other adapter: the parts of a name that others' wrappers or `ENGINES` inserted are left out.
     """
@@ -69,11 +64,9 @@ def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str,
         if id(module) in seen:
             continue
         seen.add(id(module))
-        # factors hold no wrappers
+        yield name, module
         inner = [("base_layer", module.base)] if isinstance(module, LoraLayer) else list(module._modules.items())
         hidden = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
-        if isinstance(module, AdapterModule) and not hidden:
-            yield name, module
         for attribute, child in reversed(inner):
             if child is not None:
                 skipped = (*ENGINES, "base_layer", "original_module") if hidden else ENGINES
@@ -83,19 +76,8 @@ def wrappers_in_file(model: LoraModel, adapter_name: str) -> Iterator[tuple[str,
 
 def layers_in_file(model: LoraModel, adapter_name: str) -> dict[str, LoraLayer]:
     """{name in the file: layer} of the layers that an adapter adapts."""
-    found = wrappers_in_file(model, adapter_name)
-    return {name: module for name, module in found if isinstance(module, LoraLayer)}
-
-
-def path_in_file(model: nn.Module, path: str, adapter_name: str) -> str:
-    """A path as it is when the model has this adapter only: without the wrappers that serve others."""
-    kept: list[str] = []
-    module: Any = model
-    for part in path.split(".") if path else []:
-        others = isinstance(module, AdapterModule) and adapter_name not in module.adapters()
-        kept += [] if others and part in ("base_layer", "original_module") else [part]
-        module = getattr(module, part)
-    return without_engines(".".join(kept))
+    found = modules_in_file(model, adapter_name)
+    return {name: module for name, module in found if isinstance(module, LoraLayer) and adapter_name in module.r}
 
 
 def without_engines(path: str) -> str:
@@ -107,15 +89,13 @@ def embedding_tensors(model: LoraModel) -> dict[str, TensorPlace]:
     """The base weights of a transformers model's input and output embeddings: a file may carry them."""
     getters = (getattr(model.model, f"get_{which}_embeddings", None) for which in ("input", "output"))
     ends = [end for get in getters if callable(get) and (end := get()) is not None]
+    bases = {id(end.base_layer if isinstance(end, LoraLayer) else end): end for end in ends}
     found: dict[str, TensorPlace] = {}
     for name, module in model.model.named_modules() if ends else ():
-        if any(module is end or (isinstance(end, LoraLayer) and module is end.base_layer) for end in ends):
-            if isinstance(module, LoraLayer):
-                continue  # its base layer comes by its own name
-            for key, slot in _all_of(module, PREFIX + without_engines(name)).items():
-                layer = next((end for end in ends if isinstance(end, LoraLayer) and end.base_layer is module), None)
-                merged = layer is not None and slot.attribute == layer.weight_name
-                found[key] = slot._replace(tensor=layer.unmerged_weight) if merged and layer else slot
+        for key, slot in _all_of(module, PREFIX + without_engines(name)).items() if id(module) in bases else ():
+            layer = bases[id(module)]
+            is_weight = isinstance(layer, LoraLayer) and slot.attribute == layer.weight_name
+            found[key] = slot._replace(tensor=layer.unmerged_weight) if is_weight else slot
     return found
 
 
@@ -154,7 +134,7 @@ def assign(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], fini
         else:
             device = torch.device("cpu") if slot.device.type == "meta" else slot.device
             own = tensor.to(device, now.dtype, copy=True)
-            if not ((finite and own.dtype == tensor.dtype) or is_finite(own)):
+            if not ((finite and own.dtype == tensor.dtype) or numerics.is_finite(own)):
                 problems.append(f"{key}: is out of range for {own.dtype}")
             ready.append((slot, own))
     if problems:
@@ -176,11 +156,6 @@ def _is_redundant(key: str, model: LoraModel) -> bool:
     saved = [without_engines(name) for name, m in model.model.named_modules() if isinstance(m, ModulesToSave)]
     starts = [f"{PREFIX}{name}.{part}." for name in saved for part in ("original_module", "modules_to_save")]
     return key.endswith(".bias") and key.startswith(tuple(starts))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity."""
-    return not tensor.is_floating_point() or numerics.is_finite(tensor)
 
 
 def first_few(problems: list[str]) -> str:

@@ -43,7 +43,6 @@ class LoraConfig(core.LoraConfig):
         fan_in_fan_out, base_model_name_or_path, revision: notes for the reader of the adapter file.
 
     Raises: ValueError: a value outside of what is allowed; TypeError: an unknown option name.
-    Numbers are plain Python numbers, not NumPy's.
     Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
     `init_lora_weights="gausian"` are found late or never); the object that a user passes to `get_peft_model` is not
     changed.
@@ -61,7 +60,7 @@ class LoraConfig(core.LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types with PEFT's keys."""
-        return to_dict(self)
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LoraConfig":
@@ -74,20 +73,14 @@ class LoraConfig(core.LoraConfig):
         (Path(directory) / "adapter_config.json").write_text(dumps(self), encoding="utf-8")
 
 
-def to_dict(config: core.LoraConfig) -> dict[str, Any]:
-    """The configuration as JSON types with PEFT's keys.
-
-    >>> data = to_dict(LoraConfig(r=4, target_modules=["q"]))
-    >>> data["peft_type"], data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
-    ('LORA', 4, True)
-    """
-    return dataclasses.asdict(config)
-
-
 def from_dict(data: dict[str, Any]) -> LoraConfig:
-    """The inverse of `to_dict`. It also reads the files of PEFT.
+    """The inverse of `LoraConfig.to_dict`. It also reads the files of PEFT.
 
     Raises: ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
+
+    >>> data = LoraConfig(r=4, target_modules=["q"]).to_dict()
+    >>> data["peft_type"], data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
+    ('LORA', 4, True)
     """
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         kind = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
@@ -124,7 +117,7 @@ OFF_IN_PEFT = (
 
 def dumps(config: core.LoraConfig) -> str:
     """The text of adapter_config.json. Options are sorted. Patterns are not, because the first match counts."""
-    return json.dumps(dict(sorted(to_dict(config).items())), indent=2, allow_nan=False) + "\n"
+    return json.dumps(dict(sorted(dataclasses.asdict(config).items())), indent=2, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> LoraConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer
 from ..core.model import LoraModel
-from ..safe.sharded import gathered
+from ..safe.plain import gathered
 from .adapter_tensors import PREFIX, layers_in_file
 
 

@@ -1,4 +1,4 @@
-"""The inits that read the weight's numbers, or data: one paper, one function, one file.
+"""The inits that read the weight's numbers, or data: one function for each paper.
 
 The import of this package adds them to `METHODS` of `lora_ref.core.inits`. A new init is a function and an entry there.
 """
@@ -10,22 +10,11 @@ from typing import Any
 from ..core.inits import METHODS, Method, find, method_of, uniform
 from ..core.update import Factors
 from . import corda, lora_ga
-from .loftq import loftq
-from .mica import mica
-from .olora import olora
+from .decompositions import check_even, check_thin, loftq, mica, olora, orthogonal, pissa
 from .options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from .orthogonal import check_even, orthogonal
-from .pissa import pissa
 from .residual import check_shape
 
-__all__ = ["METHODS", "Method", "check", "find", "method_of"]
-
-
-def check(init_lora_weights: bool | str, shape: tuple[int, ...], r: int, scaling: float) -> None:
-    """Raise ValueError unless the method can start a layer of this shape with this rank and scaling."""
-    method = METHODS[method_of(init_lora_weights)]
-    if method.check:
-        method.check(shape, r, scaling)
+__all__ = ["METHODS", "Method", "find", "method_of"]
 
 
 def _changes_base(name: str, function: Callable[..., Factors], check: Any = None, **others: Any) -> Method:
@@ -33,23 +22,13 @@ def _changes_base(name: str, function: Callable[..., Factors], check: Any = None
     return Method({"linear": function}, changes_base=True, reads_weight=True, check=check, **others)
 
 
-def _loftq_options(config: LoftQConfig) -> dict[str, Any]:
-    return {"bits": config.loftq_bits, "iterations": config.loftq_iter}
-
-
 # mica does not divide by the scaling; `initialize_lora_eva_weights` sets A of eva later
 METHODS["orthogonal"] = Method({"linear": orthogonal}, check=lambda shape, r, scaling: check_even(r))
 METHODS["pissa"] = _changes_base("pissa", pissa, number="niter")
 METHODS["olora"] = _changes_base("olora", olora)
-METHODS["loftq"] = _changes_base("loftq", loftq, config=LoftQConfig, options=_loftq_options)
+METHODS["loftq"] = _changes_base("loftq", loftq, config=LoftQConfig, options=LoftQConfig.keywords)
 METHODS["corda"] = _changes_base("corda", corda.corda, prepare="preprocess_corda", config=CordaConfig)
 METHODS["eva"] = Method({"linear": uniform}, config=EvaConfig)
-METHODS["mica"] = Method(
-    {"linear": mica, "embedding": mica},
-    reads_weight=True,
-    train_B=False,
-    check=lambda shape, r, scaling: check_shape("mica", shape, r),
-)
-METHODS["lora_ga"] = _changes_base(
-    "lora_ga", lora_ga.lora_ga, lora_ga.check_lora_ga, prepare="preprocess_loraga", config=LoraGAConfig
-)
+METHODS["mica"] = Method({"linear": mica, "embedding": mica}, reads_weight=True, train_B=False, check=check_thin)
+_ga = {"prepare": "preprocess_loraga", "config": LoraGAConfig}
+METHODS["lora_ga"] = _changes_base("lora_ga", lora_ga.lora_ga, lora_ga.check_lora_ga, **_ga)

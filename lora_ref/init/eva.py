@@ -50,21 +50,12 @@ def eva(
     return Factors(numerics.cast_finite(A, weight), numerics.zeros((weight.shape[0], r), weight))
 
 
-def largest_rank(r: int, rho: float) -> int:
-    """round(r * rho): the largest new rank of a layer of rank r. Python's rounding: ties to even.
-
-    >>> largest_rank(8, 2.0), largest_rank(5, 1.5)
-    (16, 8)
-    """
-    return round(r * rho)
-
-
 def redistribute(ratios: Mapping[str, Sequence[float]], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
     """{layer: new rank}: how many of the sum(ranks) largest ratios, over all layers, are the layer's.
 
     `ratios` holds for each layer the explained variance ratios of its components, in falling order. Of layer l only
-    the first round(r_l * rho) count, so no new rank is larger. With rho = 1 all ranks stay. A new rank may be 0. Of
-    equal ratios the earlier layer's counts first. So of layers with the same input the first has the highest rank.
+    the first round(r_l * rho) count (ties to even), so no new rank is larger. With rho = 1 all ranks stay. A new rank
+    may be 0. Of equal ratios the earlier layer's counts first, so of layers with the same input the first gets most.
     Source: EVA, arXiv 2410.07170, section 3 and algorithm 1.
 
     >>> redistribute({"a": [0.9, 0.05], "b": [0.5, 0.3]}, {"a": 1, "b": 1}, rho=2.0)
@@ -72,7 +63,7 @@ def redistribute(ratios: Mapping[str, Sequence[float]], ranks: Mapping[str, int]
     >>> redistribute({"a": [0.2, 0.1], "b": [0.5, 0.3]}, {"a": 1, "b": 1}, rho=2.0)
     {'a': 0, 'b': 2}
     """
-    offers = [(float(ratio), layer) for layer, r in ranks.items() for ratio in ratios[layer][: largest_rank(r, rho)]]
+    offers = [(float(ratio), layer) for layer, r in ranks.items() for ratio in ratios[layer][: round(r * rho)]]
     best = sorted(offers, key=lambda offer: -offer[0])[: sum(ranks.values())]  # stable: ties keep their order
     taken = [layer for _, layer in best]
     return {layer: taken.count(layer) for layer in ranks}

@@ -13,12 +13,6 @@ def is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
 
-def check_bools(config: object, *names: str) -> None:
-    """Raise ValueError unless these options are True or False."""
-    for name in names:
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-
-
 @strict
 @dataclasses.dataclass
 class EvaConfig:
@@ -39,7 +33,8 @@ class EvaConfig:
         require(is_number(self.rho) and self.rho >= 1, "rho", self.rho, "a number >= 1")
         require(is_number(self.tau) and 0 <= self.tau <= 1, "tau", self.tau, "a number in [0, 1]")
         require(type(self.label_mask_value) is int, "label_mask_value", self.label_mask_value, "an int")
-        check_bools(self, "use_label_mask", "whiten", "adjust_scaling_factors")
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
 
 @strict
@@ -54,6 +49,9 @@ class LoftQConfig:
         bits, steps = self.loftq_bits, self.loftq_iter
         require(type(bits) is int and bits in (2, 4, 8), "loftq_bits", bits, "2, 4 or 8")
         require(type(steps) is int and steps > 0, "loftq_iter", steps, "an int > 0")
+
+    def keywords(self) -> dict[str, int]:
+        return {"bits": self.loftq_bits, "iterations": self.loftq_iter}
 
 
 @strict

@@ -78,9 +78,8 @@ def cast_finite(x: Array, like: Array) -> Array:
         x = cast(x, like)
     if not is_finite(x):
         dtype = str(x.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"the start is not finite in {dtype}: lora_alpha, or the weight or the data, are too large or too small"
-        )
+        size = "lora_alpha, or the weight or the data, are too large or too small"
+        raise ValueError(f"the start is not finite in {dtype}: {size}")
     return x
 
 
@@ -88,9 +87,7 @@ def scaled_to_one(x: Array) -> tuple[Array, int]:
     """(x / 2^e, e) such that squares of the result stay in range.
 
     e = 0, x itself, when they do anyway; else the largest entry is near 1.
-
-    Raises:
-        ValueError: x has NaN or infinite entries.
+    Raises: ValueError: x has NaN or infinite entries.
 
     >>> scaled_to_one(np.array([3e-200, 1e-200]))[0].round(2)
     array([1.15, 0.38])

@@ -6,6 +6,9 @@ from jaxtyping import Float
 from ..core.update import Array, at_least_float32, is_torch
 from .arrays import cast, check_finite, library, scaled_to_one, times_2_to_the
 
+# U, S and Vh: m singular triples of a matrix (n, k), or of a batch
+Triples = tuple[Float[Array, "*batch n m"], Float[Array, "*batch m"], Float[Array, "*batch m k"]]
+
 
 def subtract_product(
     W: Float[Array, "out in"], B: Float[Array, "out r"], A: Float[Array, "r in"], s: float
@@ -39,15 +42,11 @@ def qr(x: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch n m"], Float
     return Q * sign[..., None, :], sign[..., :, None] * R
 
 
-def svd(
-    x: Float[Array, "*batch n k"],
-) -> tuple[Float[Array, "*batch n m"], Float[Array, "*batch m"], Float[Array, "*batch m k"]]:
+def svd(x: Float[Array, "*batch n k"]) -> Triples:
     """X = U diag(S) Vh, thin: m = min(n, k); S descends. In at least float32.
 
     In each row of Vh the entry of largest magnitude is positive.
-
-    Raises:
-        ValueError: x has NaN or infinite entries.
+    Raises: ValueError: x has NaN or infinite entries.
 
     >>> U, S, Vh = svd(np.array([[3.0, 0.0], [0.0, -5.0]]))
     >>> S
@@ -65,24 +64,20 @@ def signed(U: Array, S: Array, Vh: Array) -> tuple[Array, Array, Array]:
     return U * sign.swapaxes(-1, -2), S, Vh * sign
 
 
-def svd_of_product(
-    B: Float[Array, "*batch out r"], A: Float[Array, "*batch r in"]
-) -> tuple[Float[Array, "*batch out m"], Float[Array, "*batch m"], Float[Array, "*batch m in"]]:
-    """B A = U diag(S) Vh, thin: m = min(out, r, in); without the product B A.
+def svd_of_product(B: Float[Array, "*batch n r"], A: Float[Array, "*batch r k"]) -> Triples:
+    """B A = U diag(S) Vh, thin: m = min(n, r, k); without the product B A.
 
         B = Qb Rb,  A^T = Qa Ra,  B A = Qb (Rb Ra^T) Qa^T
 
-    Only the small matrix Rb Ra^T is decomposed: O((in + out) r^2) operations instead of O(in * out * min(in, out)).
-
-    Raises:
-        ValueError: B or A are not finite.
+    Only the small matrix Rb Ra^T is decomposed: O((n + k) r^2) operations instead of O(n k min(n, k)).
+    Raises: ValueError: B or A are not finite.
 
     >>> U, S, Vh = svd_of_product(np.array([[3.0], [4.0]]), np.array([[0.0, 2.0, 0.0]]))
     >>> S
     array([10.])
     """
     (B, b), (A, a) = scaled_to_one(at_least_float32(B)), scaled_to_one(at_least_float32(A))
-    Qb, Rb = qr(B)  # (out, m), (m, r)
-    Qa, Ra = qr(A.swapaxes(-1, -2))  # (in, m'), (m', r)
+    Qb, Rb = qr(B)  # (n, m), (m, r)
+    Qa, Ra = qr(A.swapaxes(-1, -2))  # (k, m'), (m', r)
     U, S, Vh = svd(Rb @ Ra.swapaxes(-1, -2))
     return Qb @ U, times_2_to_the(S, a + b), Vh @ Qa.swapaxes(-1, -2)

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from ..core.update import Array, at_least_float32, is_torch
 from .arrays import beside, detached, scaled_to_one, seeded_normal, times_2_to_the
-from .dense import qr, signed, svd
+from .dense import Triples, qr, signed, svd
 
 SMALL = 256  # rows and columns: below, and for r above an eighth of them, the dense decomposition is as fast
 PASSES = 8
@@ -18,16 +18,12 @@ PASSES = 8
 SEED: dict[str, Any] = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
 
 
-def leading_svd(
-    W: Float[Array, "out in"], r: int
-) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]]:
-    """U_r (out, r), S_r (r,), Vh_r (r, in): the r leading triples of `svd(W)`, in at least float32.
+def leading_svd(W: Float[Array, "n k"], r: int) -> Triples:
+    """U_r (n, r), S_r (r,), Vh_r (r, k): the r leading triples of `svd(W)`, in at least float32.
 
     They are as exact as those of the dense decomposition. `lanczos_svd` computes them, or where it returns None, the
     dense decomposition. No gradient flows through the result.
-
-    Raises:
-        ValueError: W has NaN or infinite entries.
+    Raises: ValueError: W has NaN or infinite entries.
 
     >>> U, S, Vh = leading_svd(np.array([[3.0, 0.0], [0.0, -5.0]]), r=1)
     >>> S, Vh
@@ -39,9 +35,7 @@ def leading_svd(
     return U[:, :r], times_2_to_the(S[:r], e), Vh[:r]
 
 
-def lanczos_svd(
-    W: Float[Array, "out in"], r: int
-) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]] | None:
+def lanczos_svd(W: Float[Array, "n k"], r: int) -> Triples | None:
     """The r leading triples by SciPy's ARPACK; None where `svd` is the better choice.
 
     V holds the right singular vectors found so far, none at first. Each pass adds to V the leading eigenvectors of
@@ -58,7 +52,6 @@ def lanczos_svd(
     The result is None for small matrices, for tensors that are not on the CPU, and where ARPACK does not converge
     before the dense decomposition would end. The starts are seeded, so the same W gives the same triples. SciPy before
     1.17 is an exception where the Krylov space is exhausted, for example with few different singular values.
-
     Source: Lehoucq, Sorensen, Yang, ARPACK Users' Guide, 1998, doi 10.1137/1.9780898719628.
 
     >>> W = np.diag(np.repeat([3.0, 2.0, 1.0], [4, 2, 400]))
@@ -121,19 +114,14 @@ def _times(W: Array, X: Array) -> Array:
     return (X.T @ W.T).T  # W @ X; with the thin factor in front, the BLAS of torch is up to 9 times faster
 
 
-def randomized_svd(
-    W: Float[Array, "out in"], r: int, niter: int, rng: Any = None
-) -> tuple[Float[Array, "out r"], Float[Array, " r"], Float[Array, "r in"]]:
-    """Q U (out, r), S (r,), Vh (r, in): approximately the r leading triples of W, in at least float32.
+def randomized_svd(W: Float[Array, "n k"], r: int, niter: int, rng: Any = None) -> Triples:
+    """Q U (n, r), S (r,), Vh (r, k): approximately the r leading triples of W, in at least float32.
 
-        Q^T W = U diag(S) Vh,   Q an orthonormal basis of the range of (W W^T)^niter W X,   X (in, r + 8) random
+        Q^T W = U diag(S) Vh,   Q an orthonormal basis of the range of (W W^T)^niter W X,   X (k, r + 8) random
 
     X has 8 columns more than r, and every product is orthogonalised. So few iterations are enough. X is drawn from
     `rng`, or with a fixed seed.
-
-    Raises:
-        ValueError: W has NaN or infinite entries.
-
+    Raises: ValueError: W has NaN or infinite entries.
     Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
 
     >>> U, S, Vh = randomized_svd(np.diag([9.0, 3.0, 1.0]), r=2, niter=0)

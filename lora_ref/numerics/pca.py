@@ -57,13 +57,9 @@ def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
 
     n is the number of rows before, m that of X. Each batch is centred by its own mean before it is squared. So no
     digits are lost where the mean is large against the spread. S is changed in place: do not use `before` again.
-
-    Raises:
-        ValueError: X has no rows, or a number in it is not finite.
-
+    Raises: ValueError: X has no rows, or a number in it is not finite.
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-        The row for d is that of Ross et al., "Incremental learning for robust visual tracking", 2008, which
-        scikit-learn's IncrementalPCA follows.
+        The row for d: Ross et al., "Incremental learning for robust visual tracking", 2008.
 
     >>> moments = update(update(None, np.array([[1.0, 5.0]])), np.array([[3.0, 5.0], [5.0, 5.0]]))
     >>> moments.seen, moments.mean, moments.kept
@@ -97,10 +93,7 @@ def components(moments: Moments, n: int) -> Components:
 
     In each row the entry of largest magnitude is positive. Where sigma^2 is within the rounding of the largest one,
     sigma is 0, and its row is an arbitrary direction orthogonal to the others.
-
-    Raises:
-        ValueError: n is less than 1, or larger than the number of rows seen or of columns; S overflows.
-
+    Raises: ValueError: n is less than 1, or larger than the number of rows seen or of columns; S overflows.
     Source: equal to scikit-learn's IncrementalPCA of the same batches if that keeps all components. If it keeps n of
         them, it loses the others at every batch.
 

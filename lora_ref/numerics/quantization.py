@@ -2,8 +2,7 @@
 
     w ~ scale * c        c one of the 2^k numbers of a codebook, scale = max |w| over the block
 
-The codebook holds quantiles of the normal distribution, because trained weights are distributed so. Where weights are
-dense, its numbers are dense. Importing this module does not import torch.
+The codebook holds quantiles of the normal distribution, because trained weights are distributed so.
 """
 
 import math
@@ -44,10 +43,7 @@ def codebook(bits: int) -> Float[np.ndarray, " codes"]:
 
     The numbers are rounded to float32, and the intermediate results where those of the published NF4 table were. So
     they are this table to the last bit, and the same in every dtype. They are returned in float64.
-
-    Raises:
-        ValueError: bits is not 2, 4 or 8.
-
+    Raises: ValueError: bits is not 2, 4 or 8.
     Source: QLoRA, arXiv 2305.14314, section 3 and appendix E (NF4); LoftQ, arXiv 2310.08659 (NF2).
 
     >>> codebook(2)
@@ -77,10 +73,7 @@ def quantize(weight: Float[Array, "..."], bits: int) -> Quantized:
 
     w / scale is rounded to float32 (float64 for a float64 weight). Its nearest number is found exactly; in the middle
     between two it is the lower one. The last block is filled with zeros. A block of zeros has scale 0.
-
-    Raises:
-        ValueError: bits is not 2, 4 or 8; or the weight holds NaN or infinity.
-
+    Raises: ValueError: bits is not 2, 4 or 8; or the weight holds NaN or infinity.
     Source: QLoRA, arXiv 2305.14314, equation 1 and section 3; LoftQ, arXiv 2310.08659, section 3.1.
 
     >>> q = quantize(np.array([[0.5, -2.0, 0.0], [2.0, 0.3, 0.9]]), bits=2)

@@ -118,26 +118,21 @@ def tree(*roots: nn.Module, factors: bool = True) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            only_base = isinstance(module, LoraLayer) and not factors
-            inner = [module._modules["base_layer"]] if only_base else reversed(module._modules.values())
-            waiting += [child for child in inner if child is not None]
+            if not factors and isinstance(module, LoraLayer):
+                waiting.append(module.base)
+            elif inner := module._modules:
+                waiting += [child for child in reversed(inner.values()) if child is not None]
     return list(found.values())
 
 
-def modules_without_factors(model: nn.Module) -> list[nn.Module]:
-    """All modules except those that hold A and B. Activating, disabling and merging change attributes of these only."""
-    return tree(model, factors=False)
-
-
-def switches(model: Any) -> AbstractContextManager[None]:
-    """Weights are replaced, adapters activated, disabled or scaled. A and B stay."""
-    return transaction(model, modules=lambda: modules_without_factors(model))
+def switches(model: Any, flags: Iterable[nn.Parameter] = ()) -> AbstractContextManager[None]:
+    """Weights are replaced, adapters activated, disabled or scaled. The modules that hold A and B do not change."""
+    return transaction(model, modules=lambda: tree(model, factors=False), flags=flags)
 
 
 def switches_and_flags(model: Any) -> AbstractContextManager[None]:
     """As `switches`, and adapters are frozen or trained."""
-    parameters = (p for wrapper in model.wrappers() for _, p in wrapper.adapter_parameters())
-    return transaction(model, modules=lambda: modules_without_factors(model), flags=parameters)
+    return switches(model, (p for wrapper in model.wrappers() for _, p in wrapper.adapter_parameters()))
 
 
 ATOMIC: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
@@ -152,11 +147,17 @@ ATOMIC: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
 }
 
 
-def atomic(method: Callable[..., Any], changes: Callable[[Any], AbstractContextManager[None]]) -> Callable[..., Any]:
-    """A method of a model that finishes, or changes nothing."""
+def atomic(
+    method: Callable[..., Any],
+    changes: Callable[[Any], AbstractContextManager[None]],
+    check: Callable[[Any], None] | None = None,
+) -> Callable[..., Any]:
+    """A method of a model that finishes, or changes nothing. `check` may refuse it before."""
 
     @wraps(method)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if check:
+            check(model)
         with changes(model):
             return method(model, *args, **kwargs)
 

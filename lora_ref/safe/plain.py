@@ -1,15 +1,21 @@
-"""What reads the factors' numbers needs plain modules: merging, saving, setting and combining.
+"""What reads or replaces the stored numbers needs plain modules: merging, saving, setting and combining.
 
 A hook, a patched forward, a parametrisation, pruning, quantisation or offloading may compute another weight than the
 one that is stored. Such a layer runs (`core` calls its modules), but its stored numbers are not its update.
+
+FSDP2 (`fully_shard`) and tensor parallelism make a parameter a DTensor, of which each rank holds a part. An adapted
+model trains as it is then, and is gathered for a file. But the engine holds references to the parameters that it has
+sharded. So adapters are added, loaded and merged before the model is sharded.
 """
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..core.layer import LoraLayer, is_observed
 from ..core.model import LoraModel
+from .atomic import tree
 
 
 def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: bool = True, calls: bool = True) -> None:
@@ -18,35 +24,31 @@ def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: boo
     calls=False: hooks are allowed, since the stored numbers are what is asked for.
     """
     for where, layer in layers.items():
-        parts: list[tuple[str, nn.Module, str]] = []
-        for name in [name for name in names if name in layer.r]:
-            if layer.kind == "embedding":
-                parts += [("A", layer.lora_embedding_A, name), ("B", layer.lora_embedding_B, name)]
-            else:
-                parts += [("A", layer.lora_A[name], "weight"), ("B", layer.lora_B[name], "weight")]
-        found = [_stored(module, attribute, calls) for _, module, attribute in parts]
+        devices: dict[torch.device, str] = {}
+        places = [place for name in names if name in layer.r for place in layer.stored_in(name).items()]
         if base:
-            parts.append(("the base", layer.get_base_layer(), layer.weight_name))
-            found.append(_stored(*parts[-1][1:], False))
-        for (part, _, _), weight in zip(parts, found, strict=True):
+            places.append(("the base", (layer.get_base_layer(), layer.weight_name)))
+        for part, (module, attribute) in places:
+            weight = _stored(module, attribute, calls and part != "the base")
             if isinstance(weight, str):
                 raise ValueError(f"{where}: {part} {weight}: undo that first")
-            if weight.device != found[0].device:  # type: ignore[union-attr]
-                devices = f"{part} is on {weight.device}, {parts[0][0]} on {found[0].device}"  # type: ignore[union-attr]
-                raise ValueError(f"{where}: {devices}: move the model to one device first")
+            devices.setdefault(weight.device, part)
+        if len(devices) > 1:
+            both = ", ".join(f"{part} is on {device}" for device, part in devices.items())
+            raise ValueError(f"{where}: {both}: move the model to one device first")
 
 
 def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
     """The parameter that holds the numbers, or the reason why they are not those that the module computes with."""
     weight = module._parameters.get(attribute)
+    kind = type(module).__name__
     if weight is None or (calls and type(weight) not in (Tensor, nn.Parameter)):
-        return f"is a {type(module).__name__} that does not store its weight: replaced, pruned, parametrised, sharded"
+        return f"is a {kind} that does not store its weight: replaced, pruned, parametrised, sharded"
     if weight.is_meta and is_observed(module):
         return "is offloaded"
-    plain = type(module).__name__ in ("Linear", "Conv1d", "Conv2d", "Conv3d", "FactorTable")
+    plain = kind in ("Linear", "Conv1d", "Conv2d", "Conv3d", "FactorTable")
     if calls and (is_observed(module) or not plain or module._parameters.get("bias") is not None):
-        hidden = "hooks, a bias or a forward of its own"
-        return f"is a {type(module).__name__} with {hidden}, which its weight does not show"
+        return f"is a {kind} with hooks, a bias or a forward of its own, which its weight does not show"
     return weight
 
 
@@ -56,3 +58,30 @@ def check_merged(model: LoraModel) -> None:
         if isinstance(reason := _stored(layer.get_base_layer(), layer.weight_name, False), str):
             where = next(name for name, other in model.layers().items() if other is layer)
             raise ValueError(f"{where}: {', '.join(layer.merged_adapters)} is merged, and the base {reason}: undo that")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The full tensor. Every rank must call this at the same time: they exchange their parts.
+
+    >>> gathered(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Is it a DTensor? Asked without importing torch.distributed, which takes as long as all of lora_ref."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
+
+
+def check_not_sharded(model: nn.Module, what: str) -> None:
+    """Raise ValueError if any parameter of the model is sharded: the engine would never see one installed later."""
+    if any(is_sharded(p) for module in tree(model) for p in module._parameters.values()):
+        sharded = f"{what} is not possible once the model is sharded (fully_shard, parallelize_module)"
+        raise ValueError(f"{sharded}: the engine would go on with the parameters that it has cut. Do it before")
+
+
+def is_main_process() -> bool:
+    """Is this rank 0, or a process by itself?"""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -3,15 +3,12 @@
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def progress_bar(show: bool = True) -> "Progress":
+def progress_bar(show: bool = True) -> Any:
     """A `rich` progress bar for a `with` statement. It disappears after an exception too."""
     from rich.console import Console  # its import is as slow as that of lora_ref
     from rich.progress import Progress

@@ -8,13 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core import inits
-from ..core.adapter_modules import ModulesToSave, unwrapped
+from ..core.adapter_modules import ModulesToSave, unwrapped, walk
 from ..core.config import LoraConfig
 from ..core.layer import LoraLayer, is_observed
 from ..core.layer_types import CONVOLUTIONS, Parameter, is_conv1d_of_transformers, kind_of
-from ..core.model import walk
 from ..core.names import Match, Targeting
-from . import sharded
+from .plain import check_not_sharded
 
 
 def check(
@@ -32,7 +31,7 @@ def check(
         for attribute, tensor in owner._parameters.items():
             shared.setdefault(id(tensor), []).append(f"{name}.{attribute}".lstrip("."))
             if type(tensor) not in (Tensor, nn.Parameter, type(None)):
-                sharded.check_not_sharded(model, "adding an adapter")
+                check_not_sharded(model, "adding an adapter")
     nested = any(isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor for _, m in owners)
     for match in plan.matches:
         if not match.action:
@@ -98,15 +97,11 @@ def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, param
     bare: Any = unwrapped(module)
     kind = "parameter" if parameter else kind_of(bare)
     if not kind:
-        return (
-            f"{type(bare).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d can, "
-            "and raw parameters with target_parameters"
-        )
+        can = "Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d can, and raw parameters with target_parameters"
+        return f"{type(bare).__name__} cannot be adapted; {can}"
     if isinstance(parent, nn.MultiheadAttention):
-        return (
-            f"nn.MultiheadAttention reads {attribute}.weight without calling {attribute}, so an adapter on it would "
-            "never run; leave it out with exclude_modules (target_parameters can adapt the attention's in_proj_weight)"
-        )
+        reads = f"nn.MultiheadAttention reads {attribute}.weight without calling {attribute}: an adapter would not run"
+        return f"{reads}; leave it out with exclude_modules (target_parameters can adapt the in_proj_weight)"
     if isinstance(module, ModulesToSave):
         return "another adapter saves this module whole (modules_to_save)"
     if isinstance(module, LoraLayer) and isinstance(module, Parameter) is not bool(parameter):

@@ -89,10 +89,8 @@ class Pattern(config.Pattern):
         try:
             match = getattr(self.compiled, method)(name, timeout=TIME_LIMIT if left > TIME_LIMIT else left)
         except TimeoutError:
-            raise ValueError(
-                f"{self.option}: the regular expression {self.text[:80]!r} is too slow: it backtracks without end "
-                f"on {name[:80]!r}; write it without nested repetition"
-            ) from None
+            slow = f"the regular expression {self.text[:80]!r} is too slow: it backtracks without end on {name[:80]!r}"
+            raise ValueError(f"{self.option}: {slow}; write it without nested repetition") from None
         # any number of ordinary matches is free: a slow machine must not refuse what a fast one accepts
         spent = time.perf_counter() - started - ORDINARY
         if spent > 0:

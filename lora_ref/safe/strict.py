@@ -116,10 +116,8 @@ def check_options(config: LoraConfig) -> None:
         if value:
             config.pattern_type.compile_all(value, name)
     if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out):
-        raise ValueError(
-            "target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: the update is added "
-            "to the parameter itself, so there is no input of A to drop"
-        )
+        why = "the update is added to the parameter itself, so there is no input of A to drop"
+        raise ValueError(f"target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: {why}")
     is_loftq = str(config.init_lora_weights).lower() == "loftq"
     if config.loftq_config and not is_loftq:
         warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)

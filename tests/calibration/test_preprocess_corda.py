@@ -165,7 +165,7 @@ def test_layers_with_the_same_input_share_the_work_and_the_rest_does_not(monkeyp
         calls.append(x)
         return call_covariance(x)
 
-    monkeypatch.setattr("lora_ref.calibration.covariance.call_covariance", counted)
+    monkeypatch.setattr("lora_ref.calibration.hooks.call_covariance", counted)
     model = prepared(Attention(), settings())
     assert len(calls) == 6  # three batches; q, k and v share theirs, out has its own
     alone = prepared(Attention(), settings(target_modules=["v"]))

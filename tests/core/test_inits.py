@@ -24,7 +24,7 @@ from lora_ref.core.inits import (
     uniform,
     unzeroed,
 )
-from lora_ref.init.orthogonal import orthogonal
+from lora_ref.init.decompositions import orthogonal
 from spec_tests import close
 
 FALSE_ALARM = 1e-6  # how often numbers that follow a law may be taken for some that do not

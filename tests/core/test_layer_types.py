@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_ref import LoraConfig, get_peft_model
 from lora_ref.core.layer_types import LoraLayer, is_conv1d_of_transformers
-from lora_ref.safe.atomic import modules_without_factors
+from lora_ref.safe.atomic import tree
 from spec_tests import agree, close, distance
 
 
@@ -429,5 +429,5 @@ def test_only_conv1d_by_name_is_taken_for_transformers_conv1d(name: str) -> None
 
 def test_the_modules_of_an_adapter_are_not_among_those_that_may_hold_wrappers() -> None:
     _, layer = adapt(nn.Linear(4, 4), r=1, init_lora_weights="pissa")
-    found = modules_without_factors(layer)
+    found = tree(layer, factors=False)
     assert layer.base_layer in found and layer.lora_A not in found and layer.lora_initial not in found

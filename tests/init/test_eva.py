@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ref.init.eva import eva, largest_rank, redistribute
+from lora_ref.init.eva import eva, redistribute
 from lora_ref.numerics import pca
 from spec_tests import close
 
@@ -26,7 +26,7 @@ def components(seed, n_in, n, library=np.asarray, directions=None):
 def test_the_budget_is_kept_and_no_rank_is_above_its_limit(seed, r, rho, tied):
     rng = np.random.default_rng(seed)
     ranks = {f"layer{i}": x for i, x in enumerate(r)}
-    ratios = {name: sorted(rng.random(largest_rank(x, rho)).tolist(), reverse=True) for name, x in ranks.items()}
+    ratios = {name: sorted(rng.random(round(x * rho)).tolist(), reverse=True) for name, x in ranks.items()}
     if tied:
         ratios = {name: [round(y, 1) for y in x] for name, x in ratios.items()}
     got = redistribute(ratios, ranks, rho)

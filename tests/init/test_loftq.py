@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora_ref.core.update import Factors
-from lora_ref.init.loftq import loftq
+from lora_ref.init.decompositions import loftq
 from lora_ref.numerics.quantization import codebook, dequantize, quantize
 from spec_tests import close
 from spec_tests.rounding import unit

@@ -8,7 +8,7 @@ import torch
 from models import adapt
 from torch import nn
 
-from lora_ref.init.orthogonal import orthogonal
+from lora_ref.init.decompositions import orthogonal
 from spec_tests import close
 
 

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_ref import numerics
-from lora_ref.init.mica import mica
-from lora_ref.init.olora import olora
-from lora_ref.init.pissa import pissa
+from lora_ref.init.decompositions import mica, olora, pissa
 from spec_tests import agree, close
 from spec_tests.rounding import unit
 

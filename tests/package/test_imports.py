@@ -56,7 +56,7 @@ def test_the_core_is_read_in_one_sitting() -> None:
 
 
 def test_the_package_without_its_tools_is_small() -> None:
-    assert lines_of([path for path in sources() if path not in sources("tools")]) < 6460
+    assert lines_of([path for path in sources() if path not in sources("tools")]) < 6200
 
 
 # -- what imports what -----------------------------------------------------------------------------
@@ -155,7 +155,7 @@ for name in ("cat", "linear", "svd"):
     A2, B2, *_ = combination.COMBINATIONS[name]([A], [B], [s], **extra)
     assert near(B2 @ A2, D, 3 * 8 * W.size, s * np.linalg.norm(B) * np.linalg.norm(A))  # and of three
 config = LoraConfig(target_modules=["q"], rank_pattern={{"q": 2}})
-assert config_file.from_dict(config_file.to_dict(config)) == config
+assert config_file.from_dict(config.to_dict()) == config
 plan = names.resolve(names.ModelNames({{"a.q": "linear", "a.k": "linear"}}), config)
 assert plan.names("adapt") == ["a.q"] and plan.matches[0].r == 2
 assert names.Rule("rank_pattern", {{"q": 2}}).match("a.q") == "q"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_ref.safe.sharded import is_main_process
+from lora_ref.safe.plain import is_main_process
 
 
 @pytest.mark.parametrize("rank, writes", [(0, True), (1, False), (2, False)])
