@@ -61,7 +61,7 @@ class LoraModel(core.LoraModel):
                 raise ValueError(f"there is no adapter {name!r}; there are {known}{did_you_mean(str(name), known)}")
 
     def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
-        refusals.check(self.model, config, plan, will_init)
+        refusals.refuse(self.model, config, plan, will_init)
 
     def progress(
         self, matches: list[Match], config: LoraConfig, will_init: bool

@@ -20,9 +20,9 @@ from ..core.layer_types import is_conv1d_of_transformers
 from ..core.update import Factors
 from ..init import corda, lora_ga
 from ..init.options import CordaConfig, LoraGAConfig
-from ..safe import refusals as checks
 from ..safe.atomic import transaction
 from ..safe.progress import steps
+from ..safe.refusals import refuse
 from ..safe.strict import prefix_errors
 from . import hooks
 
@@ -151,7 +151,7 @@ def _resolve_targets(model: nn.Module, config: LoraConfig, method: str) -> dict[
     if any(isinstance(module, AdapterModule) for module in model.modules()):
         raise ValueError("the model is adapted already: prepare the base model, before get_peft_model")
     plan = explain(model, config)
-    checks.check(model, config, plan, needs_data=False)
+    refuse(model, config, plan, needs_data=False)
     return {m.name: (model.get_submodule(m.name), m.r) for m in plan.matches if m.action == "adapt" and m.r}
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 # not looked up in the wrapped module: they may be missing while this module is being built or unpickled
-OWN = ("delegate", "base", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
+OWN = ("delegate", "model", "base_layer", "original_module", "modules_to_save", "active_adapters", "disable_adapters")
+NOTHING = nn.ModuleDict()
 
 
 class AdapterModule(nn.Module):
@@ -40,8 +41,7 @@ class AdapterModule(nn.Module):
 
     def part(self, attribute: str, adapter: str) -> Any:
         """attribute[adapter] of a dict of modules, or None."""
-        parts = self._modules.get(attribute)
-        return None if parts is None else parts._modules.get(adapter)
+        return self._modules.get(attribute, NOTHING)._modules.get(adapter)  # type: ignore[union-attr]
 
     def dicts(self) -> list[Any]:
         """The dicts {adapter: value} that are there."""
@@ -89,7 +89,7 @@ class AdapterModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if name in OWN or name.startswith("__") or "_modules" not in vars(self):  # not set while unpickling
                 raise

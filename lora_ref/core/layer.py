@@ -2,9 +2,9 @@
 
     y = base(x) + sum over active adapters of  s B A dropout(x) - D0 x
 
-D0 is 0 for most inits. PiSSA, OLoRA, CorDA and LoRA-GA start from an update s0 B0 A0 that is not 0, and LoftQ from a
-quantised weight W - D0. The branch subtracts D0, so the base weight W never changes. Without the adapter, the layer is
-the base layer bit for bit.
+D0 is 0 for most inits. PiSSA, OLoRA, CorDA and LoRA-GA start from an update s0 B0 A0 that is not 0. LoftQ starts from
+a quantised weight W - D0. The branch subtracts D0, so the base weight W never changes. Without the adapter, the layer
+is the base layer bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapter_modules import AdapterModule, unwrapped
+from .adapter_modules import NOTHING, AdapterModule, unwrapped
 from .config import LoraConfig
 from .inits import METHODS, method_of
 from .scaling import check_scaling, scaling
@@ -115,7 +115,8 @@ class LoraLayer(AdapterModule):
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s B A dropout(x) - D0 x."""
-        lora_A, lora_B, dropout, initial = (self.part(attribute, name) for attribute in PARTS)
+        modules: Any = self._modules
+        lora_A, lora_B, dropout, initial = (modules.get(part, NOTHING)._modules.get(name) for part in PARTS)
         x = as_input_of(lora_A, x)
         dropped = x if dropout is None else dropout(x)
         z = self.scaling[name] * lora_B(lora_A(dropped))  # (*tokens, in) -> (*tokens, r) -> (*tokens, out)

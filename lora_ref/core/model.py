@@ -290,13 +290,12 @@ class LoraModel(nn.Module):
         unwrap(self.model)
         return self.model
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model" or name.startswith("__"):  # not set yet: the object is being built or unpickled
-                raise
-            return getattr(self.model, name)
+    @property
+    def delegate(self) -> nn.Module:
+        """The module that attribute lookups fall back to (config, generate, ...)."""
+        return self.model
+
+    __getattr__ = AdapterModule.__getattr__
 
 
 def describe(model: nn.Module) -> ModelNames:

@@ -47,15 +47,18 @@ class Linear(layer_types.Linear):
         if applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
             weights = plain_weights(base)
             if weights is not None and weights[0].device == x.device:
-                if self.adapter_names is not None and not self.disable_adapters:
-                    return self.add_by_sample(base(x), x)
                 if (branch := self.branch_tensors(x)) is not None:
                     return add_branch(base, self.logical(weights[0]), weights[1], x, branch)
+                if each := self.factors_by_sample(x):
+                    y, rows = base(x), torch.tensor(list(each), device=x.device)
+                    if len(each) == len(y):
+                        return add_each(y, x, list(each.values()))
+                    return y.index_put((rows,), add_each(y[rows], x[rows], list(each.values())))
         return super().forward(x, *args, **kwargs)
 
     def branch_tensors(self, x: Tensor) -> Branch | None:
-        """The branch as tensors, or None where this file does not apply: disabled, a mixed batch, a D0, a factor
-        that is not plain, two dropout masks, or p > 1/2 (s / (1 - p) might leave the range of the dtype)."""
+        """The branch as tensors, or None where this file does not apply: disabled, a mixed batch, a D0, factors that
+        are not plain, two dropout masks. Nor for p > 1/2, since s / (1 - p) might leave the range of the dtype."""
         found = []
         if self.disable_adapters or self.adapter_names is not None:
             return None
@@ -86,20 +89,18 @@ class Linear(layer_types.Linear):
         A, B = weights_A[0], weights_B[0]
         return (A, B) if A.dtype == B.dtype and A.device == B.device == x.device else None
 
-    def add_by_sample(self, y: Tensor, x: Tensor) -> Tensor:
-        """Every sample's own factors in one stack: the cost grows with the samples, not with the adapters."""
+    def factors_by_sample(self, x: Tensor) -> dict[int, tuple[Tensor, Tensor, float]]:
+        """{i: (A, B, s)} of the samples that have an adapter, in a mixed batch; {} where this file does not apply."""
+        if self.disable_adapters or self.adapter_names is None:
+            return {}
         names = self.names_of_batch(x.shape[0])
-        rows = [i for i, name in enumerate(names) if name in self.r]
-        pairs = {names[i]: self.plain_factors(names[i], x) for i in rows}
-        used = [dropout for name in pairs if (dropout := self.part("lora_dropout", name)) is not None]
-        plain = all(type(dropout) is nn.Dropout and not (is_observed(dropout) or dropout.training) for dropout in used)
-        if not (plain and rows and applies(x)) or None in pairs.values() or "lora_initial" in self._modules:
-            self.check_device(x)
-            return super().add_by_sample(y, x)
-        each = [(*pairs[names[i]], self.scaling[names[i]]) for i in rows]  # type: ignore[misc]
-        if len(rows) == len(names):
-            return add_each(y, x, each)
-        return y.index_put((torch.tensor(rows, device=y.device),), add_each(y[rows], x[rows], each))
+        used = {name: self.plain_factors(name, x) for name in dict.fromkeys(names) if name in self.r}
+        for name, pair in used.items():
+            dropout = self.part("lora_dropout", name)
+            plain = dropout is None or (type(dropout) is nn.Dropout and not (dropout.training or is_observed(dropout)))
+            if pair is None or not plain or self.part("lora_initial", name) is not None:
+                return {}
+        return {i: (*used[name], self.scaling[name]) for i, name in enumerate(names) if name in used}  # type: ignore[misc]
 
 
 def joined(branches: Sequence[Branch]) -> Branch:
@@ -180,7 +181,7 @@ class LinearWithBranch(torch.autograd.Function):
         need_x, need_W, need_b, need_A, need_B = ctx.needs_input_grad[3:]
         dx = dW = None
         g = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
-        wide, x_ = cast(g, B.dtype), dropped(x, kept, A.dtype)
+        wide, x_ = in_dtype(g, B.dtype), dropped(x, kept, A.dtype)
         if torch.is_grad_enabled():  # second derivatives: z depends on x and A
             z = A @ x_.T
         dz = product(B.T, wide.T, ctx.s)  # (r, out) @ (out, T) -> (r, T)
@@ -188,10 +189,10 @@ class LinearWithBranch(torch.autograd.Function):
         dA = dz @ x_ if need_A else None  # (r, T) @ (T, in) -> (r, in)
         del wide, x_  # copies, perhaps
         if need_x:
-            dx = g @ cast(W, g.dtype)  # (T, out) @ (out, in) -> (T, in)
+            dx = g @ in_dtype(W, g.dtype)  # (T, out) @ (out, in) -> (T, in)
             # (T, r) @ (r, in) -> (T, in)
             dx = add_in_place(dx, dz.T, A) if kept is None else dx.add_((dz.T @ A).mul_(kept))
-            dx = cast(dx, x.dtype).view(x.shape)
+            dx = in_dtype(dx, x.dtype).view(x.shape)
         if need_W:
             dW = g.T @ dropped(x, None, g.dtype)  # (out, T) @ (T, in) -> (out, in)
         return None, None, None, dx, dW, g.sum(0) if need_b else None, dA, dB
@@ -204,11 +205,11 @@ def product(a: Tensor, b: Tensor, s: float) -> Tensor:
 
 def dropped(x: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "tokens in"]:
     """x in this dtype, zero where it is dropped; the factor 1 / (1 - p) is part of the scaling."""
-    x = cast(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), dtype)
+    x = in_dtype(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), dtype)
     return x if kept is None else x * kept
 
 
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # `to` alone takes as long as a product of one token
 
 

@@ -91,8 +91,8 @@ def update(before: Moments | None, X: Float[Array, "m in"]) -> Moments:
 def components(moments: Moments, n: int) -> Components:
     """V^T (n, in), sigma (n,), sigma^2 / trace(S) (n,): the n leading components, by falling singular value.
 
-    In each row the entry of largest magnitude is positive. Where sigma^2 is within the rounding of the largest one,
-    sigma is 0, and its row is an arbitrary direction orthogonal to the others.
+    In each row the entry of largest magnitude is positive. A sigma^2 within the rounding of the largest counts as 0.
+    Its row is an arbitrary direction orthogonal to the others.
     Raises: ValueError: n is less than 1, or larger than the number of rows seen or of columns; S overflows.
     Source: equal to scikit-learn's IncrementalPCA of the same batches if that keeps all components. If it keeps n of
         them, it loses the others at every batch.

@@ -1,8 +1,8 @@
 """All or nothing: a change of a module tree that fails leaves the tree as it was.
 
-A `transaction(module)` undoes changes of modules, parameters and buffers, of the values of dicts, lists and plain
-attributes, of `requires_grad`, and of a parameter's `.data` (replaced by another tensor, not written into). `ATOMIC`
-lists the methods of `LoraModel` that run in one.
+A `transaction(module)` undoes changes of modules, parameters, buffers, plain attributes, dicts and lists. It undoes
+`requires_grad` and `.data` of a parameter (replaced by another tensor, not written into). `ATOMIC` lists the methods
+of `LoraModel` that run in one.
 """
 
 import signal

@@ -16,7 +16,7 @@ from ..core.names import Match, Targeting
 from .plain import check_not_sharded
 
 
-def check(
+def refuse(
     model: nn.Module, config: LoraConfig, plan: Targeting, will_init: bool = True, needs_data: bool = True
 ) -> None:
     """Raise ValueError for what cannot be adapted as asked, and warn of what looks unintended. Changes nothing.

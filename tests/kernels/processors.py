@@ -160,7 +160,7 @@ def main() -> int:
     given, further = options.parse_known_args()
 
     LOGS.mkdir(exist_ok=True)
-    plain, made = fingerprint(""), {}
+    plain, made, sources = fingerprint(""), {}, stamp(SOURCES)  # what is edited during the run has not been tried
     for name in given.only:
         bits = [kind for kind, now in fingerprint(name).items() if now != plain[kind]]
         variables = " ".join(f"{key}={value}" for key, value in SETTINGS[name].items())
@@ -170,7 +170,7 @@ def main() -> int:
         found = tests(name, numeric() if given.numeric else [], further)
         found["pages"] = None if given.numeric else pages(name)
         made[name] = {"bits": bits, **found, "minutes": round((time.monotonic() - began) / 60, 1)}
-    results = {"sources": stamp(SOURCES), "settings": made}
+    results = {"sources": sources, "settings": made}
     if not (given.check or given.numeric or further) and len(made) == len(SETTINGS):
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
