@@ -31,6 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes, fewer turns: about a minute")
     parser.add_argument("--tiny", action="store_true", help="sizes at which nothing is measured: a trial in seconds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="the steps compiled, too (half an hour)")
     parser.add_argument("--threads", type=int, default=1, help="of torch and BLAS (default: 1)")
     parser.add_argument("--trim", action="store_true", help="leave the allocator as it is: it returns memory at will")
     parser.add_argument(

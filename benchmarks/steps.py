@@ -44,7 +44,10 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
         "frozen": lambda: step_of(linear, x, g),
         "full": lambda: step_of(whole, x, g),
     }
-    compiled = options.cuda and not options.quick
+    compiled = options.compile or (options.cuda and not options.quick)
+    if compiled:  # each of these is a compilation of its own
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64
     settings = [(r, p) for r in (8, 64) for p in (0.0, 0.1)]
     for r, p in settings:
         jobs[label("bare", r, p)] = lambda r=r, p=p: bare(linear, x, g, r, p)
@@ -65,8 +68,19 @@ def step(shape: tuple[int, int], tokens: int, dtype: torch.dtype, options: Any) 
         bytes=True,
         alive=lambda job: [x, *(job.args[0].parameters() if isinstance(job, partial) else [])],
         computed=partial(best, shape, tokens, dtype, settings, options),
-        bars=bars(shape, dtype),
+        bars=[*bars(shape, dtype), *(compiled_bar(r, p) for r, p in settings if compiled)],
     )
+
+
+def compiled_bar(r: int, p: float) -> Bar:
+    """A compiled step of lora_ref over the better of PEFT's, compiled, and its own, not compiled."""
+
+    def of(row: dict[str, Any]) -> float:
+        time = {name: ratio["median"] for name, ratio in row["ratios"].items()}
+        ours, theirs = label("lora_ref", r, p), label("PEFT", r, p)
+        return time[f"{ours}, compiled"] / min(time[ours], time[f"{theirs}, compiled"])
+
+    return Bar(f"step, r={r}, p={p:g}, compiled: time / the better of PEFT compiled and lora_ref not compiled", of, 1.0)
 
 
 def label(library: str, r: int, p: float) -> str:

@@ -55,9 +55,8 @@ def initialize_lora_eva_weights(
     large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
     Warns: the data ended before all components converged; layers that EVA does not support; no eva_config.
     Source: EVA, arXiv 2410.07170; PEFT's initialize_lora_eva_weights.
-    Differs from PEFT: the components are exact. PEFT computes a truncated incremental and randomised SVD. The data are
-    read once, not until convergence. Convergence is measured from n batches to 2n: from n to n + 1 the cosine rises
-    with n alone. With rsLoRA alpha is adjusted by sqrt(rank / r).
+    Differs from PEFT: the components are exact, not of a truncated randomised SVD. The data are read once. Convergence
+    is measured from n batches to 2n. With rsLoRA alpha is adjusted by sqrt(rank / r).
 
     >>> from torch import nn
     >>> _ = torch.manual_seed(0)

@@ -103,8 +103,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class CovarianceSum:
     """The sum of X^T X over a sequence of inputs. It is immutable: `add` returns another sum, `next`.
 
-    The query, key and value projections of an attention get the same tensor. Its X^T X (in, in) is computed once, for
-    layers refer to the same sum while their inputs are the same: they add the same input and get the same `next`.
+    Query, key and value projections get the same tensor. Its X^T X (in, in) is computed once: layers refer to the same
+    sum while their inputs are the same. They add the same input and get the same `next`.
 
     >>> x, start = torch.ones(3, 2), CovarianceSum()
     >>> q, k = start.add(x), start.add(x)

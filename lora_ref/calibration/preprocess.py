@@ -64,8 +64,7 @@ def preprocess_corda(
     is adapted already, has min(in, out) < r or a scaling <= 0; a layer without inputs, or whose inputs are all zero or
     not finite. The model is unchanged after any exception.
     Source: CorDA, arXiv 2406.05223; PEFT's preprocess_corda.
-    Differs from PEFT: batches of more than one sample work. The training modes are restored, and the hooks are removed,
-    after an exception too. No files are written: the directions are small and pickle with the model.
+    Differs from PEFT: batches of more than one sample work. Training modes are restored after an exception, too.
 
     >>> from lora_ref.init.options import CordaConfig
     >>> _ = torch.manual_seed(0)
@@ -117,8 +116,7 @@ def preprocess_loraga(
     already, has min(in, out) < 2r or a scaling <= 0; a layer whose gradient is missing, zero or not finite.
     `requires_grad` and `grad` of the parameters are restored in any case.
     Source: LoRA-GA, arXiv 2407.05000, algorithm 1; PEFT's preprocess_loraga.
-    Differs from PEFT: PEFT sets training mode and loses the gradients that the model had. If `train_step` sets the
-    gradients to zero between batches, PEFT uses only the last batch.
+    Differs from PEFT: there `grad` is lost, and if `train_step` sets it to zero, only the last batch counts.
 
     >>> _ = torch.manual_seed(0)
     >>> net, data = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)

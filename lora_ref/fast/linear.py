@@ -11,8 +11,8 @@ With T tokens, x (T, in), W (out, in), A (r, in), B (out, r), scaling s, and x~ 
 
 It is faster than autograd. The rank comes first in a product: (r, T) @ (T, out) is several times faster than
 (out, T) @ (T, r) where r is small. The sums are in place, in y and in dx. Few Python instructions run between the two
-large products. Backward needs x, z, and one byte per element for dropout.
-Several adapters without dropout become one of the sum of their ranks.
+large products. Backward needs x, z, and one byte per element for dropout. Several adapters without dropout become one
+of the sum of their ranks. On a CPU, compilers get this function too.
 """
 
 from collections.abc import Sequence
@@ -44,12 +44,13 @@ class Linear(layer_types.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self._modules["base_layer"]
-        if applies(x) and (type(base) is nn.Linear or self.fan_in_fan_out) and not (args or kwargs):
+        eager = not torch.compiler.is_compiling()
+        if applies(x) and (type(base) is nn.Linear or (self.fan_in_fan_out and eager)) and not (args or kwargs):
             weights = plain_weights(base)
             if weights is not None and weights[0].device == x.device:
                 if (branch := self.branch_tensors(x)) is not None:
                     return add_branch(base, self.logical(weights[0]), weights[1], x, branch)
-                if each := self.factors_by_sample(x):
+                if eager and (each := self.factors_by_sample(x)):
                     y, rows = base(x), torch.tensor(list(each), device=x.device)
                     if len(each) == len(y):
                         return add_each(y, x, list(each.values()))
@@ -110,19 +111,21 @@ def joined(branches: Sequence[Branch]) -> Branch:
 
 
 def applies(x: Tensor) -> bool:
-    """Is this a plain eager call? Compilers, transforms, modes and global hooks get torch's own operations."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()  # selective checkpointing keeps outputs, here they are added to
+    """Is this a plain call? Transforms, exports, modes, subclasses of tensors and global hooks get the core's way."""
+    if (
+        torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or type(x) not in (Tensor, nn.Parameter)
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
-    )
+    ):
+        return False
+    if torch.compiler.is_compiling():  # for other devices a compiler fuses these operations better
+        return x.device.type == "cpu" and not (torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"))
+    # selective checkpointing keeps outputs, here they are added to
+    return not (torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
 
 
 def plain_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
@@ -173,7 +176,8 @@ class LinearWithBranch(torch.autograd.Function):
         y, z = forward(base, s, kept, x, W, b, A, B)
         ctx.save_for_backward(x, W, A, B, z, kept)
         ctx.s = s
-        return y.detach() if y._is_view() else y  # a view could not be changed in place by others
+        # a view could not be changed in place by others
+        return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:

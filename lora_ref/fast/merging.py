@@ -2,8 +2,7 @@
 
     W <- W + s B A         summed in at least float32, rounded once to W's dtype
 
-`merged_weight` equals `core.layer.LoraLayer.merged_weight`. `merge`, `unmerge` and `merge_for_good` equal the methods
-`merge_adapter`, `unmerge_adapter` and `merge_and_unload` of `core.model.LoraModel`.
+It equals `merged_weight` of `core.layer.LoraLayer`, and the methods of `core.model.LoraModel` that merge and unmerge.
 """
 
 from collections import Counter

@@ -24,6 +24,9 @@ def add_in_place(
     tensor([[2.5000, 3.0000],
             [4.0000, 5.0000]])
     """
+    if torch.compiler.is_compiling():
+        add_product(total, B, A, s)
+        return total
     if total.dtype != A.dtype:
         dtype = torch.promote_types(total.dtype, A.dtype)
         wide = add_in_place(total.to(dtype), B.to(dtype), A.to(dtype), s)
@@ -35,6 +38,12 @@ def add_in_place(
         total[16 * n :].addmm_(B[16 * n :], A, alpha=s)
         return total
     return total.addmm_(B, A, alpha=s)  # (rows, r) @ (r, m) -> (rows, m)
+
+
+@torch.library.custom_op("lora_ref::add_product", mutates_args={"total"})
+def add_product(total: Tensor, B: Tensor, A: Tensor, s: float) -> None:
+    """`add_in_place` as one operator. Of single operations a compiler would make a sum in a new array."""
+    add_in_place(total, B, A, s)
 
 
 def add_each(

@@ -43,9 +43,8 @@ class LoraConfig(core.LoraConfig):
         fan_in_fan_out, base_model_name_or_path, revision: notes for the reader of the adapter file.
 
     Raises: ValueError: a value outside of what is allowed; TypeError: an unknown option name.
-    Source: PEFT's LoraConfig. Differs from PEFT: bad values are errors (there `lora_dropout=-1`, `bias="al"` or
-    `init_lora_weights="gausian"` are found late or never); the object that a user passes to `get_peft_model` is not
-    changed.
+    Source: PEFT's LoraConfig.
+    Differs from PEFT: bad values are errors at once (`lora_dropout=-1`). `get_peft_model` does not change the object.
 
     >>> LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={r"layers\\.0\\..*": 8})
     LoraConfig(r=4, target_modules=['q_proj'], rank_pattern={'layers\\\\.0\\\\..*': 8})

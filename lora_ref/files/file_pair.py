@@ -1,8 +1,8 @@
 """The two files of an adapter folder are replaced together, even if the writer is killed.
 
-A rename replaces one file in a single step, but not two. So the new configuration is first written under a name that
-contains the digest of its tensors. Then both files are renamed. If a writer is killed between the two renames, the
-digest shows the next reader the right configuration. The next writer does the second rename.
+A rename replaces one file, not two. So the new configuration is first written under a name with the digest of its
+tensors. Then both files are renamed. If a writer is killed in between, the digest shows the next reader the right
+configuration, and the next writer does the second rename.
 """
 
 import hashlib

@@ -37,7 +37,7 @@ def lora_ga(
     the weight, an unknown direction or scale, stable_gamma <= 0, or the dtype cannot hold the factors.
     Source: LoRA-GA, arXiv 2407.05000, section 3.2 and 3.3 and algorithm 1; the authors' code for the other options.
     Differs from PEFT: there B is multiplied by the singular values of G, and only B by c. "random" gives A and B the
-    same directions. A Conv1D has `in` in place of `out`. 2r > min(in, out) fails late. The SVD is not exact.
+    same directions. A Conv1D has `in` in place of `out`. The SVD is not exact.
 
     >>> import numpy as np
     >>> A, B, residual, _ = lora_ga(np.eye(2), r=1, gradient=np.diag([5.0, 1.0]), scale="unit")

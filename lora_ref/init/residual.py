@@ -2,8 +2,7 @@
 
     residual = W - s * B @ A      the paper's frozen weight (LoftQ: the quantised weight Q)
 
-The layer keeps W. It computes y = W x + s B A x - D0 x with D0 = s0 B0 A0, the first update (LoftQ: W - Q).
-These inits divide by s, and a weight has min(in, out) singular values.
+The layer keeps W and computes y = W x + s B A x - D0 x. D0 = s0 B0 A0 is the first update (LoftQ: W - Q).
 """
 
 from typing import Any

@@ -47,8 +47,7 @@ def is_finite(x: Array) -> bool:
     x = detached(x)
     if is_torch(x):
         x = x.float() if x.itemsize == 1 else x  # torch has no sum of 8-bit floats
-        # A NaN or infinity makes the sum non-finite. The converse does not hold (a sum can overflow), hence the second
-        # test. In torch it is 15 times slower.
+        # with a NaN or infinity no sum is finite; a sum may overflow as well, so the second test, a slow one, decides
         if math.isfinite(x.sum()):
             return True
     return bool(library(x).isfinite(x).all())
@@ -84,9 +83,8 @@ def cast_finite(x: Array, like: Array) -> Array:
 
 
 def scaled_to_one(x: Array) -> tuple[Array, int]:
-    """(x / 2^e, e) such that squares of the result stay in range.
+    """(x / 2^e, e) such that squares of the result stay in range: e = 0 if they do, else the largest entry is near 1.
 
-    e = 0, x itself, when they do anyway; else the largest entry is near 1.
     Raises: ValueError: x has NaN or infinite entries.
 
     >>> scaled_to_one(np.array([3e-200, 1e-200]))[0].round(2)

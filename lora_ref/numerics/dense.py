@@ -43,9 +43,8 @@ def qr(x: Float[Array, "*batch n k"]) -> tuple[Float[Array, "*batch n m"], Float
 
 
 def svd(x: Float[Array, "*batch n k"]) -> Triples:
-    """X = U diag(S) Vh, thin: m = min(n, k); S descends. In at least float32.
+    """X = U diag(S) Vh, thin: m = min(n, k); S descends. In each row of Vh the entry of largest magnitude is positive.
 
-    In each row of Vh the entry of largest magnitude is positive.
     Raises: ValueError: x has NaN or infinite entries.
 
     >>> U, S, Vh = svd(np.array([[3.0, 0.0], [0.0, -5.0]]))

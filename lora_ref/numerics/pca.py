@@ -8,8 +8,7 @@ X^T X a batch. `components` costs one symmetric eigenproblem, however many data 
 Everything is float64. A square has twice as many digits as the number, and float64 has more than twice those of
 float32. So data in float32 or less lose nothing. Of float64 data, singular values below 1e-8 of the largest are lost.
 
-Memory: 8 * in * min(in, number of rows seen) bytes, because S is not formed while it is larger than the rows. That is
-8 MiB at in = 1024, 128 MiB at 4096 and 925 MiB at 11008. With k rows it is never more than 8 * k * in bytes.
+Memory: 8 * in * min(in, number of rows seen) bytes, because S is not formed while it is larger than the rows.
 """
 
 import math
@@ -94,8 +93,7 @@ def components(moments: Moments, n: int) -> Components:
     In each row the entry of largest magnitude is positive. A sigma^2 within the rounding of the largest counts as 0.
     Its row is an arbitrary direction orthogonal to the others.
     Raises: ValueError: n is less than 1, or larger than the number of rows seen or of columns; S overflows.
-    Source: equal to scikit-learn's IncrementalPCA of the same batches if that keeps all components. If it keeps n of
-        them, it loses the others at every batch.
+    Source: equal to scikit-learn's IncrementalPCA of the same batches, if that keeps all components.
 
     >>> X = np.array([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 100
     >>> vectors, singular_values, ratios = components(update(None, X), n=2)

@@ -23,8 +23,7 @@ CELLS = 1024  # of the lookup table: one and a half of them are shorter than any
 class Quantized(NamedTuple):
     """The result of `quantize` for a weight of this shape: a code of one byte for each weight, a scale for each block.
 
-    A scale is the magnitude of one of the weights, so the weight's dtype holds it exactly. Packed, that would be
-    k + 0.5 bits for each weight in float32, and k + 0.25 in half precision. Here the codes are not packed.
+    A scale is the magnitude of one of the weights, so the weight's dtype holds it exactly. The codes are not packed.
     """
 
     codes: UInt8[Array, "blocks 64"]
@@ -41,8 +40,7 @@ def codebook(bits: int) -> Float[np.ndarray, " codes"]:
     ppf is the inverse of the normal distribution function. m probabilities p_0, ..., p_(m-1) go down in equal steps
     from 0.9677083 to 1/2, which is excluded. Zero is exact. There is one more positive number than negative ones.
 
-    The numbers are rounded to float32, and the intermediate results where those of the published NF4 table were. So
-    they are this table to the last bit, and the same in every dtype. They are returned in float64.
+    Numbers and intermediate results are rounded as those of the published NF4 table, so they are it to the last bit.
     Raises: ValueError: bits is not 2, 4 or 8.
     Source: QLoRA, arXiv 2305.14314, section 3 and appendix E (NF4); LoftQ, arXiv 2310.08659 (NF2).
 

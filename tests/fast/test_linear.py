@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Conv1D, adapt
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -499,6 +501,93 @@ def test_compiled_whole() -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_alike(results(layer, x), results(layer, x, lambda f, x: compiled(x)))
+
+
+def operators(f: Callable[[Tensor], Tensor], x: Tensor, in_place: set[str]) -> Callable[[Tensor], Tensor]:
+    """f compiled. `in_place` gets the names of the operators of lora_ref that the compiler sees."""
+
+    def see(graph: Any, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            in_place.update(str(a) for a in (node.target, *node.args) if str(a).startswith("lora_ref."))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=see, bw_compiler=see))
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (4, 6), (2, 3, 6)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_compiler_gets_sums_in_place(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer, seen = layer_of().to(dtype), set[str]()
+    x = torch.randn(*shape, dtype=dtype, requires_grad=True)
+    compiled = operators(layer, x, seen)
+    assert_within(results(layer, x), results(layer, x, lambda f, x: compiled(x)), layer, x)
+    assert seen == {"lora_ref.add_product.default"}
+
+
+@pytest.mark.parametrize(
+    "what", ["hook", "Conv1D", "autocast", "D0", "p > 1/2", "another module", "mixed batch", "off"]
+)
+def test_a_compiler_gets_the_formula_where_the_layer_is_not_plain(what: str) -> None:
+    options = {"p > 1/2": {"lora_dropout": 0.75}, "D0": {"init_lora_weights": "pissa"}}.get(what, {})
+    layer, seen = layer_of(conv1d=what == "Conv1D", **options).eval(), set[str]()
+    layer.train(what == "p > 1/2")
+    if what == "hook":
+        layer.lora_A["default"].register_forward_hook(lambda module, args, z: 2 * z)
+    elif what == "another module":
+        layer.lora_B["default"] = nn.Sequential(layer.lora_B["default"])
+    elif what == "mixed batch":
+        layer.adapter_names = ("default", "__base__", "default")
+    elif what == "off":
+        layer.enable_adapters(False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+
+    def run(f: Callable[[Tensor], Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16) if what == "autocast" else nullcontext():
+            return f(x)
+
+    got = run(operators(layer, x, seen))
+    assert seen == set()
+    if what != "p > 1/2":  # a compiler draws other masks
+        agree(got, run(layer))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "gradients by sample", "jvp", "hessian"])
+def test_transforms_inside_of_a_compiled_function(transform: str, backend: str) -> None:
+    layer = layer_of().eval()
+    factors = {name: p.detach() for name, p in layer.named_parameters()}
+    X = torch.randn(3, 2, 6, dtype=torch.float64)
+
+    def cubes(factors: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, factors, (x,)).pow(3).sum()
+
+    A = "lora_A.default.weight"
+    of = {
+        "vmap": lambda X: torch.func.vmap(partial(cubes, factors))(X),
+        "grad": lambda X: torch.func.grad(cubes)(factors, X[0])[A],
+        "gradients by sample": lambda X: torch.func.vmap(torch.func.grad(cubes), (None, 0))(factors, X)[A],
+        "jvp": lambda X: torch.func.jvp(partial(cubes, factors), (X[0],), (X[1],))[1],
+        "hessian": lambda X: torch.func.jacrev(torch.func.grad(partial(cubes, factors)))(X[0]),
+    }[transform]
+    torch._dynamo.reset()
+    agree(torch.compile(of, backend=backend)(X), of(X))
+
+
+def test_a_compiled_layer_has_no_second_derivative_and_says_so() -> None:
+    layer, x = layer_of(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
+    (first,) = torch.autograd.grad(torch.compile(layer, backend="eager")(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="grad"):
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_an_export_has_torchs_operations_alone() -> None:
+    x = torch.randn(3, 6, dtype=torch.float64)
+    exported = torch.export.export(layer := layer_of().eval(), (x,))
+    assert not [node for node in exported.graph.nodes if "lora_ref" in str(node.target)]
+    agree(exported.module()(x), layer(x))
 
 
 def test_transforms_and_forward_mode() -> None:

@@ -49,8 +49,9 @@ BUDGET = 25.0  # seconds of tests for one mutant, by their own time
 
 
 def modules() -> list[str]:
-    """The modules of lora_ref, as paths in the repository; not the demo and the figures."""
-    found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "lora_ref").rglob("*.py"))]
+    """The modules of lora_ref, as paths in the repository; not the demo, the figures, and those without code."""
+    paths = [path for path in sorted((ROOT / "lora_ref").rglob("*.py")) if ast.parse(path.read_text("utf-8")).body[1:]]
+    found = [path.relative_to(ROOT).as_posix() for path in paths]
     return [name for name in found if "/demo/" not in name and not name.endswith(("_figure.py", "progress.py"))]
 
 
