@@ -98,9 +98,9 @@ class LoraLayer(AdapterModule):
         parts = {"the base": (self.base_layer, self.weight_name)}
         acting = {*(self.active_adapters if self.adapter_names is None else self.adapter_names)} & self.r.keys()
         for name in [] if self.disable_adapters else acting - {*self.merged_adapters}:
-            parts |= {f"{key} of {name}": place for key, place in self.stored_in(name).items()}
+            parts.update({f"{key} of {name}": place for key, place in self.stored_in(name).items()})
         for part, (module, attribute) in parts.items():
-            weight = module._parameters.get(attribute, next(module.parameters(), None))
+            weight = module._parameters.get(attribute, [*module.parameters(), None][0])
             if weight is not None and weight.device != x.device and not is_observed(module):
                 where = f"{type(self).__name__}: the input is on {x.device}, {part} on {weight.device}"
                 raise ValueError(f"{where}: move the model to one device, for example model.to({str(x.device)!r})")
@@ -286,7 +286,7 @@ def is_observed(module: nn.Module) -> bool:
 
 def as_input_of(module: nn.Module, x: Tensor) -> Tensor:
     """x in the dtype of the module's weight; not in a narrower one where a hook may still cast the weight."""
-    weight = next(module.parameters(), None)  # not module.weight, which may be computed from others
+    weight = [*module.parameters(), None][0]  # not module.weight, which may be computed from others
     if weight is None or not weight.is_floating_point():
         return x
     return x if weight.itemsize < x.itemsize and is_observed(module) else x.to(weight.dtype)

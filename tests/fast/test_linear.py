@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Conv1D, adapt
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.utils import prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -503,6 +503,13 @@ def test_compiled_whole() -> None:
     assert_alike(results(layer, x), results(layer, x, lambda f, x: compiled(x)))
 
 
+def an_export_looks_like_this() -> bool:
+    """Old versions of torch say of every compilation that it exports. Then the compiler gets the formula."""
+    torch._dynamo.reset()
+    said = torch.compile(lambda x: x + 1 if torch.compiler.is_exporting() else x, backend="eager")
+    return bool(said(torch.zeros(1)))
+
+
 def operators(f: Callable[[Tensor], Tensor], x: Tensor, in_place: set[str]) -> Callable[[Tensor], Tensor]:
     """f compiled. `in_place` gets the names of the operators of lora_ref that the compiler sees."""
 
@@ -522,7 +529,7 @@ def test_a_compiler_gets_sums_in_place(shape: tuple[int, ...], dtype: torch.dtyp
     x = torch.randn(*shape, dtype=dtype, requires_grad=True)
     compiled = operators(layer, x, seen)
     assert_within(results(layer, x), results(layer, x, lambda f, x: compiled(x)), layer, x)
-    assert seen == {"lora_ref.add_product.default"}
+    assert seen == (set() if an_export_looks_like_this() else {"lora_ref.add_product.default"})
 
 
 @pytest.mark.parametrize(
@@ -576,6 +583,8 @@ def test_transforms_inside_of_a_compiled_function(transform: str, backend: str) 
 
 
 def test_a_compiled_layer_has_no_second_derivative_and_says_so() -> None:
+    if an_export_looks_like_this():
+        pytest.skip("the compiler gets the formula, which has second derivatives")
     layer, x = layer_of(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     torch._dynamo.reset()
     (first,) = torch.autograd.grad(torch.compile(layer, backend="eager")(x).pow(3).sum(), x, create_graph=True)

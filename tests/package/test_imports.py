@@ -6,6 +6,7 @@ The rooms stand in one order. A module imports its own room and the rooms before
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,9 @@ print(sorted(m for m in sys.modules if m.split(".")[0] in ("transformers", "peft
 
 
 def test_every_module_imports_without_transformers_and_peft() -> None:
-    code = f"import importlib, sys\nfor name in {[*MODULES]}: importlib.import_module(name)\n"
+    figures = [] if find_spec("matplotlib") else ["lora_ref.tools.demo.figure"]  # it needs an extra
+    names = [name for name in MODULES if name not in figures]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
     assert run(code + "print([m for m in ('transformers', 'peft') if m in sys.modules])") == "[]"
 
 
