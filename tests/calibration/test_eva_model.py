@@ -657,3 +657,12 @@ def test_whitening_what_does_not_vary_is_refused_by_the_layer_s_name():
     batches = [torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0], [4.0, 0, 0, 0]])] * 2  # along one direction alone
     with pytest.raises(ValueError, match=r"^0: EvaConfig\(whiten=True\): the inputs vary in fewer than r=2"):
         initialize_lora_eva_weights(model, batches, forward_fn=lambda m, x: m(x), show_progress_bar=False)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_the_factors_are_rounded_to_the_dtype_of_the_weight(whiten):
+    model = get_peft_model(block(torch.bfloat16), config(whiten=whiten))
+    initialize_lora_eva_weights(model, tokens(), **QUIET)
+    for layer in model.layers().values():
+        A, B = layer.factors("default")
+        assert A.dtype == torch.float32 and torch.equal(A, A.bfloat16().float()) and A.any() and not B.any()

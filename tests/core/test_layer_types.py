@@ -431,3 +431,34 @@ def test_the_modules_of_an_adapter_are_not_among_those_that_may_hold_wrappers() 
     _, layer = adapt(nn.Linear(4, 4), r=1, init_lora_weights="pissa")
     found = tree(layer, factors=False)
     assert layer.base_layer in found and layer.lora_A not in found and layer.lora_initial not in found
+
+
+@pytest.mark.parametrize(
+    "base", [nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv2d(2, 4, 3), nn.Conv1d(4, 4, 1, groups=2)]
+)
+def test_a_further_adapter_is_frozen_until_it_is_active(base: nn.Module) -> None:
+    model, layer = adapt(base)
+    model.add_adapter("b", model.peft_config["default"])
+    assert {p.requires_grad for name, p in layer.adapter_parameters() if name == "b"} == {False}
+    model.set_adapter("b")
+    assert {p.requires_grad for name, p in layer.adapter_parameters() if name == "b"} == {True}
+
+
+def test_a_batch_of_base_samples_runs_through_a_raw_parameter() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(4, 4)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], init_lora_weights=False)
+    model, x = get_peft_model(nn.Sequential(base), config).eval(), torch.randn(3, 4)
+    want = torch.nn.functional.linear(x, base.weight, base.bias)
+    assert torch.equal(model(x, adapter_names=["__base__"] * 3), want) and not torch.equal(model(x), want)
+    with pytest.raises(ValueError, match="one weight serves all samples"):
+        model(x, adapter_names=["__base__", "default", "__base__"])
+
+
+def test_a_weight_that_was_merged_is_the_same_parameter_afterwards_even_if_the_model_was_cast() -> None:
+    model, layer = adapt(nn.Linear(4, 4), init_lora_weights=False)
+    W, values = layer.base_weight, layer.base_weight.detach().clone()
+    model.merge_adapter()
+    model.double()
+    model.unmerge_adapter()
+    assert layer.base_weight is W and torch.equal(W, values.double())

@@ -103,3 +103,11 @@ def test_a_dict_matches_by_the_first_key_that_peft_would_match(pattern: dict[str
     ours = Rule("rank_pattern", pattern)
     hits = [next((k for k in pattern if re.match(rf"(.*\.)?({k})$", name)), None) for name in names]
     assert [ours.match(name) for name in names] == hits
+
+
+def test_of_targets_in_numbered_layers_only_those_that_are_asked_for() -> None:
+    options = {"target_modules": ["q_proj", "up"]}
+    assert adapted(**options) == ["model.layers.0.q_proj", "model.layers.1.up"]
+    assert adapted(layers_to_transform=1, **options) == ["model.layers.1.up"]
+    assert adapted(layers_to_transform=[0], layers_pattern="layers", **options) == ["model.layers.0.q_proj"]
+    assert adapted(layers_to_transform=[0, 1], layers_pattern="blocks", **options) == []

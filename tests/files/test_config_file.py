@@ -9,7 +9,7 @@ from configs import configs
 from hypothesis import given
 from torch import nn
 
-from lora_ref import LoraConfig, PeftModel, get_peft_model
+from lora_ref import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from lora_ref.files import config_file
 
 
@@ -27,6 +27,16 @@ def test_a_configuration_is_made_from_what_to_dict_says(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "new")
     assert LoraConfig.from_pretrained(tmp_path / "new") == config
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    dataclasses.replace(config, r=8).save_pretrained(tmp_path / "new")  # the folder is there
+    assert LoraConfig.from_pretrained(tmp_path / "new").r == 8
+
+
+@pytest.mark.parametrize("init, option", [("corda", "corda_config"), ("eva", "eva_config"), ("loftq", "loftq_config")])
+def test_further_fields_of_peft_are_for_its_computation_and_dropped(init: str, option: str) -> None:
+    made = {"corda": CordaConfig(), "eva": EvaConfig(rho=3.0), "loftq": LoftQConfig()}[init]
+    data = LoraConfig(init_lora_weights=init, **{option: made}).to_dict()
+    data[option]["cache_file"] = "covariances.pt"
+    assert getattr(config_file.from_dict(data), option) == made
 
 
 def test_a_configuration_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """LoRA-GA: which singular directions of the gradient go where."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ref.init.lora_ga import lora_ga
+from lora_ref import LoraGAConfig
+from lora_ref.init.lora_ga import check_lora_ga, lora_ga, scale_directions
 from spec_tests import close
 from spec_tests.rounding import unit
 
@@ -133,3 +136,11 @@ def test_a_scale_goes_by_its_letters(scale):
     W, G = np.eye(6, 5), np.eye(6, 5)[::-1]
     made, want = (lora_ga(W, r=1, scaling=2.0, gradient=G, scale=name) for name in ("".join(list(scale)), scale))
     assert (made.A == want.A).all() and (made.B == want.B).all()
+
+
+def test_defaults_are_those_of_the_options() -> None:
+    options = LoraGAConfig()
+    for function in (lora_ga, check_lora_ga, scale_directions):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if hasattr(options, name):
+                assert parameter.default == getattr(options, name), (function.__name__, name)

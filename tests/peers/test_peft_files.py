@@ -218,3 +218,9 @@ def test_save_embedding_layers_is_understood_alike(save_embedding_layers: bool |
             model.save_pretrained(tmp_path, save_embedding_layers=save_embedding_layers)
             keys.append(set(load_file(tmp_path / "adapter_model.safetensors")))
         assert keys[1] == keys[0]
+
+
+@pytest.mark.parametrize("name", ["EvaConfig", "LoftQConfig", "CordaConfig", "LoraGAConfig"])
+def test_the_options_of_inits_have_the_defaults_of_peft(name: str) -> None:
+    ours, theirs = getattr(lora_ref, name)(), getattr(peft.tuners.lora.config, name)()
+    assert {field: getattr(theirs, field) for field in vars(ours)} == vars(ours)

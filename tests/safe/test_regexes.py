@@ -78,6 +78,13 @@ def test_what_does_not_compile_or_would_not_fit_is_a_value_error_that_names_the_
         Pattern(text, "target_modules")
 
 
+def test_keys_that_are_long_together_are_refused() -> None:
+    half = regexes.MAX_LENGTH // 2
+    assert len(Pattern.compile_all(["a" * half, "b" * half], "rank_pattern")) == 2
+    with pytest.raises(ValueError, match=r"rank_pattern: 3 regular expressions .* are too large together"):
+        Pattern.compile_all(["a" * half, "b" * half, "c"], "rank_pattern")
+
+
 def test_many_keys_are_refused_together() -> None:
     with pytest.raises(ValueError, match="rank_pattern: 5001 regular expressions"):
         LoraConfig(rank_pattern={f"q{i}": 1 for i in range(5001)})

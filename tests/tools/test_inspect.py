@@ -188,6 +188,17 @@ def test_a_damaged_folder_is_one_sentence(tmp_path, damage, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("lora-ref: error: ") and printed.err.count("\n") == 1
+    if damage is lone_factor:
+        assert printed.err.endswith("q_proj: lora_B is missing\n")
+
+
+def test_only_of_a_convolution_groups_may_share_the_rank(tmp_path: Path) -> None:
+    path = write(tmp_path, r=4, target_modules=["q_proj"]) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.q_proj.lora_B.weight"
+    save_file(tensors | {key: tensors[key][:, :2].contiguous()}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="do not fit the configured rank 4"):
+        read_contents(tmp_path)
 
 
 def test_names_cannot_steer_the_terminal(tmp_path, capsys):

@@ -109,5 +109,7 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     full, ours = (operations(nearest_shape(70e9), 16, 4096, full) for full in (True, False))
     assert f"{ours:.3g}, {ours / full:.2f} of full fine-tuning's" in " ".join(printed.split())
     assert lines["DDP"].split()[-1] == "no" and lines["FSDP2"].split()[-1] == "yes"
+    headings = ["engine", "GPUs", "weights", "adapters", "gathered", "kept", "total", "<=", "80"]
+    assert lines["engine"].split() == headings
     assert main(["plan", "--params", "1"]) == 1
     assert "must be at least" in capsys.readouterr().err
