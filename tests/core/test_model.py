@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Conv1D, Experts
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lora_ref import LoraConfig, PeftModel, get_peft_model
 from lora_ref.core.adapter_modules import AdapterModule, ModulesToSave
@@ -881,3 +882,49 @@ def test_copies_of_an_adapted_model_do_not_ask_for_what_is_not_there_yet() -> No
     nn.Module.__init__(bare)
     with pytest.raises(AttributeError, match="model"):
         bare.model  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["A", "0", "a b", "-", "_", "zz"])
+def test_names_of_letters_digits_dashes_and_spaces(name: str) -> None:
+    model, _ = adapted("up")
+    model.add_adapter(name, config("up"))
+    model.set_adapter(name)
+    assert model.active_adapters == [name] and model.active_peft_config is model.peft_config[name]
+
+
+def test_renaming_one_of_several_active_adapters() -> None:
+    model, _ = adapted("up")
+    for name in ("a", "z"):
+        model.add_adapter(name, config("up"))
+    model.set_adapter(["a", "default", "z"])
+    model.rename_adapter("default", "m")
+    assert model.active_adapters == ["a", "m", "z"] and list(model.peft_config) == ["m", "a", "z"]
+    assert {tuple(layer.active_adapters) for layer in model.layers().values()} == {("a", "m", "z")}
+
+
+def test_the_name_of_the_base_model_is_noted_unless_the_user_has_one() -> None:
+    for given, want in ((None, "of the model"), ("of the user", "of the user")):
+        net = plain_net()
+        net.name_or_path = "of the model"
+        model = get_peft_model(net, config("up", base_model_name_or_path=given))
+        assert model.peft_config["default"].base_model_name_or_path == want
+
+
+def test_only_layers_of_the_merged_adapter_must_be_plain() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(net, config("0", init_lora_weights=False))
+    model.add_adapter("other", config("1"))
+    prune.identity(model.layers()["1"].get_base_layer(), "weight")
+    model.merge_adapter()
+    assert model.layers()["0"].merged_adapters == ["default"]
+    with pytest.raises(ValueError, match="1: the base is a Linear that does not store its weight"):
+        model.merge_adapter("other")
+
+
+def test_a_copy_of_a_saved_module_is_frozen_until_its_adapter_is_active() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(net, config("0", modules_to_save=["1"]))
+    model.add_adapter("other", config("0", modules_to_save=["1"]))
+    copies = model.base_model.model[1].modules_to_save
+    assert [{p.requires_grad for p in copies[name].parameters()} for name in ("default", "other")] == [{True}, {False}]
