@@ -886,16 +886,16 @@ def test_copies_of_an_adapted_model_do_not_ask_for_what_is_not_there_yet() -> No
 
 @pytest.mark.parametrize("name", ["A", "0", "a b", "-", "_", "zz"])
 def test_names_of_letters_digits_dashes_and_spaces(name: str) -> None:
-    model, _ = adapted("up")
-    model.add_adapter(name, config("up"))
+    model, _ = adapted("fc1")
+    model.add_adapter(name, config("fc1"))
     model.set_adapter(name)
     assert model.active_adapters == [name] and model.active_peft_config is model.peft_config[name]
 
 
 def test_renaming_one_of_several_active_adapters() -> None:
-    model, _ = adapted("up")
+    model, _ = adapted("fc1")
     for name in ("a", "z"):
-        model.add_adapter(name, config("up"))
+        model.add_adapter(name, config("fc1"))
     model.set_adapter(["a", "default", "z"])
     model.rename_adapter("default", "m")
     assert model.active_adapters == ["a", "m", "z"] and list(model.peft_config) == ["m", "a", "z"]
@@ -903,10 +903,10 @@ def test_renaming_one_of_several_active_adapters() -> None:
 
 
 def test_the_name_of_the_base_model_is_noted_unless_the_user_has_one() -> None:
-    for given, want in ((None, "of the model"), ("of the user", "of the user")):
+    for asked, want in ((None, "of the model"), ("of the user", "of the user")):
         net = plain_net()
         net.name_or_path = "of the model"
-        model = get_peft_model(net, config("up", base_model_name_or_path=given))
+        model = get_peft_model(net, config("fc1", base_model_name_or_path=asked))
         assert model.peft_config["default"].base_model_name_or_path == want
 
 
