@@ -5,10 +5,12 @@ import warnings
 from collections import OrderedDict
 
 import pytest
+import torch
 from models import Twice, adapt
 from torch import Tensor, nn
 
-from lora_ref import LoraConfig, get_peft_model
+from lora_ref import LoftQConfig, LoraConfig, get_peft_model
+from lora_ref.core.inits import METHODS
 from lora_ref.core.names import ModelNames, resolve
 from lora_ref.safe.refusals import unused_rules
 
@@ -163,3 +165,21 @@ def test_multihead_attention_is_refused_where_it_would_never_run() -> None:
 def test_unsupported_modules_are_named() -> None:
     with warnings.catch_warnings(), pytest.raises(ValueError, match=r"^m: LSTM cannot be adapted; Linear, Conv1D"):
         adapt(nn.LSTM(3, 3))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "mica", "loftq"])
+def test_an_init_that_reads_numbers_needs_some(init: str) -> None:
+    options = {"loftq_config": LoftQConfig()} if init == "loftq" else {}
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0: init_lora_weights=.* looks at the weight, which has no numbers yet"):
+        get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=init, **options))
+    assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora", "loftq", "corda", "mica", "lora_ga"])
+def test_an_init_that_not_every_shape_allows_is_checked_before(init: str) -> None:
+    check = METHODS[init].check
+    assert check is not None
+    with pytest.raises(ValueError, match=init):
+        check((4, 8), 5, 1.0)
