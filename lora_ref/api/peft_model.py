@@ -101,8 +101,7 @@ class PeftModel(nn.Module):
         `lora_ref.files.conversion`. With convert=False its factors are written as they are, which is right on the
         changed base weight only. `path_initial_model_for_weight_conversion` is for PEFT's scripts and changes nothing.
         Only the main process writes (default: rank 0). Every rank of a sharded model has to call this.
-        Raises: ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError: the
-        disk.
+        Raises: ValueError: an unknown adapter, or safe_serialization=False (pickles are never written); OSError.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors is written")

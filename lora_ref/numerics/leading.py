@@ -1,12 +1,13 @@
 """The r leading singular triples of a large matrix, exact or approximate, without the others."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from ..core.update import Array, at_least_float32, is_torch
 from .arrays import beside, detached, scaled_to_one, seeded_normal, times_2_to_the
@@ -17,12 +18,16 @@ PASSES = 8
 # where the Krylov space is exhausted, ARPACK draws a new vector; SciPy before 1.17 has no seed for it
 SEED: dict[str, Any] = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
 
+# the BLAS of SciPy's wheel: in ARPACK's many short products, its threads would wait for each other and for NumPy's
+BLAS = ThreadpoolController().select(user_api="blas")
+FILES = [lib["filepath"] for lib in BLAS.info() if "scipy" in "".join(Path(lib["filepath"]).parts[-3:-1])]
+SCIPYS_BLAS = BLAS.select(filepath=FILES) if FILES else BLAS
+
 
 def leading_svd(W: Float[Array, "n k"], r: int) -> Triples:
     """U_r (n, r), S_r (r,), Vh_r (r, k): the r leading triples of `svd(W)`, in at least float32.
 
-    They are as exact as those of the dense decomposition. `lanczos_svd` computes them, or where it returns None, the
-    dense decomposition. No gradient flows through the result.
+    As exact as those of the dense decomposition, which is used where `lanczos_svd` returns None. No gradient flows.
     Raises: ValueError: W has NaN or infinite entries.
 
     >>> U, S, Vh = leading_svd(np.array([[3.0, 0.0], [0.0, -5.0]]), r=1)
@@ -42,16 +47,13 @@ def lanczos_svd(W: Float[Array, "n k"], r: int) -> Triples | None:
 
         P W^T W P,   P = I - V V^T
 
-    from a new random start. Then W V = U diag(S) Q^T gives the best triples in the span of V, and V <- V Q. At most
-    r vectors are kept, those with |W^T u - s v| <= tolerance * S_1. The passes end when V has r vectors and the
-    next pass finds nothing above S_r + tolerance * S_1. This corrects two errors of a single pass:
+    from a new random start. Then W V = U diag(S) Q^T gives the best triples in the span of V, and V <- V Q. V keeps
+    at most r vectors, those with |W^T u - s v| <= tolerance * S_1. The last pass is one that starts with r vectors and
+    finds no s above S_r + tolerance * S_1. Further passes correct two errors of the first. Lanczos from one vector can
+    miss copies of a repeated singular value. And W^T W squares them, so s has an error of S_1 / s roundings.
 
-    - Lanczos from one vector can miss copies of a repeated singular value. The next pass finds them.
-    - W^T W squares the singular values, so s has an error of S_1 / s roundings. The next pass works without S_1.
-
-    The result is None for small matrices, for tensors that are not on the CPU, and where ARPACK does not converge
-    before the dense decomposition would end. The starts are seeded, so the same W gives the same triples. SciPy before
-    1.17 is an exception where the Krylov space is exhausted, for example with few different singular values.
+    The result is None for small matrices, for tensors that are not on the CPU, and where ARPACK would take longer than
+    the dense decomposition. The starts are seeded. SciPy before 1.17 has no seed for an exhausted Krylov space.
     Source: Lehoucq, Sorensen, Yang, ARPACK Users' Guide, 1998, doi 10.1137/1.9780898719628.
 
     >>> W = np.diag(np.repeat([3.0, 2.0, 1.0], [4, 2, 400]))
@@ -71,7 +73,9 @@ def lanczos_svd(W: Float[Array, "n k"], r: int) -> Triples | None:
         for seed in range(PASSES):
             k = r - V.shape[1] or seed**2  # 1, then 4, 9, ...: where one copy was missed, there may be others
             start = np.random.default_rng(seed).standard_normal((len(V), k))
-            largest, X = _largest(A, V, start.astype(A.dtype), tolerance / 4, allowed)
+            # a pass that only looks for more may err by `allowed`
+            error = float(allowed / S[-1]) if V.shape[1] == r and S[-1] > allowed else tolerance / 4
+            largest, X = _largest(A, V, start.astype(A.dtype), error, allowed)
             if V.shape[1] == r and largest <= S[-1] + allowed:
                 return beside(W, U), beside(W, S), beside(W, V.T)
             V, _ = np.linalg.qr(np.concatenate([V, X], 1))
@@ -96,16 +100,18 @@ def _largest(
         return x - V @ (V.T @ x)
 
     def product(x: np.ndarray) -> np.ndarray:
-        return project((A @ project(x) / size) @ A / size)
+        x = project(x)
+        return project(sum((rows @ x / size) @ rows / size for rows in parts))
 
     X = project(project(start))
     n, k = X.shape
     size = np.linalg.norm(A @ X[:, 0]) / np.linalg.norm(X[:, 0])  # size <= |A P|, and mostly |A P| <= sqrt(n) size
     if n**0.5 * size <= negligible:
         return 0.0, X
+    parts = np.array_split(A, 1 + A.nbytes // 2**21) if A.flags.c_contiguous else [A]  # 2 MB stay in the cache
     operator = LinearOperator((n, n), product, dtype=A.dtype)  # its largest eigenvalue is above 1, as ARPACK assumes
     restarts = n // max(k, 20)  # about n products in all: with more, the dense decomposition is as fast
-    with threadpool_limits(1, user_api="blas"):  # in many short products, threads would wait for one another
+    with SCIPYS_BLAS.limit(limits=1):
         values, X = eigsh(operator, k, v0=X[:, 0], tol=tolerance, maxiter=restarts, **SEED)
     return float(size * max(values.max(), 0) ** 0.5), X
 

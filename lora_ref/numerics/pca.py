@@ -31,8 +31,7 @@ BLOCK = 256  # columns of a symmetric product that are computed at a time
 class Moments(NamedTuple):
     """The number of rows seen, their mean, and their scatter S about the mean.
 
-    If `squared`, the upper triangle of S is that of `kept`. Otherwise S = kept^T @ kept, and `kept` has fewer rows than
-    columns.
+    If `squared`, the upper triangle of S is that of `kept`. Otherwise S = kept^T @ kept, and `kept` is wider than long.
     """
 
     seen: int
@@ -122,8 +121,7 @@ def components(moments: Moments, n: int) -> Components:
 def leading_eigh(C: Float[Array, "d d"], n: int) -> tuple[Float[Array, " n"], Float[Array, "d n"]]:
     """lambda (n,), falling, and V (d, n): C v = lambda v for the n largest eigenvalues of a positive semidefinite C.
 
-    They are the leading singular triples of C. `lanczos_svd` computes them, or where it returns None, a dense
-    eigendecomposition.
+    They are the leading singular triples of C. `lanczos_svd` computes them, or else `eigh`.
 
     >>> leading_eigh(np.diag([1.0, 3.0, 2.0]), 2)[0]
     array([3., 2.])
