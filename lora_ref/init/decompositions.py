@@ -107,7 +107,7 @@ def loftq(
     better, but one of them may raise the error: the scale of a block comes from its largest number.
     Raises: ValueError: r > min(in, out), s <= 0, bits not 2, 4 or 8, iterations < 1, W or a factor is not finite.
     Source: LoftQ, arXiv 2310.08659, algorithm 1 (there s = 1).
-    Differs from PEFT: needs no bitsandbytes. PEFT computes its factors without s, so they can be worse than none at s = 2.
+    Differs from PEFT: needs no bitsandbytes. PEFT computes its factors without s: at s = 2 they can be worse than none.
 
     >>> import numpy as np
     >>> W = np.array([[0.5, -2.0], [2.0, 0.3]])
