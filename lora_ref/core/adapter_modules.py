@@ -137,7 +137,7 @@ class ModulesToSave(AdapterModule):
 def unwrapped(module: Any) -> Any:
     """The module inside of nested wrappers."""
     while isinstance(module, AdapterModule):
-        module = module.base
+        module = module._modules[module.base_attribute]
     return module
 
 

@@ -32,10 +32,10 @@ class LoraModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if any(isinstance(module, AdapterModule) for module in model.modules()):
+        self.model, self.training = model, model.training
+        if self.wrappers():
             raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
-        self.model = model.requires_grad_(False)
-        self.training = model.training
+        model.requires_grad_(False)
         self.peft_config, self.active_adapters = {}, []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

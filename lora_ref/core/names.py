@@ -42,8 +42,8 @@ class Rule:
             first = next((item for item, pattern in pairs if pattern.fullmatch(name)), None)
             hits = [] if first is None else [first]
         else:  # the dotted ends of a name are few; the items may be hundreds
-            starts = [0, *(i + 1 for i, c in enumerate(name) if c == ".")] if self.exact else []
-            hits = [name[start:] for start in starts if name[start:] in self.exact]
+            parts = name.split(".") if self.exact else []
+            hits = [end for i in range(len(parts)) if (end := ".".join(parts[i:])) in self.exact]
         self.used.update(hits)
         return hits[0] if hits else None
 

@@ -37,10 +37,10 @@ class TensorPlace(NamedTuple):
 
 def adapter_tensors(model: LoraModel, adapter_name: str) -> dict[str, TensorPlace]:
     """{key in the file: its place in the model} of all that belongs to one adapter."""
-    found = {}
-    check_plain(model.layers(), [adapter_name], base=False, calls=False)
+    found, modules = {}, list(modules_in_file(model, adapter_name))
+    check_plain({name: m for name, m in modules if isinstance(m, LoraLayer)}, [adapter_name], base=False, calls=False)
     trained = {id(bias) for bias in biases(model.model, model.peft_config[adapter_name].bias, adapter_name).values()}
-    for name, module in modules_in_file(model, adapter_name):
+    for name, module in modules:
         if id(bias := module._parameters.get("bias")) in trained and bias is not None:
             found[PREFIX + f"{name}.bias".lstrip(".")] = TensorPlace(module, "bias", bias, bias.device)
         if isinstance(module, LoraLayer) and adapter_name in module.r:

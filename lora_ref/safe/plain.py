@@ -76,7 +76,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 def check_not_sharded(model: nn.Module, what: str) -> None:
     """Raise ValueError if any parameter of the model is sharded: the engine would never see one installed later."""
-    if any(is_sharded(p) for module in tree(model) for p in module._parameters.values()):
+    if any(hasattr(kind, "full_tensor") for kind in {type(p) for m in tree(model) for p in m._parameters.values()}):
         sharded = f"{what} is not possible once the model is sharded (fully_shard, parallelize_module)"
         raise ValueError(f"{sharded}: the engine would go on with the parameters that it has cut. Do it before")
 
