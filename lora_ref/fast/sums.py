@@ -17,15 +17,14 @@ def add_in_place(
     """total += s B A, in total's own memory. An s of 0 hides numbers in A and B that are not finite.
 
     The sum is in the wider of the dtypes of total and A, and is rounded once. Rows at a distance of a multiple of 4096
-    bytes share few lines of a processor's cache. Where r is small, BLAS sums many such rows at a time in single
-    precision. A batch of products of 16 rows each is faster.
+    bytes share few lines of a cache. Then, where r is small, a batch of products of 16 rows each is faster.
 
     >>> add_in_place(torch.ones(2, 2), B=torch.tensor([[1.0], [2.0]]), A=torch.tensor([[3.0, 4.0]]), s=0.5)
     tensor([[2.5000, 3.0000],
             [4.0000, 5.0000]])
     """
     if torch.compiler.is_compiling():
-        add_product(total, B, A, s)
+        torch.ops.lora_ref.add_product(total, B, A, s)
         return total
     if total.dtype != A.dtype:
         dtype = torch.promote_types(total.dtype, A.dtype)
@@ -40,10 +39,11 @@ def add_in_place(
     return total.addmm_(B, A, alpha=s)  # (rows, r) @ (r, m) -> (rows, m)
 
 
-@torch.library.custom_op("lora_ref::add_product", mutates_args={"total"})
-def add_product(total: Tensor, B: Tensor, A: Tensor, s: float) -> None:
-    """`add_in_place` as one operator. Of single operations a compiler would make a sum in a new array."""
-    add_in_place(total, B, A, s)
+# `add_in_place` as one operator: of single operations a compiler would make a sum in a new array
+OPERATOR = "lora_ref::add_product"
+torch.library.define(OPERATOR, "(Tensor(a!) total, Tensor B, Tensor A, float s) -> ()")
+torch.library.register_fake(OPERATOR, lambda total, B, A, s: None)
+torch.library.impl(OPERATOR, "cpu", lambda *given: (add_in_place(*given), None)[1])
 
 
 def add_each(

@@ -592,11 +592,22 @@ def test_a_compiled_layer_has_no_second_derivative_and_says_so() -> None:
         torch.autograd.grad(first.sum(), x)
 
 
-def test_an_export_has_torchs_operations_alone() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_has_torchs_operations_alone(strict: bool) -> None:
     x = torch.randn(3, 6, dtype=torch.float64)
-    exported = torch.export.export(layer := layer_of().eval(), (x,))
-    assert not [node for node in exported.graph.nodes if "lora_ref" in str(node.target)]
+    exported = torch.export.export(layer := layer_of().eval(), (x,), strict=strict)
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    operators = [str(n.target) for graph in graphs for n in graph.nodes if n.op == "call_function"]
+    assert operators and all(name.startswith("aten.") for name in operators)
     agree(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_operator_is_what_it_says(dtype: torch.dtype) -> None:
+    """torch's own checks: the schema names what is changed, nothing is returned, a fake call does as a real one."""
+    total, B, A = (torch.randn(shape, dtype=dtype) for shape in ((3, 4), (3, 2), (2, 4)))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.lora_ref.add_product, (total, B, A, 0.5), test_utils=tests)
 
 
 def test_transforms_and_forward_mode() -> None:
