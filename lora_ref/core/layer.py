@@ -182,7 +182,7 @@ class LoraLayer(AdapterModule):
 
     def stored_in(self, name: str) -> dict[str, tuple[nn.Module, str]]:
         """{key in the adapter file: (module, attribute)} of the parameters A and B of one adapter."""
-        return {f"{part}.weight": (self.part(part, name), "weight") for part in ("lora_A", "lora_B")}
+        return {f"{key}.weight": (vars(self)["_modules"][key]._modules[name], "weight") for key in ("lora_A", "lora_B")}
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
         """A and B of one adapter in logical orientation."""
