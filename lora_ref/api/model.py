@@ -76,7 +76,7 @@ class LoraModel(core.LoraModel):
 
     def _layers_to_merge(self, adapter_names: str | Sequence[str] | None) -> tuple[dict[str, LoraLayer], list[str]]:
         """All layers and the adapters to merge; ValueError for a layer that cannot be merged as it is stored."""
-        check_not_sharded(self, "merging")
+        check_not_sharded(self, "merging", factors=False)  # of them, check_plain says more
         layers, names = self.layers(), self._names_or_active(adapter_names)
         check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
         return layers, names

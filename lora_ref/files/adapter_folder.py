@@ -34,9 +34,9 @@ def save_adapter(
     model: LoraModel,
     adapter_name: str,
     directory: Path,
-    save_embedding_layers: bool | str = "auto",
-    convert: bool = True,
-    writes: bool | None = None,
+    save_embedding_layers: bool | str,
+    convert: bool,
+    writes: bool | None,
 ) -> None:
     """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
 

@@ -19,9 +19,9 @@ from .atomic import tree
 
 
 def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: bool = True, calls: bool = True) -> None:
-    """Raise ValueError for a layer whose factors (or, with `base`, whose weight) are not plain, and say what to do.
+    """Raise ValueError for a layer whose factors (or, with `base`, weight) are not plain, and say what to do.
 
-    calls=False: hooks are allowed, since the stored numbers are what is asked for.
+    calls=False: hooks are allowed, since only the stored numbers are needed.
     """
     for where, layer in layers.items():
         devices: dict[torch.device, str] = {}
@@ -66,17 +66,17 @@ def gathered(tensor: Tensor) -> Tensor:
     >>> gathered(torch.ones(2))
     tensor([1., 1.])
     """
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(type(tensor)) else tensor  # type: ignore[attr-defined]
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
-    """Is it a DTensor? Asked without importing torch.distributed, which takes as long as all of lora_ref."""
-    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "full_tensor")
+def is_sharded(kind: type) -> bool:
+    """Is it a class of DTensors? Asked without importing torch.distributed, which takes as long as all of lora_ref."""
+    return hasattr(kind, "full_tensor")
 
 
-def check_not_sharded(model: nn.Module, what: str) -> None:
-    """Raise ValueError if any parameter of the model is sharded: the engine would never see one installed later."""
-    if any(hasattr(kind, "full_tensor") for kind in {type(p) for m in tree(model) for p in m._parameters.values()}):
+def check_not_sharded(model: nn.Module, what: str, factors: bool = True) -> None:
+    """Raise ValueError if a parameter of the model is sharded: the engine would never see one installed later."""
+    if any(map(is_sharded, {type(p) for m in tree(model, factors=factors) for p in m._parameters.values()})):
         sharded = f"{what} is not possible once the model is sharded (fully_shard, parallelize_module)"
         raise ValueError(f"{sharded}: the engine would go on with the parameters that it has cut. Do it before")
 

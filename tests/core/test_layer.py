@@ -651,6 +651,18 @@ def test_the_head_of_a_language_model_is_saved_with_its_weight(
         agree(theirs(tokens).logits, wanted)
 
 
+def test_a_head_that_is_merged_is_saved_with_the_weight_before(tmp_path: Path) -> None:
+    model = get_peft_model(seeded_llama(False), config(False, target_modules=["lm_head"]))
+    for folder in ("plain", "merged"):
+        model.save_pretrained(tmp_path / folder, save_embedding_layers=True)
+        model.merge_adapter()
+    plain, merged = (
+        safetensors.torch.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("plain", "merged")
+    )
+    assert "base_model.model.lm_head.base_layer.weight" in plain
+    assert plain.keys() == merged.keys() and all(torch.equal(merged[key], plain[key]) for key in plain)
+
+
 @pytest.mark.parametrize("value", ["pissa", "olora"])
 def test_the_head_unconverted_is_what_peft_writes(value: str, tmp_path: Path) -> None:
     model = get_peft_model(seeded_llama(False).float(), config(value, target_modules=["lm_head"]))

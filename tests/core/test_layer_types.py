@@ -462,3 +462,29 @@ def test_a_weight_that_was_merged_is_the_same_parameter_afterwards_even_if_the_m
     model.double()
     model.unmerge_adapter()
     assert layer.base_weight is W and torch.equal(W, values.double())
+
+
+@pytest.mark.parametrize("part", ["the base", "lora_A", "lora_B"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_layer_on_two_devices_is_an_error_that_names_the_part(part: str, replaced: bool) -> None:
+    model, layer = adapt(nn.Linear(3, 2))
+    holder, name = (layer, "base_layer") if part == "the base" else (getattr(layer, part), "default")
+    moved = getattr(holder, name).to("meta")
+    setattr(holder, name, nn.Sequential(nn.Identity(), moved) if replaced and part != "the base" else moved)
+    with pytest.raises(ValueError, match=rf"the input is on cpu, {part}.* on meta: move the model to one device"):
+        model(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_factor_with_a_hook_gets_x_in_its_dtype_unless_that_is_narrower(dtype: torch.dtype) -> None:
+    """A hook may cast a narrow weight when the factor is called, as layerwise casting does."""
+    model, layer = adapt(nn.Linear(3, 2).to(dtype))
+    layer.to(torch.float16)
+    layer.base_layer.to(dtype)
+    got = []
+    for part in (layer.lora_A, layer.lora_B):
+        part["default"].register_forward_pre_hook(lambda module, args: got.append(args[0].dtype))
+        if dtype.itemsize > 2:  # the cast
+            part["default"].register_forward_pre_hook(lambda module, args: module.to(args[0].dtype) and None)
+    assert model(torch.ones(1, 3, dtype=dtype)).dtype == dtype
+    assert got == ([torch.float16] * 2 if dtype.itemsize == 2 else [dtype] * 2)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from configs import module_names, patterns
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_ref import LoraConfig
@@ -84,6 +84,7 @@ def ends_at_dot(item: str, name: str) -> bool:
     return name == item or name.endswith(f".{item}")
 
 
+@example(items=["q", "a.q"], names=["x.a.q"])
 @given(items=st.lists(module_names, max_size=5), names=st.lists(module_names, max_size=6))
 def test_a_rule_matches_as_a_scan_of_its_items_does(items: list[str], names: list[str]) -> None:
     rule = Rule("target_modules", items)

@@ -404,3 +404,8 @@ def test_a_tensor_that_is_not_expected_is_refused_where_biases_are_saved_too(tmp
     safetensors.torch.save_file({**safetensors.torch.load_file(path), "base_model.model.9.bias": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"9\.bias: is not expected"):
         PeftModel.from_pretrained(two_layers(), tmp_path)
+
+
+def test_a_rank_beyond_any_memory_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(ValueError, match=r"r=35184372088832 is beyond any memory"):
+        storage._allocate_nothing(torch.zeros(16, 3), r=2**45, scaling=1.0)

@@ -396,19 +396,20 @@ def test_checkpointing_of_gpt2(use_reentrant: bool, before: bool) -> None:
     agree(with_checkpoints, without)
 
 
-def test_a_model_with_checkpointing_is_asked_for_inputs_that_require_gradients() -> None:
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_model_with_checkpointing_is_asked_for_inputs_that_require_gradients(checkpointing: bool) -> None:
     """Reentrant checkpointing drops all gradients otherwise; transformers' own models have the method."""
     asked = []
 
     class Checkpointed(nn.Sequential):
-        is_gradient_checkpointing = True
+        is_gradient_checkpointing = checkpointing
 
         def enable_input_require_grads(self) -> None:
             asked.append(self)
 
     net = Checkpointed(nn.Linear(2, 2))
     get_peft_model(net, LoraConfig(target_modules=["0"]))
-    assert asked == [net]
+    assert asked == [net] * checkpointing
 
 
 # -- copies, meta tensors, tied weights ----------------------------------------------------------------
