@@ -3,8 +3,7 @@
     y = base(x) + sum over active adapters of  s B A dropout(x) - D0 x
 
 D0 is 0 for most inits. PiSSA, OLoRA, CorDA and LoRA-GA start from an update s0 B0 A0 that is not 0. LoftQ starts from
-a quantised weight W - D0. The branch subtracts D0, so the base weight W never changes. Without the adapter, the layer
-is the base layer bit for bit.
+a quantised weight W - D0. The branch subtracts D0. W stays as it is, and so does the output without the adapter.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -182,7 +181,8 @@ class LoraLayer(AdapterModule):
 
     def stored_in(self, name: str) -> dict[str, tuple[nn.Module, str]]:
         """{key in the adapter file: (module, attribute)} of the parameters A and B of one adapter."""
-        return {f"{key}.weight": (vars(self)["_modules"][key]._modules[name], "weight") for key in ("lora_A", "lora_B")}
+        modules: Any = self._modules
+        return {f"{part}.weight": (modules[part]._modules[name], "weight") for part in ("lora_A", "lora_B")}
 
     def factors(self, name: str) -> tuple[Float[Tensor, "*batch r in"], Float[Tensor, "*batch out r"]]:
         """A and B of one adapter in logical orientation."""
