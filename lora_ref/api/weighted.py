@@ -37,7 +37,7 @@ def add_weighted_adapter(
     Args:
         combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
             the largest rank of the parents) or "linear" (the factors are added; equal ranks needed).
-    Raises: ValueError: unknown adapters, too few or many weights, unequal ranks ("linear"), two copies of a module.
+    Raises: ValueError: unknown adapters, not one weight each, unequal ranks ("linear"), parents that save one module.
     """
     model._check_new_name(adapter_name)
     model._check_known(*adapters)

@@ -31,12 +31,7 @@ from .file_pair import WEIGHTS
 
 
 def save_adapter(
-    model: LoraModel,
-    adapter_name: str,
-    directory: Path,
-    save_embedding_layers: bool | str,
-    convert: bool,
-    writes: bool | None,
+    model: LoraModel, adapter_name: str, directory: Path, embeddings: bool | str, convert: bool, writes: bool | None
 ) -> None:
     """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
 
@@ -44,15 +39,15 @@ def save_adapter(
     only on the changed base weight. Of several processes one writes, by default that of rank 0.
     Raises: ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
     """
-    if save_embedding_layers not in (True, False, "auto"):
-        raise ValueError(f"save_embedding_layers={save_embedding_layers!r}: must be True, False or 'auto'")
+    if embeddings not in (True, False, "auto"):
+        raise ValueError(f"save_embedding_layers={embeddings!r}: must be True, False or 'auto'")
     config, found = model.peft_config[adapter_name], adapter_tensors(model, adapter_name)
     targets, names = config.target_modules, list(config.target_modules or [])
     if isinstance(targets, str):  # a pattern: the last parts of the names that it reached
         layers = model.layers().items()
         names = [name.rpartition(".")[2] for name, layer in layers if adapter_name in layer.adapters()]
     targeted = "embed_tokens" in names or "lm_head" in names  # PEFT's rule
-    if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
+    if embeddings is True or (embeddings == "auto" and targeted):
         # where embeddings are targeted, those that are adapted; else (resized ones) both
         ends = embedding_tensors(model).items()
         found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}

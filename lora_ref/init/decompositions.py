@@ -1,6 +1,4 @@
-"""The inits that decompose a matrix: "pissa", "olora" and "mica" the weight, "loftq" the error of its quantisation,
-"orthogonal" random numbers.
-"""
+"""Decompositions of the weight (pissa, olora, mica), its quantisation error (loftq) or random numbers (orthogonal)."""
 
 from typing import Any
 

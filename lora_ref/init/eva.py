@@ -26,7 +26,7 @@ def eva(
 
     The rows of A are orthonormal, A A^T = I. They span the r-dimensional subspace with most of the inputs' variance.
     With `whiten` row i is divided by sqrt(sigma_i), its singular value. Then the entries of A x vary more evenly.
-    Raises: ValueError: fewer than r components. With `whiten`: a singular value is 0 or too small for the dtype.
+    Raises: ValueError: fewer than r components. With `whiten`: a singular value is 0, or too small for W's dtype.
     Source: EVA, arXiv 2410.07170, section 3.
 
     >>> import numpy as np

@@ -1,12 +1,12 @@
 """The r leading singular triples of a large matrix, exact or approximate, without the others."""
 
 import inspect
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from threadpoolctl import ThreadpoolController
 
 from ..core.update import Array, at_least_float32, is_torch
@@ -15,13 +15,6 @@ from .dense import Triples, qr, signed, svd
 
 SMALL = 256  # rows and columns: below, and for r above an eighth of them, the dense decomposition is as fast
 PASSES = 8
-# where the Krylov space is exhausted, ARPACK draws a new vector; SciPy before 1.17 has no seed for it
-SEED: dict[str, Any] = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
-
-# the BLAS of SciPy's wheel: in ARPACK's many short products, its threads would wait for each other and for NumPy's
-BLAS = ThreadpoolController().select(user_api="blas")
-FILES = [lib["filepath"] for lib in BLAS.info() if "scipy" in "".join(Path(lib["filepath"]).parts[-3:-1])]
-SCIPYS_BLAS = BLAS.select(filepath=FILES) if FILES else BLAS
 
 
 def leading_svd(W: Float[Array, "n k"], r: int) -> Triples:
@@ -35,8 +28,7 @@ def leading_svd(W: Float[Array, "n k"], r: int) -> Triples:
     (array([5.]), array([[0., 1.]]))
     """
     W, e = scaled_to_one(at_least_float32(detached(W)))
-    found = lanczos_svd(W, r)
-    U, S, Vh = signed(*found) if found else svd(W)
+    U, S, Vh = signed(*found) if (found := lanczos_svd(W, r)) else svd(W)
     return U[:, :r], times_2_to_the(S[:r], e), Vh[:r]
 
 
@@ -83,7 +75,7 @@ def lanczos_svd(W: Float[Array, "n k"], r: int) -> Triples | None:
             U, S, V = U[:, :r], S[:r], V @ Qh[:r].T
             allowed = tolerance * float(S[0])
             V = V[:, np.linalg.norm(A.T @ U - V * S, axis=0) <= allowed]
-    except (ArpackError, np.linalg.LinAlgError):  # they did not converge
+    except (arpack()[0].ArpackError, np.linalg.LinAlgError):  # they did not converge
         return None
     return None
 
@@ -109,11 +101,24 @@ def _largest(
     if n**0.5 * size <= negligible:
         return 0.0, X
     parts = np.array_split(A, 1 + A.nbytes // 2**21) if A.flags.c_contiguous else [A]  # 2 MB stay in the cache
-    operator = LinearOperator((n, n), product, dtype=A.dtype)  # its largest eigenvalue is above 1, as ARPACK assumes
+    scipy, seed, blas = arpack()
+    operator = scipy.LinearOperator((n, n), product, dtype=A.dtype)  # its largest eigenvalue is above 1
     restarts = n // max(k, 20)  # about n products in all: with more, the dense decomposition is as fast
-    with SCIPYS_BLAS.limit(limits=1):
-        values, X = eigsh(operator, k, v0=X[:, 0], tol=tolerance, maxiter=restarts, **SEED)
+    with blas.limit(limits=1):
+        values, X = scipy.eigsh(operator, k, v0=X[:, 0], tol=tolerance, maxiter=restarts, **seed)
     return float(size * max(values.max(), 0) ** 0.5), X
+
+
+@cache
+def arpack() -> tuple[Any, dict[str, Any], ThreadpoolController]:
+    """scipy.sparse.linalg, the seed of its `eigsh`, and SciPy's BLAS. The import takes longer than that of lora_ref."""
+    import scipy.sparse.linalg as found
+
+    seed = {"rng": 0} if "rng" in inspect.signature(found.eigsh).parameters else {}
+    # in many short products, the threads of the BLAS in SciPy's wheel would wait for each other and for NumPy's
+    blas = ThreadpoolController().select(user_api="blas")
+    files = [lib["filepath"] for lib in blas.info() if "scipy" in "".join(Path(lib["filepath"]).parts[-3:-1])]
+    return found, seed, blas.select(filepath=files) if files else blas
 
 
 def _times(W: Array, X: Array) -> Array:
@@ -125,8 +130,7 @@ def randomized_svd(W: Float[Array, "n k"], r: int, niter: int, rng: Any = None) 
 
         Q^T W = U diag(S) Vh,   Q an orthonormal basis of the range of (W W^T)^niter W X,   X (k, r + 8) random
 
-    X has 8 columns more than r, and every product is orthogonalised. So few iterations are enough. X is drawn from
-    `rng`, or with a fixed seed.
+    X has 8 columns more than r, and each product is orthogonalised. So few iterations are enough. rng=None is seeded.
     Raises: ValueError: W has NaN or infinite entries.
     Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
 

@@ -15,7 +15,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 
 from .. import numerics
@@ -31,7 +30,7 @@ BLOCK = 256  # columns of a symmetric product that are computed at a time
 class Moments(NamedTuple):
     """The number of rows seen, their mean, and their scatter S about the mean.
 
-    If `squared`, the upper triangle of S is that of `kept`. Otherwise S = kept^T @ kept, and `kept` is wider than long.
+    If `squared`, `kept` has the upper triangle of S. Otherwise S = kept^T @ kept, with fewer rows than columns.
     """
 
     seen: int
@@ -133,6 +132,8 @@ def leading_eigh(C: Float[Array, "d d"], n: int) -> tuple[Float[Array, " n"], Fl
     if numerics.is_torch(C) and C.device.type != "cpu":
         values, V = xp.linalg.eigh(C)
     else:  # computes these n vectors alone
+        import scipy.linalg
+
         values, V = (beside(C, x) for x in scipy.linalg.eigh(np.asarray(C), subset_by_index=[d - n, d - 1]))
     values, V = xp.flip(values[-n:], (0,)), xp.flip(V[:, -n:], (1,))
     return numerics.times_2_to_the(values.clip(0), e), V

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from scipy.special import ndtri
 
 from .. import numerics
 from .arrays import Array, beside, library
@@ -61,6 +60,8 @@ def _upper_quantiles(m: int) -> Float[np.ndarray, " m"]:
     i, step = np.arange(m, dtype=np.float32), (first - last) / np.float32(m)
     # each half is counted from its own end, as in the published table; otherwise three of its 16 numbers differ
     p = np.where(i < (m + 1) // 2, first - step * i, last + step * (m - i))
+    from scipy.special import ndtri  # here: its import takes as long as that of lora_ref
+
     return ndtri(p.astype(np.float64))
 
 

@@ -152,6 +152,12 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def joined(before: dict[str, Any], sources: str, made: dict[str, Any]) -> dict[str, Any]:
+    """A report of what was made now, and of the other settings if they were tried on the same sources."""
+    settings = (before["settings"] if before.get("sources") == sources else {}) | made
+    return {"sources": sources, "settings": {name: settings[name] for name in SETTINGS if name in settings}}
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="only these settings")
@@ -170,8 +176,9 @@ def main() -> int:
         found = tests(name, numeric() if given.numeric else [], further)
         found["pages"] = None if given.numeric else pages(name)
         made[name] = {"bits": bits, **found, "minutes": round((time.monotonic() - began) / 60, 1)}
-    results = {"sources": sources, "settings": made}
-    if not (given.check or given.numeric or further) and len(made) == len(SETTINGS):
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results = joined(before, sources, made)
+    if not (given.check or given.numeric or further):
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     failed = [f"{name}: {test}" for name, each in made.items() for test in each["failures"]]

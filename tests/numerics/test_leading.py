@@ -224,7 +224,7 @@ def nothing_found(C, k, v0, **options):
 @pytest.mark.parametrize("faulty", [fails, nothing_found])
 def test_without_convergence_the_dense_decomposition_is_used(faulty, monkeypatch):
     W = matrix(0, (300, 256), "flat")
-    monkeypatch.setattr(leading, "eigsh", faulty)
+    monkeypatch.setattr(leading.arpack()[0], "eigsh", faulty)
     assert leading.lanczos_svd(W, 8) is None
     assert_leading(W, 8, *numerics.leading_svd(W, 8), EPS[torch.float64])
 
@@ -266,7 +266,8 @@ def spoiled(name, values, X):
 )
 def test_the_next_pass_mends_what_one_pass_has_wrong(name, spectrum, monkeypatch, without_dense):
     W = matrix(0, (300, 256), spectrum)
-    eigsh, largest, passes, calls = leading.eigsh, leading._largest, [], []
+    arpack, largest, passes, calls = leading.arpack()[0], leading._largest, [], []
+    eigsh = arpack.eigsh
 
     def faulty(C, k, **options):
         calls.append(name)
@@ -274,7 +275,7 @@ def test_the_next_pass_mends_what_one_pass_has_wrong(name, spectrum, monkeypatch
         found = eigsh(C, k + more, **options)
         return spoiled(name, *found) if len(calls) == 1 else found
 
-    monkeypatch.setattr(leading, "eigsh", faulty)
+    monkeypatch.setattr(arpack, "eigsh", faulty)
     monkeypatch.setattr(leading, "_largest", lambda *args: passes.append(name) or largest(*args))
     assert_leading(W, 6, *numerics.leading_svd(W, 6), EPS[torch.float64])
     assert calls and len(passes) > 1
@@ -285,7 +286,8 @@ def test_copies_that_every_pass_misses_but_one_are_found(copies, monkeypatch, wi
     """In exact arithmetic Lanczos sees one copy of each singular value. Here it is made to."""
     S = np.r_[np.ones(copies), 1 / (2.0 + np.arange(256 - copies))]
     W = with_values(np.random.default_rng(0), (300, 256), S)
-    eigsh, calls = leading.eigsh, []
+    arpack, calls = leading.arpack()[0], []
+    eigsh = arpack.eigsh
 
     def one_copy(C, k, **options):
         values, X = eigsh(C, k, **options)
@@ -293,7 +295,7 @@ def test_copies_that_every_pass_misses_but_one_are_found(copies, monkeypatch, wi
         new = np.r_[True, np.diff(values) > C.shape[0] * 64 * EPS[torch.float64] * values[-1]]  # else copies, rounded
         return values[new], X[:, new]
 
-    monkeypatch.setattr(leading, "eigsh", one_copy)
+    monkeypatch.setattr(arpack, "eigsh", one_copy)
     monkeypatch.setattr(leading, "PASSES", 2 * copies + 2)
     assert_leading(W, 6, *numerics.leading_svd(W, 6), EPS[torch.float64])
     assert len(calls) > 2
@@ -320,7 +322,7 @@ def test_where_the_krylov_space_ends_the_rest_is_found_and_is_the_same_every_tim
     for W in in_both(EXACT[name], dtype):
         made, again = (numerics.leading_svd(W, r) for _ in range(2))
         assert_leading(EXACT[name], r, *made, EPS[dtype])
-        if leading.SEED:
+        if leading.arpack()[1]:
             assert all((x == y).all() for x, y in zip(made, again, strict=True))
 
 
@@ -444,10 +446,11 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 @given(st.data(), st.integers(1, 40), st.booleans())
 def test_is_finite_means_every_entry_however_large(dtype, data, n, spoilt):
     largest = torch.finfo(dtype).max
-    x = torch.full((n,), data.draw(st.sampled_from([1.0, largest])), dtype=torch.float64).to(dtype)  # sums may overflow
+    x = torch.full((n,), data.draw(st.sampled_from([1.0, largest])), dtype=torch.float64)  # sums may overflow
     if spoilt:
         bad = [v for v in (math.nan, math.inf, -math.inf) if not torch.tensor(v).to(dtype).float().isfinite()]
         x[data.draw(st.integers(0, n - 1))] = data.draw(st.sampled_from(bad))
+    x = x.to(dtype)  # torch 2.7 writes no infinite number into a float8
     warnings.simplefilter("error")
     assert numerics.is_finite(x) is not spoilt
     if dtype in (torch.float64, torch.float32, torch.float16):

@@ -176,6 +176,15 @@ print(sorted(m for m in sys.modules if m.split(".")[0] in ("transformers", "peft
     assert run(code) == "[]"
 
 
+def test_what_is_slow_to_import_comes_when_it_is_used() -> None:
+    """SciPy's parts and rich each take longer than all of lora_ref."""
+    new = "import sys, torch; old = {*sys.modules}; from lora_ref import get_peft_model; print(*{*sys.modules} - old)"
+    slow = ("scipy.", "sklearn", "rich", "matplotlib", "transformers", "torch._dynamo", "torch.distributed")
+    loaded = run(new).split()
+    assert "lora_ref.numerics.leading" in loaded
+    assert not [name for name in loaded if name.startswith(slow)]
+
+
 def test_every_module_imports_without_transformers_and_peft() -> None:
     figures = [] if find_spec("matplotlib") else ["lora_ref.tools.demo.figure"]  # it needs an extra
     names = [name for name in MODULES if name not in figures]

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import __main__, init, measure, report  # noqa: E402
+from benchmarks import __main__, against, init, measure, report, steps  # noqa: E402
 from spec_tests import close  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +46,24 @@ def test_every_theme_is_measured_and_written(tiny: tuple[dict[str, Any], Path]) 
             assert f"| {name} |" in page
         for bar in row["bars"]:
             assert bar["kept"] == (bar["value"] <= bar["at_most"]) and f"| {bar['text']} |" in page
+
+
+def test_another_checkout_takes_the_place_of_peft(capsys: pytest.CaptureFixture[str]) -> None:
+    threads, libraries = torch.get_num_threads(), dict(steps.LIBRARIES)
+    with warnings.catch_warnings():
+        found = against.main([str(ROOT), "--tiny", "--only", "mixed"])
+    torch.set_num_threads(threads)
+    assert [case.rpartition(": ")[2] for case, _, _ in found] == ["lora_ref 8 loaded", "lora_ref 32 loaded"]
+    assert all(0 < ratio["low"] <= ratio["median"] <= ratio["high"] and turns == 2 for _, turns, ratio in found)
+    assert libraries == steps.LIBRARIES
+    assert "8 loaded" in capsys.readouterr().out
+    another = sys.modules["another"].get_peft_model
+    assert another is not libraries["lora_ref"].get_peft_model and another.__module__.startswith("another.")
+
+
+def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no package lora_ref: give the root of a checkout"):
+        against.main([str(tmp_path), "--tiny"])
 
 
 def test_nothing_names_the_machine(tiny: tuple[dict[str, Any], Path]) -> None:

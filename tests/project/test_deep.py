@@ -63,6 +63,15 @@ def test_the_tests_have_run_with_every_kind_of_kernel() -> None:
         assert row["bits"], f"{name} chose no other kernel: its run proves nothing"
 
 
+def test_a_part_of_the_kernels_joins_what_was_tried_on_the_same_sources_alone() -> None:
+    kernels = runner("kernels")
+    before = {"sources": "a", "settings": {"sse4": {"passed": 1}, "compatible": {"passed": 2}}}
+    again = {"sse4": {"passed": 3}}
+    assert kernels.joined(before, "a", again)["settings"] == {"sse4": {"passed": 3}, "compatible": {"passed": 2}}
+    for other in ({}, before | {"sources": "b"}):
+        assert kernels.joined(other, "a", again) == {"sources": "a", "settings": again}
+
+
 def test_the_settings_choose_other_kernels_of_each_library() -> None:
     """Each of these is named by some setting; a setting that is left out of SETTINGS would be missed by nobody else."""
     named = {f"{key}={value}" for setting in runner("kernels").SETTINGS.values() for key, value in setting.items()}
