@@ -278,7 +278,7 @@ class LoftQ(Case):
         if isinstance(result, Tensor):
             return relative(self.W - result, self.W)
         layer = result.base_model.model[0]
-        return relative(self.W - layer.base_weight.detach() - layer.delta("default"), self.W)
+        return relative(self.W - layer.residual("default") - layer.delta("default").detach(), self.W)
 
 
 def relative(error: Tensor, of: Tensor) -> float:

@@ -121,6 +121,16 @@ def test_the_error_of_an_initialisation_is_that_of_its_frozen_weight(ours: bool)
     close(case.error(case.job(ours)()), 0.0, terms=init.R + 2, size=1 + 2 * init.R**0.5, dtype="float32")
 
 
+def test_the_error_of_loftq_is_that_of_its_quantised_weight_and_its_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways have the same table, so W - Q - s B A is about the same: a part of the error of 4 bits alone."""
+    monkeypatch.setattr(init, "QUICK", True)
+    case = init.LoftQ("loftq", (256, 512), bar=1.0)
+    ours, theirs = (case.error(case.job(ours)()) for ours in (True, False))
+    alone = init.relative(case.W - init.loftq_by_table(case.W, 0, bits=4, iterations=1), case.W)
+    assert 0.5 * alone < min(ours, theirs) <= max(ours, theirs) < alone
+    assert abs(ours - theirs) < 0.05 * alone
+
+
 def test_the_committed_results_are_of_the_versions_in_the_constraints() -> None:
     constraints = dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     results = json.loads((RESULTS / "bench.json").read_text())
