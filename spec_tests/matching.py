@@ -53,8 +53,8 @@ def layer_index(name: str, layers_pattern: Iterable[str] | str | None) -> int | 
     """N7: the number of the layer that a module lies in: the first that follows a list's name."""
     lists = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
     parts = name.split(".")
-    if not lists:  # any list that itself lies in something: two segments before the number, something behind it
-        for at in range(2, len(parts) - 1):
+    if not lists:  # any list: a segment before the number, something behind it
+        for at in range(1, len(parts) - 1):
             if parts[at].isdigit():
                 return int(parts[at])
         return None
@@ -66,9 +66,9 @@ def layer_index(name: str, layers_pattern: Iterable[str] | str | None) -> int | 
 
 
 def in_layers(name: str, config: Mapping[str, Any]) -> bool:
-    """N7: does layers_to_transform let this module pass? It has no say on a name given in full."""
+    """N7: does layers_to_transform let this module pass?"""
     wanted = config.get("layers_to_transform")
-    if wanted is None or wanted == [] or name in config["target_modules"]:
+    if wanted is None or wanted == []:
         return True
     index = layer_index(name, config.get("layers_pattern"))
     return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
@@ -124,6 +124,9 @@ def targets(kinds: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Ta
         found[name] = target(name, config)
     for name, kind in kinds.items():  # N11
         parameters = ["weight"] if kind in ADAPTABLE else []
+        excluded = any(matches(config.get("exclude_modules") or None, x) for x in (name, f"{name}.weight"))
+        if excluded or not in_layers(f"{name}.weight", config):
+            continue
         if any(ends_at_dot(f"{name}.{p}", item) for p in parameters for item in config.get("target_parameters") or []):
             found[name] = target(f"{name}.weight", config)
     if not found:

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "eva_ranks": "lora_ref.calibration",
     "all_or_nothing": "lora_ref.safe",
     "weighted": "lora_ref.api",
+    "rescale": "lora_ref.api",
 }
 
 

@@ -240,8 +240,8 @@ _rule(
 )
 _rule(
     "TARGET-013",
-    "A target given by its full name is adapted whatever layers_to_transform says.",
-    "N7",
+    "A target given by its full name is adapted in the layers of layers_to_transform only.",
+    f"{CONFIG}, layers_to_transform: only the layer indices that are specified (N7)",
     "layers_to_transform",
     lambda i: cases(
         i,
@@ -252,7 +252,7 @@ _rule(
 )
 _rule(
     "TARGET-014",
-    "All rules of names together: exclude_modules before modules_to_save before target_modules.",
+    "All rules of names together: modules_to_save before exclude_modules before target_modules.",
     "N1, N2, N6, N7",
     "exclude layers_to_transform modules_to_save",
     lambda i: cases(
@@ -286,6 +286,19 @@ _rule(
         i,
         {"q_proj": ("linear", 2, 2), "attn.q_proj": ("linear", 2, 2), "fc": ("linear", 2, 2), "h.v": ("linear", 2, 2)},
         target_modules=st.sampled_from(("q_proj", "fc", "v", "q_pro", "attn.q_proj", "proj", "q_proj|v", "q")),
+    ),
+)
+_rule(
+    "TARGET-040",
+    "exclude_modules and layers_to_transform restrict target_parameters, too.",
+    f"{CONFIG}, exclude_modules: the modules that are not adapted; layers_to_transform: the layers that are (N1, N7)",
+    "target_parameters exclude layers_to_transform",
+    lambda i: cases(
+        i,
+        BLOCK,
+        target_parameters=st.just([f"{name}.weight" for name in BLOCK]),
+        exclude_modules=st.one_of(st.just(...), listed(BLOCK)),
+        layers_to_transform=st.one_of(st.just(...), _indices),
     ),
 )
 _rule(

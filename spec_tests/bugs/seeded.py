@@ -86,7 +86,7 @@ KEY = 'if re.match(rf"(.*\\.)?({key})$", name):'
 TARGETS = (
     'return {n: (looked_up(rank, full, c["r"]), looked_up(alpha, full, c["lora_alpha"])) for n, full in whole.items()}'
 )
-LAYER = 'if wanted is None or wanted == [] or name in c["target_modules"]:'
+LAYER = "if wanted is None or wanted == []:"
 NUMBER = "return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)"
 BIASED = 'return [name for name in there if mode == "all" or adapter in self.sites[name].adapters]'
 READ = "config = {k: v for k, v in given.items() if k in OPTIONS and (v is not None or OPTIONS[k] is None)}"
@@ -312,8 +312,7 @@ BUGS = (
         'wanted = kind != "container" and name.rpartition(".")[2] in {k.rpartition(".")[2] for k, v in kinds.items() if v in LINEAR}',
         PEFT + "pull/2267",
     ),
-    Bug("layers_of_full_names", LAYER, "if wanted is None or wanted == []:", PEFT + "issues/1024"),
-    Bug("layers_of_experts", 'r".*?\\.[^.]*\\.(\\d+)\\."', 'r".*\\.[^.]*\\.(\\d+)\\."', PEFT + "issues/1260"),
+    Bug("layers_of_experts", 'r"(?:[^.]*\\.)+?(\\d+)\\."', 'r"(?:[^.]*\\.)+(\\d+)\\."', PEFT + "issues/1260"),
     Bug("layers_at_the_root", "(?:^|.*?\\.)(?:{pattern})", ".*?\\.(?:{pattern})", PEFT + "issues/3610"),
     Bug(
         "pattern_anchored_never_matches",
@@ -605,7 +604,15 @@ MUTANTS = (
         'if named(name, c["exclude_modules"]) or name in keep:',
         'if named(name, c["exclude_modules"]):',
     ),
-    Bug("layers_of_an_empty_list", LAYER, 'if wanted is None or name in c["target_modules"]:'),
+    Bug("layers_of_an_empty_list", LAYER, "if wanted is None:"),
+    Bug("layers_of_full_names", LAYER, 'if wanted is None or wanted == [] or name in c["target_modules"]:'),
+    Bug("layers_in_a_list_at_the_root", 'r"(?:[^.]*\\.)+?(\\d+)\\."', 'r".*?\\.[^.]*\\.(\\d+)\\."'),
+    Bug(
+        "parameters_of_excluded_modules",
+        'and not any(named(x, c["exclude_modules"]) for x in (n, f"{n}.weight"))',
+        "and True",
+    ),
+    Bug("parameters_of_other_layers", 'and in_layer(f"{n}.weight", c)', "and True"),
     Bug(
         "layer_1_is_10",
         NUMBER,

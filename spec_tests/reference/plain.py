@@ -559,14 +559,13 @@ def named(name: str, rule: str | Iterable[str] | None) -> bool:
 def in_layer(name: str, c: Mapping[str, Any]) -> bool:
     """Is the module in one of the layers of layers_to_transform?
 
-    Its layer is the number in its name, after layers_pattern where there is one. A target that is the full name of the
-    module needs no number.
+    Its layer is the first number in its name after another part, or after layers_pattern where there is one.
     """
     wanted = c["layers_to_transform"]
-    if wanted is None or wanted == [] or name in c["target_modules"]:
+    if wanted is None or wanted == []:
         return True
     patterns = [c["layers_pattern"]] if isinstance(c["layers_pattern"], str) else c["layers_pattern"] or []
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    found = re.match(r"(?:[^.]*\.)+?(\d+)\.", name)
     for pattern in patterns:
         if found := re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name):
             break
@@ -621,7 +620,12 @@ def targets(kinds: Mapping[str, str], c: Mapping[str, Any]) -> dict[str, tuple[i
             found.append(name)
     whole = {name: name for name in found}
     whole |= {
-        n: f"{n}.weight" for n, k in kinds.items() if k != "norm" and ends(f"{n}.weight", c["target_parameters"] or [])
+        n: f"{n}.weight"
+        for n, k in kinds.items()
+        if k != "norm"
+        and ends(f"{n}.weight", c["target_parameters"] or [])
+        and not any(named(x, c["exclude_modules"]) for x in (n, f"{n}.weight"))
+        and in_layer(f"{n}.weight", c)
     }
     if not whole:
         raise ValueError("the configuration names no module")
