@@ -195,7 +195,7 @@ def switching(layers: int, width: int, options: Any) -> Case:
         return partial(through, adapted(library, network(layers, width, options), adapters=10))
 
     def names_and_flags() -> Job:
-        all_layers = adapted(lora_ref, network(layers, width, options), adapters=10).layers().values()
+        all_layers = adapted(lora_ref, network(layers, width, options), adapters=10).lora_layers().values()
         own = [
             (layer, [(name == f"a{i}", p) for name, p in layer.adapter_parameters()])
             for i in range(10)

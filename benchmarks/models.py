@@ -61,7 +61,7 @@ def case(name: str, make: Callable[[], nn.Module], batch: int, tokens: int, opti
     def bare() -> nn.Module:
         """The measured floor: the plain model, each of its linear layers with its branch in one autograd function."""
         model = plain(False)
-        for name, layer in adapted(lora_ref).layers().items():
+        for name, layer in adapted(lora_ref).lora_layers().items():
             module, (A, B) = model.get_submodule(name), layer.factors(layer.active_adapters[0])
             module.A, module.B = A, B
             module.forward = partial(with_branch, layer.logical(module.weight), module.bias, A, B)

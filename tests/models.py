@@ -97,7 +97,7 @@ def adapt(module: nn.Module, r: int = 2, **options: Any) -> tuple[nn.Module, Lor
     """The adapted model around one module, and its layer. A and B are random unless told otherwise."""
     options = {"init_lora_weights": False, "fan_in_fan_out": isinstance(module, Conv1D)} | options
     model = get_peft_model(nn.Sequential(OrderedDict(m=module)), LoraConfig(r=r, target_modules=["m"], **options))
-    return model, model.layers()["m"]
+    return model, model.lora_layers()["m"]
 
 
 def randomise(model: nn.Module, scale: float = 0.5) -> nn.Module:

@@ -20,21 +20,17 @@ class AdapterModule(nn.Module):
     active_adapters: list[str]
     disable_adapters: bool
     adapter_names: Sequence[str] | None  # one adapter for each sample of the batch
+    frozen: list[nn.Parameter]  # while disabled: what trains again afterwards
 
     def __init__(self) -> None:
         super().__init__()
         # vars(): nn.Module.__setattr__ is slow, and models have hundreds of layers
-        vars(self).update(active_adapters=[], disable_adapters=False, adapter_names=None)
-
-    @property
-    def base(self) -> nn.Module:
-        """The module that is wrapped."""
-        return self._modules[self.base_attribute]  # type: ignore[return-value]
+        vars(self).update(active_adapters=[], disable_adapters=False, adapter_names=None, frozen=[])
 
     @property
     def delegate(self) -> nn.Module:
         """The module that attribute lookups fall back to (weight, in_features, ...)."""
-        return self.base
+        return self._modules[self.base_attribute]  # type: ignore[return-value]
 
     def adapters(self) -> list[str]:
         return list(getattr(self, self.by_adapter[-1]))
@@ -59,13 +55,18 @@ class AdapterModule(nn.Module):
                 yield from ((name, p) for m in modules for p in m._parameters.values() if p is not None)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, or on again as they were."""
-        vars(self)["disable_adapters"] = not enabled
+        """Switch all adapters off and freeze them, or on again as they were."""
+        for parameter in self.frozen:
+            parameter.requires_grad = True
+        frozen = [] if enabled else [p for _, p in self.adapter_parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad = False
+        vars(self).update(disable_adapters=not enabled, frozen=frozen)
 
-    def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and let them train (not with inference_mode). All others are frozen."""
-        here = self.adapters()
-        self.active_adapters = [name for name in names if name in here]
+        names = dict.fromkeys([adapter_names] if isinstance(adapter_names, str) else adapter_names)  # each one once
+        self.active_adapters = [name for name in names if name in self.adapters()]
         for name, parameter in self.adapter_parameters():
             parameter.requires_grad = name in self.active_adapters and not inference_mode
 
@@ -76,7 +77,8 @@ class AdapterModule(nn.Module):
 
     def names_of_batch(self, batch: int) -> list[str]:
         """`adapter_names`, checked to be one name for each sample."""
-        names, where = list(self.adapter_names or []), type(self).__name__
+        given, where = self.adapter_names, type(self).__name__
+        names = list(given(batch) if callable(given) else given or [])  # a function says how often each comes
         if len(names) != batch:
             raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} samples at {where}")
         return names
@@ -122,16 +124,18 @@ class ModulesToSave(AdapterModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.adapter_names is None or self.disable_adapters:
             return self.delegate(*args, **kwargs)
-        x, *rest = args
-        y = self.original_module(x, *rest, **kwargs).clone()
-        for name, rows in self.groups_of_batch(x):
-            if name in self.modules_to_save:
-                y[rows] = self.modules_to_save[name](x[rows], *rest, **kwargs).to(y.dtype)
+        y = self.original_module(*args, **kwargs)
+        if not isinstance(y, torch.Tensor):
+            raise ValueError(f"adapter_names needs a tensor of {self.original_module}: do not save that module whole")
+        y = y.clone()
+        for name, rows in self.groups_of_batch(y):
+            if name in self.modules_to_save:  # the whole batch: which of its arguments have a row for each sample?
+                y[rows] = self.modules_to_save[name](*args, **kwargs)[rows].to(y.dtype)
         return y
 
     def __repr__(self) -> str:
         copies, active = ", ".join(self.modules_to_save) or "none", ", ".join(self.active_adapters) or "original"
-        return f"ModulesToSave(copies: {copies}; active: {active}; {self.base})"
+        return f"ModulesToSave(copies: {copies}; active: {active}; {self.original_module})"
 
 
 def unwrapped(module: Any) -> Any:

@@ -83,14 +83,14 @@ class LoraLayer(AdapterModule):
         vars(self).update({name: {} for name in NUMBERS})
         vars(self).update(merged_adapters=[], set_aside=[], training=base_layer.training)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.check_device(x)
-        y = self.base_layer(x, *args, **kwargs)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_device(input)
+        y = self.base_layer(input, *args, **kwargs)
         if self.disable_adapters:
             return y
         if self.adapter_names is not None:
-            return self.add_by_sample(y, x)
-        return self.add_branches(y, x, self.active_adapters)
+            return self.add_by_sample(y, input)
+        return self.add_branches(y, input, self.active_adapters)
 
     def check_device(self, x: Tensor) -> None:
         """ValueError: x, the base and the active factors are on different devices, and no hook will move them."""
@@ -150,8 +150,8 @@ class LoraLayer(AdapterModule):
         self.scaling[name] = self.initial_scaling[name] = s
         self.train_B[name] = METHODS[method_of(config.init_lora_weights)].train_B
 
-    def set_adapter(self, names: Iterable[str], inference_mode: bool = False) -> None:
-        super().set_adapter(names, inference_mode)
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
         for name in self.r:
             if not self.train_B[name]:
                 self.factors(name)[1].requires_grad_(False)
@@ -159,17 +159,6 @@ class LoraLayer(AdapterModule):
     def set_scale(self, name: str, factor: float) -> None:
         """s = factor * the scaling that the configuration gives. ValueError: s is not finite or too large."""
         self._rescale({name: factor * self.initial_scaling[name]})
-
-    def scale_layer(self, factor: float) -> None:
-        """s *= factor for the active adapters. ValueError: as `set_scale`."""
-        self._rescale({name: self.scaling[name] * factor for name in self.active_adapters})
-
-    def unscale_layer(self, factor: float | None = None) -> None:
-        """s /= factor for the active adapters; None: the configured s again. ValueError: as `set_scale`, or for 0."""
-        if factor == 0:
-            raise ValueError("factor=0: the scaling cannot be divided by it; give None for the configured one")
-        now = self.initial_scaling if factor is None else {n: s / factor for n, s in self.scaling.items()}
-        self._rescale({name: now[name] for name in self.active_adapters})
 
     def _rescale(self, scalings: dict[str, float]) -> None:
         self.scaling.update({name: checked_scaling(s, self.base_weight.dtype) for name, s in scalings.items()})
@@ -207,10 +196,6 @@ class LoraLayer(AdapterModule):
     def unmerged_weight(self) -> nn.Parameter:
         """The base parameter as it was before any merge."""
         return self.set_aside[0] if self.set_aside and not self.disable_adapters else self.base_weight
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
 
     def logical_weight(self) -> Float[Tensor, "*batch out in"]:
         """The unmerged weight as (out, in)."""

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .scaling import check_alpha
 class LoraModel(nn.Module):
     """A base model with named adapters in it. The base model is changed in place."""
 
-    layer_types: Mapping[str, type[LoraLayer]] = LAYER_TYPES
+    lora_layer_types: Mapping[str, type[LoraLayer]] = LAYER_TYPES
     default_targets: Mapping[str, list[str] | str] = {}  # {model_type: target_modules}
     peft_config: dict[str, LoraConfig]  # {adapter: a copy of the user's, with the targets replaced by names}
     active_adapters: list[str]  # the adapters whose updates are added
@@ -33,7 +33,7 @@ class LoraModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.training = model, model.training
-        if self.wrappers():
+        if self.adapter_wrappers():
             raise ValueError("the model has adapters already: use add_adapter on the adapted model, or unload it first")
         model.requires_grad_(False)
         self.peft_config, self.active_adapters = {}, []
@@ -41,11 +41,11 @@ class LoraModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def wrappers(self) -> list[AdapterModule]:
+    def adapter_wrappers(self) -> list[AdapterModule]:
         """All modules that hold adapters."""
         return [module for module in self.model.modules() if isinstance(module, AdapterModule)]
 
-    def layers(self) -> dict[str, LoraLayer]:
+    def lora_layers(self) -> dict[str, LoraLayer]:
         """{name: adapted layer}. The name of a raw parameter is its own."""
         found = {}
         for name, parent, attribute in walk(self.model):
@@ -55,7 +55,7 @@ class LoraModel(nn.Module):
                 layer = layer.base_layer
         return found
 
-    def plan(self, config: LoraConfig) -> Targeting:
+    def targeting(self, config: LoraConfig) -> Targeting:
         """What this configuration adapts, and by which rule."""
         return resolve(describe(self.model), config, self.default_targets)
 
@@ -65,9 +65,11 @@ class LoraModel(nn.Module):
                 raise ValueError(f"there is no adapter {name!r}; there are {list(self.peft_config)}")
 
     def _names_or_active(self, names: str | Sequence[str] | None) -> list[str]:
-        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else names
+        chosen = list(self.active_adapters if names is None else [names] if isinstance(names, str) else names)
         self._check_known(*chosen)
-        return list(chosen)
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"an adapter is named twice: {chosen}")
+        return chosen
 
     def _check_new_name(self, name: str) -> None:
         if name in self.peft_config:
@@ -78,12 +80,12 @@ class LoraModel(nn.Module):
             raise ValueError(f"adapter name {name!r}: must be {allowed}")
 
     def _check_not_merged(self, names: Sequence[str], what: str) -> None:
-        merged = sorted({n for layer in self.layers().values() for n in layer.merged_adapters if n in names})
+        merged = sorted({n for layer in self.lora_layers().values() for n in layer.merged_adapters if n in names})
         if merged:
             raise ValueError(f"{what} is not possible while {', '.join(merged)} is merged: call unmerge_adapter first")
 
     def add_adapter(
-        self, adapter_name: str, peft_config: LoraConfig, autocast_adapter_dtype: bool = True, init: InitOf = None
+        self, adapter_name: str, peft_config: LoraConfig, *, autocast_adapter_dtype: bool = True, init: InitOf = None
     ) -> None:
         """Add an adapter, inactive and frozen. `init` gives the init of each layer by name, in place of the config's.
 
@@ -95,12 +97,12 @@ class LoraModel(nn.Module):
         if config.bias != "none" and others:
             taken = f"adapter {others[0]!r} already trains biases of the base model in place"
             raise ValueError(f"bias={config.bias!r}: {taken}; only one adapter of a model can")
-        plan = self.plan(config)
-        self.refuse(config, plan, will_init=init is None)
+        plan = self.targeting(config)
+        self.refuse_config(config, plan, will_init=init is None)
         config.target_modules = plan.target_modules
-        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
+        was_off = {wrapper.disable_adapters for wrapper in self.adapter_wrappers()} == {True}
         places, held = {name: place for name, *place in walk(self.model)}, holders(self.model)
-        with self.progress([match for match in plan.matches if match.action], config, init is None) as matches:
+        with self.init_progress([match for match in plan.matches if match.action], config, init is None) as matches:
             for match in matches:
                 wrapper = self._wrap(match, places, held)
                 if isinstance(wrapper, ModulesToSave):
@@ -116,17 +118,17 @@ class LoraModel(nn.Module):
             self.disable_adapter_layers()
         self.peft_config[adapter_name] = config
 
-    def refuse(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
+    def refuse_config(self, config: LoraConfig, plan: Targeting, will_init: bool = True) -> None:
         """ValueError for what cannot be adapted as asked, before anything changes. `safe.refusals` says more."""
         if not any(match.r for match in plan.matches):
             raise ValueError(f"nothing to adapt: target_modules={config.target_modules!r} match no module")
         places: dict[str, Any] = {name: place for name, *place in walk(self.model)}
-        for match in plan.matches:
+        for match in [match for match in plan.matches if match.action]:
             name, parameter = match.place()
             parent, attribute = places[name]
             module = parent._modules[attribute]
             bare = unwrapped(module)
-            if match.action and isinstance(parent, nn.MultiheadAttention):
+            if isinstance(parent, nn.MultiheadAttention):
                 raise ValueError(f"{match.name}: nn.MultiheadAttention reads its weight without calling it")
             if match.r is None or match.scaling is None:
                 continue
@@ -141,7 +143,7 @@ class LoraModel(nn.Module):
                 if check := METHODS[method_of(config.init_lora_weights)].check:
                     check(weight.shape, match.r, match.scaling)
 
-    def progress(self, matches: list[Match], config: LoraConfig, will_init: bool) -> Any:
+    def init_progress(self, matches: list[Match], config: LoraConfig, will_init: bool) -> Any:
         """A `with` block around the work on these matches. `api.model` shows a bar."""
         return nullcontext(matches)
 
@@ -156,7 +158,7 @@ class LoraModel(nn.Module):
             if not parameter or wrapper.weight_name == parameter:
                 return wrapper
             wrapper = wrapper.base_layer
-        make: Any = self.layer_types["parameter" if parameter else kind_of(module)] if match.r else ModulesToSave
+        make: Any = self.lora_layer_types["parameter" if parameter else kind_of(module)] if match.r else ModulesToSave
         wrapper = make(module, parameter) if parameter else make(module)
         for parent, attribute in held[id(unwrapped(module))]:
             setattr(parent, attribute, wrapper)
@@ -170,16 +172,19 @@ class LoraModel(nn.Module):
         Merged ones are unmerged first. ValueError: an unknown adapter, one named twice, two that save the same module.
         Differs from PEFT: unmerging there leaves rounding errors in the weights.
         """
-        names, wrappers = self._names_or_active(adapter_name), self.wrappers()
-        if len(set(names)) != len(names):
-            raise ValueError(f"an adapter is named twice: {names}")
+        names, wrappers = self._names_or_active(adapter_name), self.adapter_wrappers()
         for wrapper in wrappers:
             if isinstance(wrapper, ModulesToSave) and len(both := [n for n in names if n in wrapper.adapters()]) > 1:
                 raise ValueError(f"adapters {both} each save a module (modules_to_save): only one can be active")
         if any(isinstance(wrapper, LoraLayer) and wrapper.merged_adapters for wrapper in wrappers):
             self.unmerge_adapter()
+        off = [wrapper for wrapper in wrappers if wrapper.disable_adapters]
+        for wrapper in off:
+            wrapper.enable_adapters(True)
         for wrapper in wrappers:
             wrapper.set_adapter(names, inference_mode)
+        for wrapper in off:
+            wrapper.enable_adapters(False)
         self.active_adapters = names
         for name in [name for name, config in self.peft_config.items() if config.bias != "none"]:
             for bias in biases(self.model, self.peft_config[name].bias, name).values():
@@ -191,7 +196,7 @@ class LoraModel(nn.Module):
         self._check_not_merged([adapter_name], "deleting")
         for bias in biases(self.model, self.peft_config.pop(adapter_name).bias, adapter_name).values():
             bias.requires_grad_(False)
-        for wrapper in self.wrappers():
+        for wrapper in self.adapter_wrappers():
             wrapper.delete_adapter(adapter_name)
         before, self.active_adapters = self.active_adapters, [n for n in self.active_adapters if n != adapter_name]
         if before and not self.active_adapters and self.peft_config:
@@ -202,30 +207,30 @@ class LoraModel(nn.Module):
         self._check_known(adapter_name)
         check_alpha(factor, "factor")
         self._check_not_merged([adapter_name], "scaling")
-        for layer in self.layers().values():
+        for layer in self.lora_layers().values():
             if adapter_name in layer.r:
                 layer.set_scale(adapter_name, factor)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
-        for wrapper in self.wrappers():
+        for wrapper in self.adapter_wrappers():
             wrapper.enable_adapters(False)
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
-        for wrapper in self.wrappers():
+        for wrapper in self.adapter_wrappers():
             wrapper.enable_adapters(True)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A `with` block in which the model is the base model, merged or not. Trained biases stay trained."""
-        was_off = any(wrapper.disable_adapters for wrapper in self.wrappers())
+        off = {wrapper: wrapper.disable_adapters for wrapper in self.adapter_wrappers()}
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            if not was_off:
-                self.enable_adapter_layers()
+            for wrapper in self.adapter_wrappers():  # new ones are off only if all were
+                wrapper.enable_adapters(not off.get(wrapper, bool(off) and all(off.values())))
 
     @contextmanager
     def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
@@ -237,10 +242,10 @@ class LoraModel(nn.Module):
         self._check_not_merged(list(self.peft_config), "mixing adapters in a batch")
         if self.training:
             raise ValueError("adapter_names mixes adapters for inference: call model.eval() first")
-        wrappers = self.wrappers()
+        wrappers = self.adapter_wrappers()
         try:
             for wrapper in wrappers:
-                wrapper.adapter_names = tuple(adapter_names)
+                wrapper.adapter_names = adapter_names if isinstance(adapter_names, tuple) else tuple(adapter_names)
             yield
         finally:
             for wrapper in wrappers:
@@ -255,7 +260,7 @@ class LoraModel(nn.Module):
         Raises: ValueError for an unknown or disabled adapter, a grouped convolution, or weights that are not finite.
         Differs from PEFT: all layers merge or none; active adapters that are not merged still act; unmerging is exact.
         """
-        layers = self.layers()
+        layers = self.lora_layers()
         new = to_merge(layers, self._names_or_active(adapter_names))
         weights = {where: layers[where].merged_weight(names) for where, names in new.items()}
         for where, weight in weights.items():
@@ -268,7 +273,7 @@ class LoraModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit. Active adapters stay active."""
-        for layer in self.layers().values():
+        for layer in self.lora_layers().values():
             layer.unmerge()
 
     def merge_and_unload(
@@ -300,22 +305,23 @@ class LoraModel(nn.Module):
 
 def describe(model: nn.Module) -> ModelNames:
     """What targeting needs to know of a model. transformers is recognised by its methods, not imported."""
-    kinds, parameters, heads = {}, [], []
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = unwrapped(get_head()) if callable(get_head) and get_head() is not None else None
+    kinds, parameters, heads = dict[str, str](), list[str](), dict[str, str]()
+    head: Any = None
+    with suppress(Exception):  # transformers' method raises in some models, and others have none
+        head = unwrapped(model.get_output_embeddings())  # type: ignore[operator]
     for name, parent, attribute in walk(model):
         module = unwrapped(parent._modules[attribute])
         kinds[name] = kind_of(module)
-        heads += [name] if module is head else []
+        heads |= {name: "the output layer"} if module is head else {}
         parameters += [f"{name}.{p}" for p in module._parameters]
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return ModelNames(kinds, (*parameters, *model._parameters), model_type, tuple(heads))
+    return ModelNames(kinds, (*parameters, *model._parameters), model_type, heads)
 
 
 def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Parameter]:
     """{name: parameter} of the base biases that train with this adapter, names as in `named_parameters()`.
 
-    "none": none of them. "all": every parameter named `bias`. "lora_only": the bias of each adapted module.
+    "none": none of them. "all": every bias, also *_bias and bias_*. "lora_only": the bias of each adapted module.
     They train in place. Switching the adapter off, or unloading it, does NOT restore the original outputs then.
     Source: microsoft/LoRA, `mark_only_lora_as_trainable`; PEFT's LoraConfig, `bias`.
     """
@@ -325,13 +331,15 @@ def biases(model: nn.Module, mode: str, adapter_name: str) -> dict[str, nn.Param
     for module in model.modules():
         if isinstance(module, ModulesToSave):  # the copies are not the base's; nor is what this adapter saves
             not_base.update((module if adapter_name in module.adapters() else module.modules_to_save).modules())
-        elif isinstance(module, LoraLayer) and adapter_name in module.r:
-            adapted.add(module.get_base_layer())
+        elif isinstance(module, LoraLayer):  # factors are no biases, whatever the adapter is called
+            not_base.update(m for part in module.children() if part is not module.base_layer for m in part.modules())
+            adapted.update([module.get_base_layer()] if adapter_name in module.r else [])
     found = {}
     for name, module in model.named_modules():
-        bias, chosen = module._parameters.get("bias"), mode == "all" or module in adapted
-        if bias is not None and chosen and module not in not_base:
-            found[f"{name}.bias".lstrip(".")] = bias
+        for own, bias in module._parameters.items() if module not in not_base else ():
+            further = mode == "all" and (own.endswith("_bias") or own.startswith("bias_"))  # as in a GRU
+            if bias is not None and (further or own == "bias") and (mode == "all" or module in adapted):
+                found[f"{name}.{own}".lstrip(".")] = bias
     return found
 
 

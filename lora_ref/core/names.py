@@ -74,15 +74,15 @@ def layer_index(name: str, patterns: Iterable[Any]) -> int | None:
     >>> layer_index("model.layers.3.experts.5.up", any_list)  # the first number counts
     3
     >>> layer_index("layers.3.up", any_list), layer_index("layers.3.up", layers)
-    (None, 3)
+    (3, 3)
     """
     return next((int(match["lora_ref_index"]) for pattern in patterns if (match := pattern.match(name))), None)
 
 
 def layer_lists(names: list[str] | str | None, pattern_type: type[Pattern] = Pattern) -> list[Any]:
-    """Patterns of a layer's index: after one of these segments of a name, or after any two ("model.layers.3.mlp")."""
+    """Patterns of a layer's index: after one of these segments of a name, or after any segment ("layers.3.mlp")."""
     if not names:
-        return [re.compile(r".*?\.[^.]*\.(?P<lora_ref_index>\d+)\.")]
+        return [re.compile(r"(?:[^.]*\.)+?(?P<lora_ref_index>\d+)\.")]
     texts = [names] if isinstance(names, str) else names
     return pattern_type.compile_all(texts, "layers_pattern", r"(?:^|.*?\.)(?:{})\.(?P<lora_ref_index>\d+)\.")
 
@@ -94,7 +94,7 @@ class ModelNames:
     kinds: dict[str, str]  # module name -> its key in the table of layer types, or ""
     parameters: tuple[str, ...] = ()  # "<module>.<parameter>"
     model_type: str | None = None
-    heads: tuple[str, ...] = ()  # output layers, which "all-linear" leaves out
+    left_out: Mapping[str, str] = field(default_factory=dict)  # {name: why "all-linear" leaves it out}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Targeting:
 
 
 # {task_type: the names of the heads of transformers' classifiers, which are trained in full}
-HEADS: dict[str, list[str]] = {task: ["classifier", "score"] for task in ("SEQ_CLS", "TOKEN_CLS")}
+HEADS = {key: ["classifier", "score"] for key in ("SEQ_CLS", "TOKEN_CLS")} | {"QUESTION_ANS": ["qa_outputs"]}
 
 
 def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[str] | str] | None = None) -> Targeting:
@@ -144,9 +144,11 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     head        save   modules_to_save 'head' None
     """
     targets, pattern_type, defaults = config.target_modules, config.pattern_type, defaults or {}
+    exclude = Rule("exclude_modules", config.exclude_modules, pattern_type)
+    why: Mapping[str, str] = {}
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.heads]
-        targets = exactly(linear, names.kinds)
+        linear = [name for name, kind in names.kinds.items() if kind == "linear" and name not in names.left_out]
+        targets, why = exactly([n for n in linear if exclude.match(n) is None], names.kinds), names.left_out
     elif targets is None and not config.target_parameters:
         if names.model_type is None or names.model_type not in defaults:
             reason = f"it is None, and there is no default for model_type={names.model_type!r}"
@@ -155,7 +157,6 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     targets = [] if targets is None else targets
     heads = HEADS.get(config.task_type or "", [])
     target = Rule("target_modules", targets, pattern_type)
-    exclude = Rule("exclude_modules", config.exclude_modules, pattern_type)
     save = Rule("modules_to_save", [*(config.modules_to_save or []), *heads])
     parameter = Rule("target_parameters", config.target_parameters)
     ranks = Rule("rank_pattern", config.rank_pattern, pattern_type)
@@ -164,6 +165,9 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
     lists = layer_lists(config.layers_pattern, pattern_type) if indices else []
 
     def adapted(name: str, action: str, rule: str) -> Match:
+        if indices and (index := layer_index(name, lists)) not in indices:
+            where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
+            return Match(name, "", f"{rule}, but {where}")
         r, alpha = config.r, config.lora_alpha
         if (key := ranks.match(name)) is not None:
             r, rule = config.rank_pattern[key], f"{rule}, rank_pattern '{key}'"
@@ -181,16 +185,15 @@ def resolve(names: ModelNames, config: LoraConfig, defaults: Mapping[str, list[s
         if saved_parent:
             return Match(name, "", f"inside modules_to_save '{saved or saved_parent}'")
         if (hit := target.match(name)) is None:
-            return Match(name, "", "no target matches")
-        if indices and hit != name and isinstance(targets, list) and (index := layer_index(name, lists)) not in indices:
-            where = "not in a numbered layer" if index is None else f"layer {index} is not in layers_to_transform"
-            return Match(name, "", f"target_modules '{hit}', but {where}")
+            return Match(name, "", why.get(name, "no target matches"))
         return adapted(name, "adapt", f"target_modules '{hit}'")
 
     matches = [decide(name) for name in names.kinds]
     for name in names.parameters:
         if (hit := parameter.match(name)) is not None:
-            matches.append(adapted(name, "adapt parameter", f"target_parameters '{hit}'"))
+            out = exclude.match(name) or exclude.match(name.rpartition(".")[0])
+            rule = f"target_parameters '{hit}'" if out is None else f"exclude_modules '{out}'"
+            matches.append(Match(name, "", rule) if out else adapted(name, "adapt parameter", rule))
     # targets that the user did not write need no warning
     rules = [target] * (targets is config.target_modules) + [exclude, save, parameter, ranks, alphas]
     unused = {r.option: [x for x in r.items if x not in r.used and not (r is save and x in heads)] for r in rules}

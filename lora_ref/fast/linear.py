@@ -42,7 +42,8 @@ class Branch(NamedTuple):
 class Linear(layer_types.Linear):
     """`core.layer_types.Linear`, sooner where the base, lora_A, lora_B and lora_dropout are plain modules."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = input  # the name in torch's layers
         base: Any = self._modules["base_layer"]
         eager = not torch.compiler.is_compiling()
         if applies(x) and (type(base) is nn.Linear or (self.fan_in_fan_out and eager)) and not (args or kwargs):

@@ -87,7 +87,7 @@ def add(model: PeftModel, name: str, value: bool | str, **options: Any) -> None:
     if init.METHODS[init.method_of(value)].prepare:
         plain = Net()
         prepare(plain, cfg)
-        for layer, bare in zip(model.layers().values(), (plain.up, plain.down), strict=True):
+        for layer, bare in zip(model.lora_layers().values(), (plain.up, plain.down), strict=True):
             layer.get_base_layer().prepared_init = bare.prepared_init
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
@@ -97,14 +97,14 @@ def add(model: PeftModel, name: str, value: bool | str, **options: Any) -> None:
 def train(model: PeftModel, name: str = "default", seed: int = 1) -> None:
     """Move A and B of one adapter somewhere else."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.layers().values():
+    for layer in model.lora_layers().values():
         for factor in layer.factors(name):
             factor.data += 0.2 * torch.randn(factor.shape, dtype=factor.dtype, generator=generator)
 
 
 def update(model: PeftModel, name: str, layer_name: str, original: Tensor) -> Tensor:
     """s B A - D0 (logical), from the tensors of the model."""
-    layer = model.layers()[layer_name]
+    layer = model.lora_layers()[layer_name]
     A, B = (f.detach() for f in layer.factors(name))
     D = layer.scaling[name] * B @ A
     return D - layer.lora_initial[name].matrix() if name in layer.lora_initial else D
@@ -145,7 +145,7 @@ def test_residual_and_update_make_up_the_original_weight(value: str) -> None:
     net = Net()
     before = weights(net)
     model = adapt(value, net)
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         A, B = layer.factors("default")
         W = before[f"{name}.weight"]
         residual = layer.residual("default")
@@ -163,7 +163,7 @@ def test_without_the_adapter_it_is_the_base_bit_for_bit(value: str, dtype: torch
 
     def is_the_base(model: nn.Module) -> None:
         assert torch.equal(model(x), wanted)
-        layers = model.layers() if isinstance(model, PeftModel) else {"up": model.up, "down": model.down}
+        layers = model.lora_layers() if isinstance(model, PeftModel) else {"up": model.up, "down": model.down}
         for name, layer in layers.items():
             weight = layer.base_weight if isinstance(model, PeftModel) else layer.weight
             assert torch.equal(weight, W[f"{name}.weight"])
@@ -193,7 +193,7 @@ def test_without_the_adapter_it_is_the_base_bit_for_bit(value: str, dtype: torch
 
 def test_the_base_of_loftq_is_a_quantised_weight() -> None:
     model = adapt("loftq", target_modules=["up"], loftq_config=LoftQConfig(loftq_bits=2, loftq_iter=1))
-    layer = model.layers()["up"]
+    layer = model.lora_layers()["up"]
     residual = layer.residual("default")
     blocks = residual.reshape(-1, 64)
     assert all(len(block.unique()) <= 4 for block in blocks), "2 bits are 4 values a block"
@@ -218,7 +218,7 @@ def test_a_conv1d_starts_as_the_linear_with_the_transposed_array(value: bool | s
         torch.manual_seed(3)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            layer = get_peft_model(net, cfg).layers()["0"]
+            layer = get_peft_model(net, cfg).lora_layers()["0"]
         found.append([layer.residual("default"), *layer.factors("default")])
     for one, other in zip(*found, strict=True):
         agree(one, other, what=str(value))
@@ -230,7 +230,7 @@ def test_in_half_precision_only_the_rounding_of_the_residual_is_lost(value: str,
     net = Net(dtype)
     before = weights(net)
     model = adapt(value, net)
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         A, B = (f.double() for f in layer.factors("default"))
         assert layer.factors("default")[0].dtype == torch.float32 and layer.base_weight.dtype == dtype
         residual = layer.stored(layer.residual("default")).double()
@@ -345,7 +345,7 @@ def test_an_initialisation_looks_at_the_original_weight(value: str, other: bool 
     if value == "mica":
         model.merge_adapter()
     add(model, "second", value)
-    for layer, first in zip(model.layers().values(), adapt(value).layers().values(), strict=True):
+    for layer, first in zip(model.lora_layers().values(), adapt(value).lora_layers().values(), strict=True):
         for factor, wanted in zip(layer.factors("second"), first.factors("default"), strict=True):
             agree(factor, wanted)
 
@@ -418,7 +418,7 @@ def test_what_was_merged_is_merged_again_after_disable_adapter(what: str, off: b
         else:
             model.delete_adapter("second")
     left = ["plain"] if what == "delete" else ["second", "plain"]
-    assert all(layer.merged_adapters == left for layer in model.layers().values())
+    assert all(layer.merged_adapters == left for layer in model.lora_layers().values())
     if off:
         agree(model(X), Net()(X))
         model.enable_adapter_layers()
@@ -438,7 +438,7 @@ def test_what_was_merged_inside_disable_adapter_is_not_afterwards() -> None:
         model.enable_adapter_layers()
         model.merge_adapter("plain")
         model.delete_adapter("default")
-    assert not any(layer.merged for layer in model.layers().values())
+    assert not any(layer.merged for layer in model.lora_layers().values())
     agree(model(X), Net()(X))
 
 
@@ -462,7 +462,7 @@ def test_weighted_combinations_combine_the_updates_of_the_original(combination: 
     model.set_scale("default", 1.7)
     model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "both", combination, svd_rank=10)
     for name in ("up", "down"):
-        W = model.layers()[name].logical_weight()
+        W = model.lora_layers()[name].logical_weight()
         wanted = 0.5 * update(model, "default", name, W) - 2.0 * update(model, "second", name, W)
         agree(update(model, "both", name, W), wanted)
     model.set_adapter("both")
@@ -473,7 +473,7 @@ def test_the_default_rank_of_a_weighted_svd_has_room_for_what_was_taken() -> Non
     model = adapt("pissa", r=3)
     train(model)
     model.add_weighted_adapter(["default"], [0.5], "scaled")
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         assert layer.r["scaled"] == 6
         W = layer.logical_weight()
         agree(update(model, "scaled", name, W), 0.5 * update(model, "default", name, W))
@@ -524,7 +524,7 @@ def test_a_saved_adapter_loads_on_the_original_base_here_and_in_peft(
     with here.disable_adapter():
         agree(here(X), Net()(X))
     agree(here.unload()(X), Net()(X))
-    layer, loaded = model.layers()["down"], here
+    layer, loaded = model.lora_layers()["down"], here
     written = LoraConfig.from_pretrained(tmp_path)
     assert written.init_lora_weights is True
     assert (written.loftq_config, written.corda_config, written.lora_ga_config) == (None, None, None)
@@ -746,7 +746,7 @@ def test_gradients_are_those_of_the_weights_written_out(active: str) -> None:
         layer.weight.data += D if name == "up" else D.T
     net(z).square().sum().backward()
     agree(x.grad, z.grad)
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         A, B = layer.factors(active)
         G = getattr(net, name).weight.grad if name == "up" else net.down.weight.grad.T
         agree(A.grad, layer.scaling[active] * B.T @ G)
@@ -788,12 +788,12 @@ def test_no_second_copy_of_the_weight_stays(value: str) -> None:
     net = Net()
     originals = [net.up.weight, net.down.weight]
     model = adapt(value, net)
-    assert all(layer.base_weight is W for layer, W in zip(model.layers().values(), originals, strict=True))
+    assert all(layer.base_weight is W for layer, W in zip(model.lora_layers().values(), originals, strict=True))
     tensors = model.state_dict(keep_vars=True)
     assert sum(t.shape in ((12, 16), (16, 12)) for t in tensors.values()) == 1
     for name, t in tensors.items():
         assert t.untyped_storage().nbytes() == t.numel() * t.element_size(), f"{name} is a view of something larger"
-    assert not any(vars(layer.get_base_layer()).get("prepared_init") for layer in model.layers().values())
+    assert not any(vars(layer.get_base_layer()).get("prepared_init") for layer in model.lora_layers().values())
 
 
 def test_a_module_held_at_two_places_is_adapted_once() -> None:
@@ -805,7 +805,7 @@ def test_a_module_held_at_two_places_is_adapted_once() -> None:
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
     assert net[0] is net[2][0]
     agree(model(x), wanted)
-    model.layers()["0"].factors("default")[1].data += 1
+    model.lora_layers()["0"].factors("default")[1].data += 1
     assert distance(model(x), wanted) > 0.01
     with model.disable_adapter():
         agree(model(x), wanted)
@@ -902,7 +902,7 @@ def test_an_adapter_may_start_while_another_one_is_merged(value: str) -> None:
     train(model)
     model.merge_adapter()
     add(model, "second", value)
-    for layer, first in zip(model.layers().values(), adapt(value).layers().values(), strict=True):
+    for layer, first in zip(model.lora_layers().values(), adapt(value).lora_layers().values(), strict=True):
         for factor, wanted in zip(layer.factors("second"), first.factors("default"), strict=True):
             agree(factor, wanted)
     agree(model(X), explicit(model, "default"))
@@ -925,10 +925,10 @@ def test_tied_weights_are_warned_of() -> None:
     before = net.embed.weight.detach().clone()
     with pytest.warns(UserWarning, match="merging it ends the tie"):
         model = get_peft_model(net, LoraConfig(r=2, target_modules=["head"], init_lora_weights="pissa"))
-    assert model.layers()["head"].base_weight is net.embed.weight and torch.equal(net.embed.weight, before)
+    assert model.lora_layers()["head"].base_weight is net.embed.weight and torch.equal(net.embed.weight, before)
     train(model)
     model.merge_adapter()
-    assert model.layers()["head"].base_weight is not net.embed.weight and torch.equal(net.embed.weight, before)
+    assert model.lora_layers()["head"].base_weight is not net.embed.weight and torch.equal(net.embed.weight, before)
 
 
 # -- mica --------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_two_experts_by_hand() -> None:
     module = Stacks(torch.eye(2), torch.zeros(2, 2, 2), is_transposed=False)
     config = LoraConfig(r=1, lora_alpha=2, target_modules=[], target_parameters=["m.stack"])
     model = get_peft_model(nn.Sequential(OrderedDict(m=module)), config)
-    layer = model.layers()["m.stack"]
+    layer = model.lora_layers()["m.stack"]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # (r*E, in)
         layer.lora_B["default"].weight.copy_(torch.tensor([[5.0, 7.0], [6.0, 8.0]]))  # (out, r*E)
@@ -270,7 +270,7 @@ def test_raw_parameters(
         ),
     )  # fmt: skip
     s = alpha / (math.sqrt(r) if use_rslora else r)
-    layers = model.layers()
+    layers = model.lora_layers()
     assert list(layers) == [f"m.{t}" for t in reversed(targets)] and not [
         p for layer in layers.values() for p in [layer.base_weight] if p.requires_grad
     ]

@@ -13,7 +13,8 @@ from models import Conv1D, Experts
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lora_ref import LoraConfig, PeftModel, get_peft_model
+from lora_ref import LoraConfig, LoraModel, PeftModel, get_peft_model
+from lora_ref.core import model as core
 from lora_ref.core.adapter_modules import AdapterModule, ModulesToSave
 from spec_tests import agree
 
@@ -87,7 +88,7 @@ def test_which_biases_train(mode: str, want: list[str]) -> None:
     assert torch.equal(model(TOKENS), plain(TOKENS))
     before = {n: dict(plain.named_parameters())[n].clone() for n in BIASES}
     with torch.no_grad():
-        for layer in model.layers().values():
+        for layer in model.lora_layers().values():
             layer.lora_B["default"].weight.normal_()
     train(model)
     net = model.unload()
@@ -252,7 +253,7 @@ def test_modules_to_save_of_one_adapter_do_not_answer_for_another() -> None:
 
 def test_a_head_is_saved_and_not_adapted() -> None:
     model, net = adapted("fc1", "head", modules_to_save=["head"])
-    assert list(model.layers()) == ["fc1"] and isinstance(net.head, ModulesToSave)
+    assert list(model.lora_layers()) == ["fc1"] and isinstance(net.head, ModulesToSave)
     model, net = adapted("fc1", task_type="SEQ_CLS", modules_to_save=["head"])
     assert model.peft_config["default"].modules_to_save == ["head", "classifier", "score"] and isinstance(
         net.head, ModulesToSave
@@ -319,13 +320,13 @@ def test_merging() -> None:
     model.merge_adapter()
     model.merge_adapter()
     agree(model(TOKENS), both)
-    assert model.layers()["fc1"].merged_adapters == ["b", "default"]
+    assert model.lora_layers()["fc1"].merged_adapters == ["b", "default"]
     model.unmerge_adapter()
     model.set_adapter("default")
     model.merge_adapter(["b"])  # merged and not active: it is in the weights, so it counts
     agree(model(TOKENS), both)
     model.set_adapter("default")  # U3: unmerges first
-    assert not any(layer.merged for layer in model.layers().values())
+    assert not any(layer.merged for layer in model.lora_layers().values())
     model.merge_adapter()
     for forbidden in (
         lambda: model.delete_adapter("default"),
@@ -335,7 +336,7 @@ def test_merging() -> None:
         with pytest.raises(ValueError, match="not possible while default is merged: call unmerge_adapter first"):
             forbidden()
     model.delete_adapter("b")
-    assert model.layers()["fc1"].merged_adapters == ["default"]
+    assert model.lora_layers()["fc1"].merged_adapters == ["default"]
 
 
 def test_merging_a_grouped_convolution_merges_nothing_at_all() -> None:
@@ -345,7 +346,7 @@ def test_merging_a_grouped_convolution_merges_nothing_at_all() -> None:
         model.merge_adapter()
     with pytest.raises(ValueError, match=r"^conv: .*groups=2"):
         model.merge_and_unload()
-    assert not any(layer.merged for layer in model.layers().values()) and len(model.layers()) == 3
+    assert not any(layer.merged for layer in model.lora_layers().values()) and len(model.lora_layers()) == 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -362,7 +363,7 @@ def test_disabling_ends_with_the_block(merged: bool, error: type[BaseException])
             assert torch.equal(model(TOKENS), plain(TOKENS))
         assert torch.equal(model(TOKENS), plain(TOKENS))
         raise error
-    assert torch.equal(model(TOKENS), y) and model.layers()["fc1"].merged is merged
+    assert torch.equal(model(TOKENS), y) and model.lora_layers()["fc1"].merged is merged
 
 
 def test_renaming_a_merged_adapter_while_disabled_keeps_the_base() -> None:
@@ -372,7 +373,7 @@ def test_renaming_a_merged_adapter_while_disabled_keeps_the_base() -> None:
     model.merge_adapter()
     with model.disable_adapter():
         model.rename_adapter("default", "b")
-    assert model.active_adapters == ["b"] and model.layers()["fc1"].merged_adapters == ["b"]
+    assert model.active_adapters == ["b"] and model.lora_layers()["fc1"].merged_adapters == ["b"]
     agree(model(TOKENS), y)
     model.unmerge_adapter()
     assert torch.equal(net.fc1.base_layer.weight, W) and torch.equal(model(TOKENS), y)
@@ -383,7 +384,7 @@ def test_renaming_a_merged_adapter() -> None:
     y, W = model(TOKENS), net.fc1.base_layer.weight.detach().clone()
     model.merge_adapter()
     model.rename_adapter("default", "b")
-    assert model.layers()["fc1"].merged_adapters == ["b"]
+    assert model.lora_layers()["fc1"].merged_adapters == ["b"]
     agree(model(TOKENS), y)
     with pytest.raises(ValueError, match="deleting is not possible while b is merged"):
         model.delete_adapter("b")
@@ -594,7 +595,7 @@ def test_the_users_config_is_not_touched() -> None:
 def deltas(model: PeftModel, name: str) -> dict[str, Tensor]:
     """The explicit update of each layer of an adapter, a grouped convolution's by group."""
     found = {}
-    for where, layer in model.layers().items():
+    for where, layer in model.lora_layers().items():
         if name in layer.adapters():
             A, B = (f.detach() for f in layer.factors(name))
             found[where] = layer.scaling[name] * B @ A
@@ -631,7 +632,7 @@ def test_cat_and_svd_are_the_weighted_sum(names: list[str], weights: list[float]
     for where, D in got.items():
         want = sum(w * parents[n][where] for n, w in zip(names, weights, strict=True) if where in parents[n])
         agree(D, want, what=where)
-        layer = model.layers()[where]
+        layer = model.lora_layers()[where]
         assert layer.scaling["new"] == 1
         assert layer.r["new"] == (12 if kind == "svd" else sum(layer.r.get(n, 0) for n in names))
     assert model.active_adapters == ["default"] and model.peft_config["new"].init_lora_weights is True
@@ -667,7 +668,7 @@ def test_linear_adds_factors() -> None:
     """sqrt|w s| into each factor, the sign into A; cross terms appear."""
     model, _ = adapted("fc1", "emb", "conv")
     model.add_adapter("b", config("fc1", "emb", "conv", use_rslora=True))
-    layers, weights = model.layers(), [0.5, -2.0]
+    layers, weights = model.lora_layers(), [0.5, -2.0]
     model.add_weighted_adapter(["default", "b"], weights, "new", "linear")
     for layer in layers.values():
         As, Bs = zip(*(layer.factors(n) for n in ("default", "b")), strict=True)
@@ -720,9 +721,9 @@ def test_a_combination_adapts_no_further_modules() -> None:
     """Names in a list match longer names with the same end: 'fc' would match 'block.fc' too."""
     net = nn.ModuleDict({"fc": nn.Linear(3, 3), "block": nn.ModuleDict({"fc": nn.Linear(3, 3)})})
     model = get_peft_model(net, LoraConfig(r=2, target_modules="fc"))
-    assert list(model.layers()) == ["fc"]
+    assert list(model.lora_layers()) == ["fc"]
     model.add_weighted_adapter(["default"], [1.0], "new")
-    assert list(model.layers()) == ["fc"]
+    assert list(model.lora_layers()) == ["fc"]
 
 
 def test_all_linear_adapts_linear_layers_only() -> None:
@@ -731,7 +732,7 @@ def test_all_linear_adapts_linear_layers_only() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = get_peft_model(net, LoraConfig(r=2, target_modules="all-linear"))
-    assert list(model.layers()) == ["0", "1.1"]
+    assert list(model.lora_layers()) == ["0", "1.1"]
 
 
 def test_a_combination_takes_over_the_only_head() -> None:
@@ -899,7 +900,7 @@ def test_renaming_one_of_several_active_adapters() -> None:
     model.set_adapter(["a", "default", "z"])
     model.rename_adapter("default", "m")
     assert model.active_adapters == ["a", "m", "z"] and list(model.peft_config) == ["m", "a", "z"]
-    assert {tuple(layer.active_adapters) for layer in model.layers().values()} == {("a", "m", "z")}
+    assert {tuple(layer.active_adapters) for layer in model.lora_layers().values()} == {("a", "m", "z")}
 
 
 def test_the_name_of_the_base_model_is_noted_unless_the_user_has_one() -> None:
@@ -915,9 +916,9 @@ def test_only_layers_of_the_merged_adapter_must_be_plain() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model = get_peft_model(net, config("0", init_lora_weights=False))
     model.add_adapter("other", config("1"))
-    prune.identity(model.layers()["1"].get_base_layer(), "weight")
+    prune.identity(model.lora_layers()["1"].get_base_layer(), "weight")
     model.merge_adapter()
-    assert model.layers()["0"].merged_adapters == ["default"]
+    assert model.lora_layers()["0"].merged_adapters == ["default"]
     with pytest.raises(ValueError, match="1: the base is a Linear that does not store its weight"):
         model.merge_adapter("other")
 
@@ -928,3 +929,86 @@ def test_a_copy_of_a_saved_module_is_frozen_until_its_adapter_is_active() -> Non
     model.add_adapter("other", config("0", modules_to_save=["1"]))
     copies = model.base_model.model[1].modules_to_save
     assert [{p.requires_grad for p in copies[name].parameters()} for name in ("default", "other")] == [{True}, {False}]
+
+
+# -- layers that are switched off, and biases of other names ---------------------------------------
+
+
+@pytest.mark.parametrize("cls", [core.LoraModel, LoraModel])
+def test_a_layer_that_was_switched_off_by_hand_stays_off_and_the_others_on(cls: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model = cls(net)
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    model.set_adapter("default")
+    first, second = model.lora_layers().values()
+    first.enable_adapters(False)
+    x = torch.ones(2, 3).double()
+    y = model(x)
+    for _ in range(2):
+        with model.disable_adapter():
+            assert first.disable_adapters and second.disable_adapters
+        assert first.disable_adapters and not second.disable_adapters
+        assert torch.equal(model(x), y)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "1"]))
+    assert first.disable_adapters and not second.disable_adapters
+    model.set_adapter("default")
+    assert first.disable_adapters and not second.disable_adapters
+    assert torch.equal(model(x), y)
+    trains = [p.requires_grad for layer in (first, second) for p in layer.parameters()]
+    assert trains == [False] * 6 + [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("cls", [core.LoraModel, LoraModel])
+def test_disabled_adapters_do_not_train(cls: Any) -> None:
+    model = cls(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)))
+    config = LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"])
+    model.add_adapter("default", config)
+    model.add_adapter("other", config)
+    model.set_adapter("default")
+
+    def trains() -> list[str]:
+        return [name for name, p in model.named_parameters() if p.requires_grad]
+
+    before = trains()
+    assert len(before) == 6 and all("default" in name for name in before)
+    model.disable_adapter_layers()
+    assert not trains()
+    model.disable_adapter_layers()  # twice is once
+    model.enable_adapter_layers()
+    assert trains() == before
+    with model.disable_adapter():
+        assert not trains()
+    assert trains() == before
+    model.disable_adapter_layers()
+    model.set_adapter("other")  # it trains when the layers are on again
+    assert not trains()
+    model.enable_adapter_layers()
+    assert trains() == [name.replace("default", "other") for name in before]
+    model.set_adapter("other", inference_mode=True)
+    model.disable_adapter_layers()
+    model.enable_adapter_layers()
+    assert not trains()
+
+
+def test_all_biases_are_those_that_are_called_so() -> None:
+    """B2: `bias`, `*_bias` and `bias_*`; not a weight of a module called so, nor a factor of an adapter called so."""
+
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.attention = nn.GRU(4, 4), nn.MultiheadAttention(4, 2, add_bias_kv=True)
+            self.up, self.norm, self.relative_bias = nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(3, 2)
+            self.gate_up_proj_bias, self.unbiased = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    model = get_peft_model(Others(), LoraConfig(r=2, target_modules=["up", "relative_bias"], bias="all"), "bias")
+    trained = [n for n, p in model.get_base_model().named_parameters() if p.requires_grad and "lora_" not in n]
+    gates = ["gru.bias_ih_l0", "gru.bias_hh_l0"]
+    inside = ["attention.in_proj_bias", "attention.bias_k", "attention.bias_v", "attention.out_proj.bias"]
+    assert sorted(trained) == sorted([*gates, *inside, "gate_up_proj_bias", "norm.bias", "up.base_layer.bias"])
+    model.set_adapter("bias", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    only = get_peft_model(Others(), LoraConfig(r=2, target_modules=["up", "relative_bias"], bias="lora_only"), "bias")
+    assert [n for n, p in only.get_base_model().named_parameters() if p.requires_grad and "lora_" not in n] == [
+        "up.base_layer.bias"
+    ]

@@ -23,7 +23,7 @@ NAMES = ModelNames(
         "lm_head": "linear",
     },
     parameters=("lm_head.weight",),
-    heads=("lm_head",),
+    left_out={"lm_head": "the output layer"},
 )
 
 
@@ -49,6 +49,14 @@ def test_without_targets_an_unknown_architecture_is_an_error() -> None:
     assert adapted("adapt parameter", target_parameters=["lm_head.weight"]) == ["lm_head.weight"]
 
 
+def test_all_linear_does_not_spell_out_what_is_excluded() -> None:
+    """PEFT would take excluded names in the file for experts, in a model that has them as raw parameters."""
+    names = ModelNames({"a.q": "linear", "a.up": "linear", "b.up": "linear"})
+    plan = resolve(names, LoraConfig(target_modules="all-linear", exclude_modules=["up"]))
+    assert plan.target_modules == ["a.q"] and plan.unused == {}
+    assert [match.rule for match in plan.matches][1:] == ["exclude_modules 'up'"] * 2
+
+
 def test_without_an_output_embedding_nothing_is_left_out() -> None:
     plan = resolve(ModelNames({"a": "linear", "lm_head": "linear"}), LoraConfig(target_modules="all-linear"))
     assert plan.names("adapt") == plan.target_modules == ["a", "lm_head"]
@@ -58,7 +66,7 @@ def test_without_an_output_embedding_nothing_is_left_out() -> None:
     ("name", "pattern", "index"),
     [
         ("model.layers.3.q", None, 3),
-        ("layers.3.q", None, None),  # at the root only with layers_pattern
+        ("layers.3.q", None, 3),
         ("layers.3.q", "layers", 3),
         ("a.b.c.7.q", None, 7),
         ("model.h.2.q", ["layers", "h"], 2),

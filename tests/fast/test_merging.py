@@ -58,7 +58,7 @@ def test_the_sum_is_in_the_weights_own_memory_and_rounded_once(kind: str, dtype:
     weight = next(p for p in net["base"].parameters() if p.ndim > 1)
     before, memory = weight.detach().clone(), weight.data_ptr()
     model = adapted(net, "base.stack" if kind == "experts" else "base")
-    (layer,) = model.layers().values()
+    (layer,) = model.lora_layers().values()
     A, B = (factor.detach().double() for factor in layer.factors("default"))
     s, r = layer.scaling["default"], layer.r["default"]
     exact = before.double() + layer.stored(s * (B @ A))
@@ -90,7 +90,7 @@ def test_what_is_not_finite_is_refused_before_the_first_weight_is_written() -> N
     net = layers()
     model = adapted(net, "0", "1", "2", "3")
     with torch.no_grad():
-        model.layers()["3"].factors("default")[0][0, 0] = torch.nan
+        model.lora_layers()["3"].factors("default")[0][0, 0] = torch.nan
     before = bits(net)
     with pytest.raises(ValueError, match=r"^3: merging default gives weights that are not finite; nothing was merged"):
         model.merge_and_unload()
@@ -103,7 +103,7 @@ def test_what_trains_is_as_before_when_merging_a_named_adapter_is_refused() -> N
     model = adapted(layers(2), "0", "1")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0", "1"]))
     with torch.no_grad():
-        model.layers()["1"].factors("b")[0].fill_(torch.nan)
+        model.lora_layers()["1"].factors("b")[0].fill_(torch.nan)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     assert len(set(before.values())) == 2
     with pytest.raises(ValueError, match="not finite"):
@@ -118,7 +118,7 @@ def test_a_tied_weight_keeps_its_values_elsewhere() -> None:
     before = net[0].weight.detach().clone()
     with pytest.warns(UserWarning, match="tied"):
         model = adapted(net, "1")
-    delta = model.layers()["1"].delta("default")
+    delta = model.lora_layers()["1"].delta("default")
     model.merge_and_unload()
     assert torch.equal(net[0].weight, before)
     agree(net[1].weight, before + delta)
@@ -131,7 +131,7 @@ def test_a_weight_that_lies_in_anothers_memory_leaves_that_alone() -> None:
     net[1].weight = nn.Parameter(torch.ones(1, 1).double().expand(8, 8))
     before = memory.clone()
     model = adapted(net, "0", "1")
-    deltas = [layer.delta("default") for layer in model.layers().values()]
+    deltas = [layer.delta("default") for layer in model.lora_layers().values()]
     model.merge_and_unload()
     assert torch.equal(memory, before)
     agree(net[0].weight, before[:8] + deltas[0])
@@ -144,13 +144,13 @@ def test_weights_made_in_inference_mode_and_channels_last() -> None:
         net = net.to(memory_format=torch.channels_last)
     weights = [net[0].weight.clone(), net[2].weight.clone()]
     model = adapted(net, "0", "2")
-    deltas = [layer.delta("default") for layer in model.layers().values()]
+    deltas = [layer.delta("default") for layer in model.lora_layers().values()]
     model.merge_and_unload()
     for weight, before, delta in zip((net[0].weight, net[2].weight), weights, deltas, strict=True):
         agree(weight, before + delta)
     net = nn.Sequential(nn.Conv2d(3, 4, 3)).double().to(memory_format=torch.channels_last)
     before, model = net[0].weight.detach().clone(), adapted(net, "0")
-    delta = model.layers()["0"].delta("default")
+    delta = model.lora_layers()["0"].delta("default")
     model.merge_and_unload()
     agree(net[0].weight, before + delta)
 
@@ -225,7 +225,7 @@ def test_factors_whose_squares_vanish_are_not_taken_for_zero() -> None:
     """A = 1e-30 and B = 1e36: the squares of A are zero in float32, and B A = 1e6 is beyond float16."""
     net = nn.Sequential(nn.Linear(2, 2)).half()
     model = adapted(net, "0", r=1)
-    A, B = model.layers()["0"].factors("default")
+    A, B = model.lora_layers()["0"].factors("default")
     A.data.fill_(1e-30), B.data.fill_(1e36)
     with pytest.raises(ValueError, match="not finite"):
         model.merge_and_unload()
@@ -234,7 +234,7 @@ def test_factors_whose_squares_vanish_are_not_taken_for_zero() -> None:
 @pytest.mark.parametrize("merging", ["merge_adapter", "merge_and_unload"])
 def test_a_scaling_beyond_the_dtype_is_refused(merging: str) -> None:
     model = adapted(nn.Sequential(nn.Linear(2, 2)), "0", r=1)
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     before, layer.scaling["default"] = layer.base_weight.clone(), 1e300
     with pytest.raises(ValueError, match=r"the scaling is 1e\+300: numbers up to 3.4e\+38 allow 1.7e\+38 at most"):
         getattr(model, merging)()
@@ -246,7 +246,7 @@ def test_a_scaling_beyond_the_dtype_is_refused(merging: str) -> None:
 def test_a_product_that_is_hidden_by_zero_is_not_taken_for_finite(merging: str, a: float, b: float, s: float) -> None:
     """s B overflows although A is 0; s is 0, also when it is rounded, although A is NaN."""
     model = adapted(nn.Sequential(nn.Linear(2, 2)), "0", r=1)
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     for factor, value in zip(layer.factors("default"), (a, b), strict=True):
         factor.data.fill_(value)
     before, layer.scaling["default"] = layer.base_weight.clone(), s
@@ -258,7 +258,7 @@ def test_a_product_that_is_hidden_by_zero_is_not_taken_for_finite(merging: str, 
 def test_merging_for_good_holds_no_copies_of_the_factors() -> None:
     """Of a model with many small layers these would be more than the one update that is allowed."""
     model = adapted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "0", "1", r=4)
-    for layer in model.layers().values():
+    for layer in model.lora_layers().values():
         for (A, B, _), (mine_A, mine_B) in zip(
             merge.updates_of(layer, ["default"], torch.float32), [layer.factors("default")], strict=True
         ):
@@ -269,7 +269,7 @@ def test_a_start_is_merged_with_one_rounding_as_core_does() -> None:
     """s B A - D0 is computed first, so it is not summed in the weight's memory. Before training it is 0."""
     for dtype in (torch.float64, torch.bfloat16):
         model = adapted(nn.Sequential(nn.Linear(6, 5)).to(dtype), "0", r=2, init_lora_weights="pissa")
-        layer, W = model.layers()["0"], model.layers()["0"].base_weight.detach().clone()
+        layer, W = model.lora_layers()["0"], model.lora_layers()["0"].base_weight.detach().clone()
         with torch.no_grad():
             want = layer.merged_weight(["default"])
             layer.lora_A["default"].weight.copy_(layer.lora_initial["default"].A)
@@ -291,7 +291,7 @@ def test_a_sum_just_below_the_largest_number_is_accepted() -> None:
         net[0].weight.fill_(65000.0)
     model = adapted(net, "0", r=1)
     assert not merge.surely_finite(
-        net[0].base_layer.weight, merge.updates_of(model.layers()["0"], ["default"], torch.float32)
+        net[0].base_layer.weight, merge.updates_of(model.lora_layers()["0"], ["default"], torch.float32)
     )
     model.merge_and_unload()
     assert torch.isfinite(net[0].weight).all()

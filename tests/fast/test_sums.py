@@ -93,7 +93,7 @@ def test_rows_of_4096_bytes_in_a_layer(r: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1024, 1024))
     model = get_peft_model(net, LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"]))
-    A, B = model.layers()["0"].factors("default")
+    A, B = model.lora_layers()["0"].factors("default")
     x, g = torch.empty(37, 1024, requires_grad=True), torch.empty(37, 1024)
     for tensor in (net[0].base_layer.weight, net[0].base_layer.bias, A, B, x, g):
         tensor.data.copy_(torch.randint(-2, 3, tensor.shape))
