@@ -119,7 +119,7 @@ def tree(*roots: nn.Module, factors: bool = True) -> list[nn.Module]:
         if id(module) not in found:
             found[id(module)] = module
             if not factors and isinstance(module, LoraLayer):
-                waiting.append(module.base)
+                waiting.append(module.base_layer)
             elif inner := module._modules:
                 waiting += [child for child in reversed(inner.values()) if child is not None]
     return list(found.values())
@@ -132,7 +132,7 @@ def switches(model: Any, flags: Iterable[nn.Parameter] = ()) -> AbstractContextM
 
 def switches_and_flags(model: Any) -> AbstractContextManager[None]:
     """As `switches`, and adapters are frozen or trained."""
-    return switches(model, (p for wrapper in model.wrappers() for _, p in wrapper.adapter_parameters()))
+    return switches(model, (p for wrapper in model.adapter_wrappers() for _, p in wrapper.adapter_parameters()))
 
 
 ATOMIC: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
@@ -141,9 +141,9 @@ ATOMIC: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "rename_adapter": transaction,
     "set_adapter": switches_and_flags,
     "set_scale": switches,
-    "disable_adapter_layers": switches,
-    "enable_adapter_layers": switches,
-    "unload": switches,
+    "disable_adapter_layers": switches_and_flags,
+    "enable_adapter_layers": switches_and_flags,
+    "unload": switches_and_flags,
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.layer import LoraLayer, is_observed
 from ..core.model import LoraModel
 from .atomic import tree
+from .quantized import WAY, is_quantized
 
 
 def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: bool = True, calls: bool = True) -> None:
@@ -31,7 +32,7 @@ def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: boo
         for part, (module, attribute) in places:
             weight = _stored(module, attribute, calls and part != "the base")
             if isinstance(weight, str):
-                raise ValueError(f"{where}: {part} {weight}: undo that first")
+                raise ValueError(f"{where}: {part} {weight}{'' if weight.endswith(WAY) else ': undo that first'}")
             devices.setdefault(weight.device, part)
         if len(devices) > 1:
             both = ", ".join(f"{part} is on {device}" for device, part in devices.items())
@@ -46,6 +47,8 @@ def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
         return f"is a {kind} that does not store its weight: replaced, pruned, parametrised, sharded"
     if weight.is_meta and is_observed(module):
         return "is offloaded"
+    if is_quantized(module):
+        return f"is a {kind} with a quantised weight, which no update can be added to; {WAY}"
     plain = kind in ("Linear", "Conv1d", "Conv2d", "Conv3d", "FactorTable")
     if calls and (is_observed(module) or not plain or module._parameters.get("bias") is not None):
         return f"is a {kind} with hooks, a bias or a forward of its own, which its weight does not show"
@@ -54,9 +57,11 @@ def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:
 
 def check_merged(model: LoraModel) -> None:
     """Raise ValueError if a merged weight is offloaded, or computed from others: then it cannot be replaced."""
-    for layer in [wrapper for wrapper in model.wrappers() if isinstance(wrapper, LoraLayer) and wrapper.set_aside]:
+    for layer in [
+        wrapper for wrapper in model.adapter_wrappers() if isinstance(wrapper, LoraLayer) and wrapper.set_aside
+    ]:
         if isinstance(reason := _stored(layer.get_base_layer(), layer.weight_name, False), str):
-            where = next(name for name, other in model.layers().items() if other is layer)
+            where = next(name for name, other in model.lora_layers().items() if other is layer)
             raise ValueError(f"{where}: {', '.join(layer.merged_adapters)} is merged, and the base {reason}: undo that")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,27 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from ..core.config import LoraConfig, require
+from ..core.inits import METHODS
 
 T = TypeVar("T")
 
 
+class PeftError(Exception):
+    """What PEFT's own errors have in common."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The configuration matches no module of the model."""
+
+
+class PeftType(StrEnum):
+    """The kind of an adapter: LoRA is the only one here."""
+
+    LORA = "LORA"
+
+
 class TaskType(StrEnum):
-    """What the base model does. SEQ_CLS and TOKEN_CLS save the classification head with the adapter."""
+    """What the base model does. SEQ_CLS, TOKEN_CLS and QUESTION_ANS save the head with the adapter."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -45,21 +61,43 @@ def prefix_errors(what: object) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error
 
 
+IGNORED = object()  # the off value of an option of PEFT that changes nothing
+
+
+def levels_to_the_caller() -> int:
+    """The stacklevel with which the function that calls this warns at the first line outside of lora_ref and torch."""
+    frame, levels, packages = sys._getframe(1), 1, (__name__.partition(".")[0], "torch")
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in packages:
+        frame, levels = frame.f_back, levels + 1
+    return levels
+
+
 def strict(cls: type[T]) -> type[T]:
-    """A dataclass that refuses an unknown option, when it is made and when it is set, and names the nearest one."""
+    """A dataclass that refuses an unknown option, when it is made and when it is set, and names the nearest one.
+
+    `cls.options_of_peft` is {option: its off value} of what PEFT has and this class does not: off, they are accepted.
+    """
     original: Any = cls.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in kwargs:
-            if name not in known:
+        known, elsewhere = [f.name for f in dataclasses.fields(cls)], getattr(cls, "options_of_peft", {})  # type: ignore[arg-type]
+        for name in [name for name in kwargs if name not in known]:
+            value = kwargs.pop(name)
+            if name in elsewhere and value and elsewhere[name] is not IGNORED:
+                raise ValueError(f"{name}={value!r}: is not supported; {name}={elsewhere[name]!r} is accepted")
+            if name not in elsewhere:
                 raise TypeError(f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}")
         original(self, *args, **kwargs)
 
     __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
 
     def __setattr__(self: Any, name: str, value: object) -> None:
+        elsewhere = getattr(cls, "options_of_peft", {})
+        if name in elsewhere and name not in self.__dataclass_fields__:
+            if value and elsewhere[name] is not IGNORED:
+                raise ValueError(f"{name}={value!r}: is not supported; {name}={elsewhere[name]!r} is accepted")
+            return
         if name not in self.__dataclass_fields__:
             known = list(self.__dataclass_fields__)
             raise AttributeError(f"{type(self).__name__} has no option {name!r}{did_you_mean(name, known)}")
@@ -79,6 +117,7 @@ def check_options(config: LoraConfig) -> None:
     task_type, allowed = config.task_type, f"one of {', '.join(TaskType)}"
     require(task_type is None or task_type in list(TaskType), "task_type", task_type, allowed)
     require(config.peft_type == "LORA", "peft_type", config.peft_type, "'LORA'")
+    config.peft_type = PeftType.LORA
     for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
         require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     for name in ("base_model_name_or_path", "revision"):
@@ -118,8 +157,11 @@ def check_options(config: LoraConfig) -> None:
     if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out):
         why = "the update is added to the parameter itself, so there is no input of A to drop"
         raise ValueError(f"target_parameters works with lora_dropout=0 and fan_in_fan_out=False only: {why}")
-    is_loftq = str(config.init_lora_weights).lower() == "loftq"
-    if config.loftq_config and not is_loftq:
-        warnings.warn("loftq_config is given but init_lora_weights is not 'loftq': it is ignored", stacklevel=5)
-    if is_loftq and not config.loftq_config:
+    chosen = str(config.init_lora_weights).lower()
+    for key in [key for key, method in METHODS.items() if method.config]:
+        given = getattr(config, f"{key}_config")
+        if given and chosen != key:
+            what = f"{key}_config is given but init_lora_weights is not {key!r}: it is ignored"
+            warnings.warn(what, stacklevel=levels_to_the_caller())
+    if chosen == "loftq" and not config.loftq_config:
         raise ValueError("init_lora_weights='loftq' needs a loftq_config, for example LoftQConfig(loftq_bits=4)")

@@ -9,7 +9,7 @@ import torch
 from models import Twice, adapt
 from torch import Tensor, nn
 
-from lora_ref import LoftQConfig, LoraConfig, get_peft_model
+from lora_ref import LoftQConfig, LoraConfig, explain, get_peft_model
 from lora_ref.core.inits import METHODS
 from lora_ref.core.names import ModelNames, resolve
 from lora_ref.safe.refusals import unused_rules
@@ -156,10 +156,12 @@ def test_an_embedding_that_rewrites_itself_is_refused() -> None:
 def test_multihead_attention_is_refused_where_it_would_never_run() -> None:
     net = nn.Sequential(OrderedDict(attn=nn.MultiheadAttention(8, 2), fc=nn.Linear(8, 8)))
     with pytest.raises(ValueError, match=r"^attn\.out_proj: nn\.MultiheadAttention reads out_proj\.weight"):
-        get_peft_model(net, LoraConfig(target_modules="all-linear"))
+        get_peft_model(net, LoraConfig(target_modules=["fc", "out_proj"]))
     assert type(net.attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
-    model = get_peft_model(net, LoraConfig(target_modules="all-linear", exclude_modules=["out_proj"]))
-    assert list(model.layers()) == ["fc"]
+    rules = explain(net, LoraConfig(target_modules="all-linear")).to_dict()["modules"]
+    assert "reads out_proj.weight without calling" in rules["attn.out_proj"]["rule"]
+    model = get_peft_model(net, LoraConfig(target_modules="all-linear"))
+    assert list(model.lora_layers()) == ["fc"]
 
 
 def test_unsupported_modules_are_named() -> None:
@@ -183,3 +185,12 @@ def test_an_init_that_not_every_shape_allows_is_checked_before(init: str) -> Non
     assert check is not None
     with pytest.raises(ValueError, match=init):
         check((4, 8), 5, 1.0)
+
+
+@pytest.mark.parametrize("held", [[], ["Sequential"]], ids=["each layer has a hook", "the block has one"])
+def test_an_offloaded_layer_is_refused_whoever_loads_its_weight(held: list[str]) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    accelerate.cpu_offload(net[0], execution_device="cpu", preload_module_classes=held or None)
+    with pytest.raises(ValueError, match=r"0\.0: its weight is offloaded: add the adapter before"):
+        get_peft_model(net, LoraConfig(r=2, target_modules=["0.0"]))
