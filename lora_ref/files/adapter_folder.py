@@ -7,8 +7,11 @@ safetensors is read: unpickling a file runs the program that it holds.
 """
 
 import dataclasses
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,39 +22,53 @@ from .. import numerics
 from ..core.config import LoraConfig
 from ..core.inits import METHODS, method_of
 from ..core.layer import InitialUpdate
-from ..core.model import LoraModel
+from ..core.model import LoraModel, describe
+from ..core.names import exactly
 from ..core.update import Factors, at_least_float32
 from ..safe.atomic import transaction
 from ..safe.plain import gathered, is_main_process
-from ..safe.strict import prefix_errors
+from ..safe.strict import levels_to_the_caller, prefix_errors
 from . import config_file, conversion
 from . import file_pair as folder
-from .adapter_tensors import PREFIX, adapter_tensors, assign, embedding_tensors, first_few, layers_in_file
+from .adapter_tensors import (
+    PREFIX,
+    adapter_tensors,
+    assign,
+    embedding_tensors,
+    first_few,
+    layers_in_file,
+    of_state_dict,
+    without_engines,
+)
 from .file_pair import WEIGHTS
+from .losses import check_as_configured, ends_to_save, warn_of_losses
+from .model_card import write_card
 
 
 def save_adapter(
-    model: LoraModel, adapter_name: str, directory: Path, embeddings: bool | str, convert: bool, writes: bool | None
+    model: LoraModel,
+    adapter_name: str,
+    directory: Path,
+    embeddings: bool | str,
+    convert: bool,
+    writes: bool | None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter's folder. PEFT loads it on the original base model with equal outputs.
 
     With convert=False an adapter whose initialisation changed the base weight is written as it is: right
-    only on the changed base weight. Of several processes one writes, by default that of rank 0.
-    Raises: ValueError: a value of save_embedding_layers that is not True, False or "auto"; OSError: the disk.
+    only on the changed base weight. Of several processes one writes, by default that of rank 0. Of a `state_dict` of
+    the PeftModel its tensors are written.
+    Raises: ValueError: a value of save_embedding_layers that is not True, False or "auto", or `state_dict` lacks a
+    tensor; OSError: the disk.
     """
-    if embeddings not in (True, False, "auto"):
-        raise ValueError(f"save_embedding_layers={embeddings!r}: must be True, False or 'auto'")
     config, found = model.peft_config[adapter_name], adapter_tensors(model, adapter_name)
-    targets, names = config.target_modules, list(config.target_modules or [])
-    if isinstance(targets, str):  # a pattern: the last parts of the names that it reached
-        layers = model.layers().items()
-        names = [name.rpartition(".")[2] for name, layer in layers if adapter_name in layer.adapters()]
-    targeted = "embed_tokens" in names or "lm_head" in names  # PEFT's rule
-    if embeddings is True or (embeddings == "auto" and targeted):
-        # where embeddings are targeted, those that are adapted; else (resized ones) both
-        ends = embedding_tensors(model).items()
-        found |= {key: slot for key, slot in ends if not targeted or ".base_layer." in key}
+    check_as_configured(model, adapter_name)
+    found |= ends_to_save(model, adapter_name, embeddings)
+    warn_of_losses(model, found, adapter_name, embeddings)
     live = {key: slot.tensor.detach() for key, slot in found.items()}
+    if state_dict is not None:
+        live = of_state_dict(model, state_dict, found, "base_model.")
     if convert:
         config, live = conversion.convert(model, adapter_name, live)
     else:  # of a targeted embedding, too, the residual
@@ -66,18 +83,19 @@ def save_adapter(
     if broken:
         named = ", ".join(broken[:3] + ["..."] * (len(broken) > 3))
         text = f"adapter {adapter_name!r} holds NaN or infinite numbers ({named}): written, but it cannot be read back"
-        warnings.warn(text, stacklevel=4)
-    write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors)
+        warnings.warn(text, stacklevel=levels_to_the_caller())
+    write_folder(directory, dataclasses.replace(config, inference_mode=True), tensors, model.model)
+    write_card(directory, config, model.model)
 
 
-def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+def write_folder(directory: Path, config: LoraConfig, tensors: dict[str, Tensor], base: Any = None) -> None:
     """Replace both files of the folder: the old pair or the new one is there, never a part (see `folder`)."""
 
     def write(path: Path) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
     try:
-        folder.replace(directory, write, config_file.dumps(config))
+        folder.replace(directory, write, config_file.dumps(config, base))
     except safetensors.SafetensorError as error:  # a full disk, a folder without permission
         raise OSError(f"{directory / WEIGHTS}: could not be written: {error}") from error
 
@@ -126,23 +144,83 @@ def load_adapter(
     adapter_name: str,
     is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
+    replacement: LoraConfig | None = None,
+    key_mapping: dict[str, str] | None = None,
+    skip_other_shapes: bool = False,
 ) -> None:
     """Add an adapter from a folder, inactive and frozen; or change nothing.
 
+    `replacement` takes the place of the file's configuration. `key_mapping` renames tensors, see `renamed`.
     Raises: FileNotFoundError, ValueError: as `read_adapter`; or a list of all that does not fit the model.
     """
     config, tensors = read_adapter(directory)
+    config = dataclasses.replace(replacement) if replacement else config
+    tensors = renamed(tensors, key_mapping or {})
     again = config.init_lora_weights in ("pissa", "olora")  # not converted, but the weight alone decides on them
     if METHODS[method_of(config.init_lora_weights)].changes_base and not again:
         saved = f"{directory}: saved with init_lora_weights={config.init_lora_weights!r} and not converted"
         wrong = "its update belongs to a base weight that the init had changed. On the original base it would be wrong"
         save = "Save it again, converted (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         raise ValueError(f"{saved}: {wrong}. {save}")
+    refuse_single_experts(model, tensors, directory)
     config.inference_mode = not is_trainable
     with transaction(model), prefix_errors(directory):
-        init = None if again else lambda name: _allocate_nothing
-        model.add_adapter(adapter_name, config, autocast_adapter_dtype, init=init)
-        assign(model, adapter_name, _put_base_weights(model, adapter_name, tensors), finite=True)
+        init = None if again or skip_other_shapes else lambda name: allocate_nothing
+        named = by_tensors(model, config, tensors)
+        model.add_adapter(adapter_name, named, autocast_adapter_dtype=autocast_adapter_dtype, init=init)
+        tensors = _put_base_weights(model, adapter_name, tensors)
+        assign(model, adapter_name, tensors, finite=True, skip_other_shapes=skip_other_shapes)
+
+
+def refuse_single_experts(model: LoraModel, tensors: dict[str, Tensor], directory: str | Path) -> None:
+    """ValueError if the file has factors of single experts, and the model has fused them into raw parameters."""
+    single = re.compile(r"\.experts\.\d+\.")
+    found = [key for key in tensors if single.search(key)]
+    if found and not any(single.search(f"{name}.") for name in describe(model.model).kinds):
+        what = (
+            f"{directory}: {min(found)} belongs to one expert, and this model has its experts fused into raw parameters"
+        )
+        way = "Load the folder with PEFT 0.21 and save it again, which converts it; or load it on transformers 4"
+        raise ValueError(f"{what}. {way}")
+
+
+def renamed(tensors: dict[str, Tensor], mapping: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors under the names that `mapping` {regular expression: replacement} gives. The first match counts.
+
+    Raises: ValueError: two tensors would have one name, or a pattern is not valid.
+
+    >>> list(renamed({"base_model.model.old.lora_A.weight": torch.ones(1)}, {"^old": "new"}))
+    ['base_model.model.new.lora_A.weight']
+    """
+    found = {}
+    try:
+        patterns = [(re.compile(pattern), to) for pattern, to in mapping.items()]
+    except re.error as error:
+        raise ValueError(f"key_mapping={mapping!r}: {error.pattern!r} is no regular expression: {error}") from error
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        changed = (pattern.subn(to, name) for pattern, to in patterns)
+        name = next((new for new, count in changed if count), name)
+        if f"{PREFIX}{name}" in found:
+            raise ValueError(f"key_mapping={mapping!r}: two tensors would be called {name}")
+        found[f"{PREFIX}{name}"] = tensor
+    return found
+
+
+def by_tensors(model: LoraModel, config: LoraConfig, tensors: dict[str, Tensor]) -> LoraConfig:
+    """The configuration, but layers_to_transform selects nothing where the file says which layers it has.
+
+    PEFT adapts a module whose name is written out in full, whatever layers_to_transform says. Its files hold both.
+    """
+    if not config.layers_to_transform or not isinstance(config.target_modules, list):
+        return config
+    every = dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
+    inside = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    matches = model.targeting(every).names("adapt")
+    chosen = [name for name in matches if without_engines(name) in inside]
+    if set(chosen) == set(model.targeting(config).names("adapt")):
+        return config
+    return dataclasses.replace(every, target_modules=exactly(chosen, describe(model.model).kinds))
 
 
 def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +246,7 @@ def _put_base_weights(model: LoraModel, adapter_name: str, tensors: dict[str, Te
     return left
 
 
-def _allocate_nothing(weight: Tensor, r: int, scaling: float) -> Factors:
+def allocate_nothing(weight: Tensor, r: int, scaling: float) -> Factors:
     """An initialisation whose numbers come from the file once its shapes are checked."""
     *batch, n_out, n_in = weight.shape
     if r * max(n_out, n_in) > 1 << 48:

@@ -7,18 +7,36 @@ without them the model would be another one.
 import dataclasses
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core import config as core
 from ..core.inits import METHODS
 from ..safe import regexes
-from ..safe.strict import check_options, did_you_mean, prefix_errors, strict
+from ..safe.strict import IGNORED, check_options, did_you_mean, levels_to_the_caller, prefix_errors, strict
 
+PEFT_VERSION = "0.21.2"  # the release whose format this is
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
 
-# keys of PEFT that do not change the mathematics
-NOTES = ("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size")
+# keys of PEFT that do not change the mathematics, with the value that they have there
+NOTES: dict[str, Any] = {"auto_mapping": None, "peft_version": PEFT_VERSION, "runtime_config": None}
+NOTES |= {"megatron_core": "megatron.core", "qalora_group_size": 16}
+# what PEFT passes to the hub or to accelerate. A local folder needs none of them
+HUB = (
+    *("revision", "token", "use_auth_token", "cache_dir", "force_download", "resume_download", "local_files_only"),
+    *("proxies", "etag_timeout", "user_agent", "endpoint", "library_name", "library_version", "repo_type", "headers"),
+    *("local_dir", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+)
+
+
+# options of PEFT that are refused when they are on
+SWITCHES = ("ensure_weight_tying", "lora_bias", "use_bdlora", "use_dora", "use_qalora")
+OTHERS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
+    *("monteclora_config", "trainable_token_indices", "velora_config"),
+)
+OFF_IN_PEFT: dict[str, Any] = dict.fromkeys(SWITCHES, False) | dict.fromkeys(OTHERS)
 
 
 @strict
@@ -56,20 +74,43 @@ class LoraConfig(core.LoraConfig):
 
     pattern_type = regexes.Pattern
     check_options = check_options
+    options_of_peft: ClassVar[dict[str, Any]] = OFF_IN_PEFT | dict.fromkeys(NOTES, IGNORED)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types with PEFT's keys."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "LoraConfig":
-        """Read the adapter_config.json of a folder; ValueError or OSError if there is no valid one."""
-        return read(Path(directory) / "adapter_config.json")
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> "LoraConfig":
+        """Read the adapter_config.json of a folder, or of a `subfolder` in it. `kwargs` are PEFT's for the hub.
 
-    def save_pretrained(self, directory: str | Path) -> None:
+        Raises: ValueError, OSError: there is no valid one; TypeError: an unknown argument.
+        """
+        check_arguments("from_pretrained", kwargs, HUB)
+        return read(Path(pretrained_model_name_or_path) / (subfolder or "") / "adapter_config.json")
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """The options in a file, as it has them, checked. ValueError or OSError if it is no configuration."""
+        return read(Path(path_json_file)).to_dict()
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write adapter_config.json into a folder."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / "adapter_config.json").write_text(dumps(self), encoding="utf-8")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "adapter_config.json").write_text(dumps(self), encoding="utf-8")
+
+
+def check_arguments(function: str, kwargs: Collection[str], known: Collection[str]) -> None:
+    """TypeError for a keyword argument that a function does not know."""
+    if unknown := [name for name in kwargs if name not in known]:
+        raise TypeError(f"{function} has no argument {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+
+
+for _name, _off in (OFF_IN_PEFT | NOTES | {"is_prompt_learning": False, "is_adaption_prompt": False}).items():
+    # for scripts that ask for them
+    setattr(LoraConfig, _name, _off)
 
 
 def from_dict(data: dict[str, Any]) -> LoraConfig:
@@ -78,7 +119,7 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
     Raises: ValueError: not a LoRA configuration, a bad value, or an unknown option that is on.
 
     >>> data = LoraConfig(r=4, target_modules=["q"]).to_dict()
-    >>> data["peft_type"], data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
+    >>> str(data["peft_type"]), data["r"], from_dict(data) == LoraConfig(r=4, target_modules=["q"])
     ('LORA', 4, True)
     """
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
@@ -106,17 +147,21 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
         raise ValueError(str(error)) from error
 
 
-# options of PEFT that are refused when they are on
-OFF_IN_PEFT = (
-    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("lora_bias", "megatron_config", "monteclora_config", "trainable_token_indices"),
-    *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
-)
+def dumps(config: core.LoraConfig, base: Any = None) -> str:
+    """The text of adapter_config.json. Options are sorted. Patterns are not, because the first match counts.
 
-
-def dumps(config: core.LoraConfig) -> str:
-    """The text of adapter_config.json. Options are sorted. Patterns are not, because the first match counts."""
-    return json.dumps(dict(sorted(dataclasses.asdict(config).items())), indent=2, allow_nan=False) + "\n"
+    Without a task_type, PEFT's AutoPeftModel finds the class of the base model in auto_mapping.
+    """
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    data = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
+    data |= {"peft_version": PEFT_VERSION}
+    if base is not None and config.task_type is None:
+        data |= {"auto_mapping": {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}}
+    data = dict(sorted(data.items()))
+    if left := [f.name for f in dataclasses.fields(config) if f.name not in known]:
+        what = f"{type(config).__name__}: {', '.join(left)} is not written, since no reader of the file knows it"
+        warnings.warn(what, stacklevel=levels_to_the_caller())
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> LoraConfig:

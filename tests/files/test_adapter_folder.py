@@ -19,7 +19,7 @@ from lora_ref import LoraConfig, PeftModel, get_peft_model, get_peft_model_state
 from lora_ref.files import adapter_folder as storage
 from lora_ref.files import config_file
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 class Net(nn.Module):
@@ -116,7 +116,7 @@ def test_every_layer_type_bias_mode_and_saved_module_comes_back_exactly(
 
 def test_the_files_are_pefts(tmp_path: Path) -> None:
     adapt().save_pretrained(tmp_path)
-    assert sorted(contents(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(contents(tmp_path)) == [CARD, CONFIG, WEIGHTS]
     with safetensors.safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         shapes = {key.removeprefix("base_model.model."): tuple(file.get_tensor(key).shape) for key in list(file.keys())}
@@ -132,14 +132,16 @@ def test_several_adapters_go_to_folders_of_their_names(tmp_path: Path) -> None:
     model = small()
     model.add_adapter("other one", LoraConfig(r=3, target_modules=["0"]))
     model.save_pretrained(tmp_path)
-    assert sorted(contents(tmp_path)) == [CONFIG, WEIGHTS, f"other one/{CONFIG}", f"other one/{WEIGHTS}"]
+    assert sorted(contents(tmp_path)) == sorted(
+        f"{folder}{file}" for folder in ("", "other one/") for file in (CARD, CONFIG, WEIGHTS)
+    )
     again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 3)), tmp_path)
     again.load_adapter(tmp_path / "other one", "other one")
     for name in ("default", "other one"):
         a, b = get_peft_model_state_dict(model, adapter_name=name), get_peft_model_state_dict(again, adapter_name=name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     model.save_pretrained(tmp_path / "one", selected_adapters=["other one"])
-    assert sorted(contents(tmp_path / "one")) == [f"other one/{CONFIG}", f"other one/{WEIGHTS}"]
+    assert sorted(contents(tmp_path / "one")) == [f"other one/{file}" for file in (CARD, CONFIG, WEIGHTS)]
     with pytest.raises(ValueError, match="there is no adapter 'othr'"):
         model.save_pretrained(tmp_path / "none", selected_adapters=["othr"])
     assert not (tmp_path / "none").exists()
@@ -298,7 +300,7 @@ def test_a_save_that_fails_late_leaves_the_new_adapter(
     config, tensors = storage.read_adapter(tmp_path)
     assert config.lora_alpha == 2 and all((t == 2).all() for t in tensors.values())
     small(3.0).save_pretrained(tmp_path)
-    assert sorted(contents(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(contents(tmp_path)) == [CARD, CONFIG, WEIGHTS]
 
 
 def test_an_error_of_safetensors_while_writing_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,4 +410,32 @@ def test_a_tensor_that_is_not_expected_is_refused_where_biases_are_saved_too(tmp
 
 def test_a_rank_beyond_any_memory_is_refused_before_anything_is_made() -> None:
     with pytest.raises(ValueError, match=r"r=35184372088832 is beyond any memory"):
-        storage._allocate_nothing(torch.zeros(16, 3), r=2**45, scaling=1.0)
+        storage.allocate_nothing(torch.zeros(16, 3), r=2**45, scaling=1.0)
+
+
+class Blocks(nn.Module):
+    """Two layers, in a list at the root of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(3, 3), "v": nn.Linear(3, 3)}) for _ in range(2))
+
+
+@pytest.mark.parametrize("indices", [[0], 99, -1])
+def test_a_folder_adapts_the_modules_that_it_has_whatever_layers_to_transform_says(
+    indices: Any, tmp_path: Path
+) -> None:
+    """N7: PEFT adapts a module whose name is written out in full, and its files hold it."""
+    net = Blocks()
+    names = ["layers.0.q", "layers.1.v"]
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    found = json.loads((tmp_path / CONFIG).read_text()) | {"layers_to_transform": indices}
+    (tmp_path / CONFIG).write_text(json.dumps(found))
+    again = PeftModel.from_pretrained(Blocks(), tmp_path)
+    assert list(again.lora_layers()) == names
+    again.save_pretrained(tmp_path / "again")
+    assert list(PeftModel.from_pretrained(Blocks(), tmp_path / "again").lora_layers()) == names
+    assert get_peft_model_state_dict(again).keys() == get_peft_model_state_dict(model).keys()
+    config = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert config["layers_to_transform"] is None and sorted(config["target_modules"]) == names

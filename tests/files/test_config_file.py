@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_ref import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from lora_ref.files import config_file
+from lora_ref.files.config_file import OFF_IN_PEFT
 
 
 @given(config=configs)
@@ -44,3 +45,12 @@ def test_a_configuration_that_is_too_large_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr("lora_ref.files.config_file.MAX_BYTES", 100)
     with pytest.raises(ValueError, match="larger than 100 bytes"):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(OFF_IN_PEFT))
+def test_options_of_peft_can_be_set_to_their_off_value_and_to_no_other(name: str) -> None:
+    config = LoraConfig(r=2)
+    setattr(config, name, OFF_IN_PEFT[name])
+    assert getattr(config, name) == OFF_IN_PEFT[name] and config == LoraConfig(r=2)
+    with pytest.raises(ValueError, match=rf"{name}=True: is not supported; {name}={OFF_IN_PEFT[name]} is accepted"):
+        setattr(config, name, True)

@@ -38,7 +38,7 @@ def test_a_folder_is_converted_unless_it_is_asked_not_to_be(tmp_path: Path) -> N
     factors = {f"base_model.model.0.lora_{name}.weight" for name in "AB"}
     assert tensors.keys() == own.keys() == factors
     A, B = (own[f"base_model.model.0.lora_{name}.weight"] for name in "AB")
-    assert torch.equal(A, model.layers()["0"].factors("default")[0]) and B.shape == (4, 2)
+    assert torch.equal(A, model.lora_layers()["0"].factors("default")[0]) and B.shape == (4, 2)
 
 
 @pytest.mark.parametrize("s", [-2.0, 0.5])
@@ -48,7 +48,7 @@ def test_any_scaling_but_zero_has_plain_factors(s: float) -> None:
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3).double()), config)
     model.set_scale("default", s)
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     A, B = plain_factors(layer, "default", layer.scaling["default"])
     agree(delta(A, B, layer.scaling["default"]), layer.update("default"))
     model.set_scale("default", 0.0)

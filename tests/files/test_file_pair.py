@@ -261,7 +261,7 @@ def whole_numbers(dtype: torch.dtype, init: bool | str) -> PeftModel:
 
 def assert_same_to_rounding(now: dict[str, Tensor], before: dict[str, Tensor], model: PeftModel) -> None:
     """Weights were rounded twice: W + s B A, and that minus s B A, each a sum of r products in at least float32."""
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         weight = f"base_model.model.{name}.base_layer.weight"
         W, s, r = before.pop(weight), layer.scaling["default"], layer.r["default"]
         A, B = (factor.detach().double().abs() for factor in layer.factors("default"))

@@ -334,7 +334,7 @@ WRONG: dict[str, list[Any]] = {
     "lora_alpha": ["8", None, True, [], {}, 10**309],
     "target_modules": [*NOT_A_PATTERN, None, [], ["Q"], "q", ["nothing"], "../../q", ["../q"], ["norm"], ["q", "norm"]],
     "exclude_modules": [*NOT_A_PATTERN, ".*", ["q", "emb"], "layers.*"],
-    "layers_to_transform": ["0", 1.5, True, {}, ["0"], [1.5], [True], [None], [[0]], [0], 99, -1],
+    "layers_to_transform": ["0", 1.5, True, {}, ["0"], [1.5], [True], [None], [[0]], [0, "1"], [0.0], {"0": 0}],
     "layers_pattern": [*(x for x in NOT_A_PATTERN if x != {}), "layers", ["layers"]],
     "rank_pattern": [5, "q", True, [], ["q"], *({"q": x} for x in (0, -1, 1.5, "2", None, True, [2], {})), {"(": 2}, {"q": 3}],
     "alpha_pattern": [5, "q", True, [], ["q"], *({"q": x} for x in ("2", None, True, [2], {}, 10**309)), {"(": 2}],
