@@ -46,12 +46,27 @@ def linear(As: As, Bs: Bs, scales: Sequence[float]) -> Factors:
     array([[-4.,  0.],
            [ 0., -4.]])
     """
+    check_equal_ranks(As, "linear")
+    signed, roots = roots_of(scales)
+    A = sum(root * A for root, A in zip(signed, As, strict=True))
+    return Factors(A, sum(root * B for root, B in zip(roots, Bs, strict=True)))
+
+
+def check_equal_ranks(As: As, kind: str) -> None:
+    """ValueError if the factors of the adapters do not have the same rank."""
     ranks = [A.shape[-2] for A in As]
     if len(set(ranks)) > 1:
-        raise ValueError(f"combination_type='linear' needs equal ranks, got {ranks}; use 'cat' or 'svd'")
+        raise ValueError(f"combination_type={kind!r} needs equal ranks, got {ranks}; use 'cat' or 'svd'")
+
+
+def roots_of(scales: Sequence[float]) -> tuple[list[float], list[float]]:
+    """sign(s) sqrt|s| for A, and sqrt|s| for B: their product is s.
+
+    >>> roots_of([-4.0, 9.0])
+    ([-2.0, 3.0], [2.0, 3.0])
+    """
     roots = [math.sqrt(abs(s)) for s in scales]
-    A = sum(math.copysign(root, s) * A for root, s, A in zip(roots, scales, As, strict=True))
-    return Factors(A, sum(root * B for root, B in zip(roots, Bs, strict=True)))
+    return [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)], roots
 
 
 def svd(As: As, Bs: Bs, scales: Sequence[float], r: int) -> Factors:
@@ -66,10 +81,14 @@ def svd(As: As, Bs: Bs, scales: Sequence[float], r: int) -> Factors:
            [0., 0.]])
     """
     A, B, *_ = cat(As, Bs, scales)
-    U, S, Vh = numerics.svd_of_product(B, A)
+    return split(*numerics.svd_of_product(B, A), r)
+
+
+def split(U: Array, S: Array, Vh: Array, r: int) -> Factors:
+    """B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T. Missing rows and columns are zero."""
     root = S[..., :r] ** 0.5
     A, B = root[..., :, None] * Vh[..., :r, :], U[..., :, :r] * root[..., None, :]
-    missing = r - A.shape[-2]
+    missing = r - Vh.shape[-2]
     if missing > 0:
         A = _cat([A, 0 * A[..., :1, :]] + [0 * A[..., :1, :]] * (missing - 1), -2)
         B = _cat([B, 0 * B[..., :, :1]] + [0 * B[..., :, :1]] * (missing - 1), -1)

@@ -1,15 +1,16 @@
 """`explain(model, config)`: what a configuration adapts, as a table, before anything is adapted."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from ..core import names as targeting
 from ..core.config import LoraConfig
-from ..core.model import describe
 from ..core.names import Targeting
+from ..safe.unreached import describe
 from .default_targets import ARCHITECTURES
+from .inject import lora_model_of
+from .model import LoraModel
 
 
 class Explanation(Targeting):
@@ -48,15 +49,28 @@ class Explanation(Targeting):
         return capture.get()
 
 
-def explain(model: nn.Module, config: LoraConfig) -> Explanation:
+def explain(model: Any, config: LoraConfig | str | None = None) -> Explanation:
     """For every module: is it adapted, by which rule, with which r, alpha, s; and which rules matched nothing.
 
-    The model is not changed. `print(explain(...))` is a table, `.to_dict()` the same for code.
-    Raises: ValueError: target_modules is None and the architecture is not known, or a pattern is too slow.
+    The model is not changed. `print(explain(...))` is a table, `.to_dict()` the same for code. Of an adapted model,
+    `config` may be an adapter's name, or None for the (first) active adapter.
+    Raises: ValueError: target_modules is None and the architecture is not known, a pattern is too slow, or there is no
+    such adapter.
 
+    >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> explain(net, LoraConfig(target_modules=["0"], exclude_modules=["2"])).to_dict()["modules"]["2"]["rule"]
     "exclude_modules '2'"
     """
-    base = getattr(model, "get_base_model", lambda: model)()
+    adapted: LoraModel | None = None
+    with suppress(ValueError):  # no adapters
+        adapted, _ = lora_model_of(model)
+    base = adapted.model if adapted is not None else model
+    if not isinstance(config, LoraConfig):
+        if adapted is None or not adapted.peft_config:
+            raise ValueError(f"config={config!r}: the model has no adapter to explain; give a LoraConfig")
+        name = config or (adapted.active_adapters or list(adapted.peft_config))[0]
+        adapted._check_known(name)
+        config = adapted.peft_config[name]
+        assert isinstance(config, LoraConfig)
     return Explanation(**vars(targeting.resolve(describe(base), config, ARCHITECTURES)))

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from .. import numerics
 from ..core import config as core
@@ -17,6 +18,7 @@ from ..files.conversion import plain_factors
 from ..safe.atomic import transaction
 from ..safe.plain import check_plain
 from ..safe.strict import prefix_errors
+from . import sparse
 from .combination import COMBINATIONS
 
 Layers = Mapping[str, LoraLayer]
@@ -29,6 +31,11 @@ def add_weighted_adapter(
     adapter_name: str,
     combination_type: str = "svd",
     svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> None:
     """A new adapter, inactive, with the weighted sum of the updates of others: see `lora_ref.api.combination`.
 
@@ -36,15 +43,25 @@ def add_weighted_adapter(
 
     Args:
         combination_type: "cat" (exact, rank = the sum of ranks), "svd" (the best at svd_rank, by default
-            the largest rank of the parents) or "linear" (the factors are added; equal ranks needed).
-    Raises: ValueError: unknown adapters, not one weight each, unequal ranks ("linear"), parents that save one module.
+            the largest rank of the parents) or "linear" (the factors are added; equal ranks needed). "ties",
+            "dare_linear", "dare_ties" and "magnitude_prune" merge parts of the factors, see `lora_ref.api.sparse`; with
+            "_svd" at their end, parts of the updates.
+        density: the share of the entries that these keep, in (0, 1].
+        majority_sign_method: "total" or "frequency", for the kinds with "ties".
+        svd_full_matrices, svd_driver: for PEFT's scripts. They change no result.
+    Raises: ValueError: unknown adapters, not one weight each, unequal ranks ("linear"), parents that save one module,
+        a density that is missing or not in (0, 1], svd_clamp.
     """
+    if svd_clamp is not None:
+        raise ValueError(
+            f"svd_clamp={svd_clamp!r} is not supported: it would cut off the largest entries; leave it out"
+        )
     model._check_new_name(adapter_name)
     model._check_known(*adapters)
     parents = {name: model.peft_config[name] for name in adapters}
-    layers = model.layers()
+    layers = model.lora_layers()
     check_plain(layers, adapters, base=False)
-    combined = combine(layers, adapters, weights, combination_type, svd_rank)
+    combined = combine(layers, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
     config = configure(layers, combined, list(parents.values()), describe(model.model).kinds)
 
     def init(name: str) -> Init:
@@ -55,7 +72,7 @@ def add_weighted_adapter(
 
     with transaction(model):
         model.add_adapter(adapter_name, config, init=init)
-        for wrapper in model.wrappers():
+        for wrapper in model.adapter_wrappers():
             if isinstance(wrapper, ModulesToSave) and adapter_name in wrapper.adapters():
                 parent = next(name for name in parents if name in wrapper.adapters())
                 wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[parent].state_dict())
@@ -67,6 +84,8 @@ def combine(
     weights: Sequence[float],
     combination_type: str = "svd",
     svd_rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> dict[str, Factors]:
     """{layer: A and B of the combination}, over the layers in which any of the adapters has a part.
 
@@ -75,8 +94,15 @@ def combine(
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, at least one")
-    if combination_type not in COMBINATIONS:
-        raise ValueError(f"combination_type={combination_type!r}: must be one of {', '.join(COMBINATIONS)}")
+    known, kind = [*COMBINATIONS, *sparse.KINDS, *(f"{name}_svd" for name in sparse.KINDS)], combination_type
+    if kind not in known:
+        raise ValueError(f"combination_type={kind!r}: must be one of {', '.join(known)}")
+    by_svd, is_sparse = kind.endswith("svd"), kind not in COMBINATIONS
+    if is_sparse and (type(density) not in (int, float) or not 0 < density <= 1):  # type: ignore[operator]
+        raise ValueError(f"density={density!r}: combination_type={kind!r} needs a number above 0 and at most 1")
+    if majority_sign_method not in ("total", "frequency"):
+        raise ValueError(f"majority_sign_method={majority_sign_method!r}: must be 'total' or 'frequency'")
+    options: dict[str, Any] = {"density": density, "majority_sign_method": majority_sign_method}
     if svd_rank is not None:
         check_rank(svd_rank, "svd_rank")
     if not all(math.isfinite(w) for w in weights):
@@ -90,12 +116,18 @@ def combine(
             continue
         pairs = [plain_factors(layer, name, layer.scaling[name]) for name, _ in parents]
         As, Bs = zip(*(map(at_least_float32, pair) for pair in pairs), strict=True)
-        scales = [w * layer.scaling[name] for name, w in parents]
-        if combination_type == "svd" and (svd_rank or largest) % layer.groups:
+        ws, scalings = [w for _, w in parents], [layer.scaling[name] for name, _ in parents]
+        scales = [w * s for w, s in zip(ws, scalings, strict=True)]
+        if by_svd and (svd_rank or largest) % layer.groups:
             raise ValueError(f"{where}: svd_rank={svd_rank or largest} must be divisible by groups={layer.groups}")
-        rank = {"r": (svd_rank or largest) // layer.groups} if combination_type == "svd" else {}
+        rank = {"r": (svd_rank or largest) // layer.groups} if by_svd else {}
         with prefix_errors(where):
-            combined[where] = COMBINATIONS[combination_type](As, Bs, scales, **rank)
+            if not is_sparse:
+                combined[where] = COMBINATIONS[kind](As, Bs, scales, **rank)
+            elif by_svd:
+                combined[where] = sparse.of_updates(As, Bs, scalings, ws, kind.removesuffix("_svd"), **rank, **options)
+            else:
+                combined[where] = sparse.of_factors(As, Bs, scales, kind, **options)
             if not all(f.is_meta or numerics.is_finite(f) for f in combined[where][:2]):
                 raise ValueError(f"with weights={list(weights)} the combined factors are not finite")
     return combined
@@ -109,7 +141,7 @@ def configure(
     `modules` names all modules of the model, for the targets to match none of the others.
     Raises: ValueError: two parents save the same module whole.
     """
-    whole = [module for config in parents for module in config.modules_to_save or []]
+    whole = [module for config in parents for module in dict.fromkeys(config.modules_to_save or [])]
     twice = sorted({module for module in whole if whole.count(module) > 1})
     if twice:
         raise ValueError(f"more than one of the adapters saves {', '.join(twice)} whole: they cannot be combined")

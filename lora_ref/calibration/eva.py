@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .. import numerics
 from ..api.peft_model import PeftModel
 from ..core.adapter_modules import holders
 from ..core.config import LoraConfig
-from ..core.layer import adapter_dtype
+from ..core.layer import LoraLayer, adapter_dtype
 from ..core.model import LoraModel, biases, describe
 from ..core.names import exactly
 from ..core.update import Factors
@@ -20,43 +22,38 @@ from ..init.eva import eva
 from ..init.options import EvaConfig
 from ..safe.atomic import transaction
 from ..safe.strict import prefix_errors
-from .eva_statistics import ForwardFn, InputStatistics, RowsFn
+from .eva_statistics import ForwardFn, InputsFn, InputStatistics, RowsFn, kept_rows
 
 
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: PeftModel,
-    dataloader: Iterable[Any],
-    adapter_name: str = "default",
-    *,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
     forward_fn: ForwardFn | None = None,
+    prepare_model_inputs_fn: InputsFn | None = None,
     prepare_layer_inputs_fn: RowsFn | None = None,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = False,
     show_progress_bar: bool = True,
 ) -> None:
     """Set the ranks and factors of an adapter with init_lora_weights="eva" from the inputs of its layers.
 
         A_l = the r_l leading principal components of layer l's inputs, B_l = 0,    sum r_l as before
 
-    The base model runs in evaluation mode, on the first batch twice, on others once. Layers that get the same tensor
-    share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No more data are
-    read when |cosine| >= tau for all that the layers need. The configuration then names every layer in full, with its
-    rank and alpha. A layer of rank 0 loses the adapter. Embeddings, convolutions and raw parameters keep their factors.
-    Every process uses its own data. Memory: 8 * in * min(in, rows) bytes for every distinct input.
+    The components are `eva_state_dict`, or those of `get_eva_state_dict` on the data. The configuration then names
+    every layer in full, with its rank and alpha. A layer of rank 0 loses the adapter. Embeddings, convolutions, raw
+    parameters and layers that `eva_state_dict` does not name keep their factors, with a warning.
 
     Args:
-        dataloader: batches. A mapping holds the model's keyword arguments, any other batch is its argument.
+        dataloader, forward_fn, ...: as for `get_eva_state_dict`.
+        eva_state_dict: {layer: A (r_l, in)}, in place of data.
         adapter_name: it need not be active.
-        forward_fn: (model, batch) -> anything: runs the model in another way.
-        prepare_layer_inputs_fn: (input, batch, layer name) -> (rows, in): the rows of a layer's input to use. Default:
-            `eva_statistics.kept_rows`. Inputs with fewer than round(r * rho) rows are skipped.
-        show_progress_bar: on stderr.
 
-    Raises: ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
-    large enough, inputs that are not finite or do not fit the mask. The model is unchanged.
-    Warns: the data ended before all components converged; layers that EVA does not support; no eva_config.
+    Raises: ValueError: another init_lora_weights, a merged adapter, neither data nor components, components of another
+    width; as `get_eva_state_dict`. The model is unchanged.
     Source: EVA, arXiv 2410.07170; PEFT's initialize_lora_eva_weights.
-    Differs from PEFT: the components are exact, not of a truncated randomised SVD. The data are read once. Convergence
-    is measured from n batches to 2n. With rsLoRA alpha is adjusted by sqrt(rank / r).
+    Differs from PEFT: with rsLoRA alpha is adjusted by sqrt(rank / r).
 
     >>> from torch import nn
     >>> _ = torch.manual_seed(0)
@@ -65,9 +62,86 @@ def initialize_lora_eva_weights(
     >>> model = PeftModel(net, config)
     >>> data = [torch.randn(64, 4) * torch.tensor([3.0, 1.0, 1.0, 1.0]) for _ in range(8)]
     >>> initialize_lora_eva_weights(model, data, show_progress_bar=False)
-    >>> model.layers()["0"].r, model.layers()["0"].factors("default")[0].abs().round().detach()
+    >>> model.lora_layers()["0"].r, model.lora_layers()["0"].factors("default")[0].abs().round().detach()
     ({'default': 1}, tensor([[1., 0., 0., 0.]]))
     """
+    linear, options = layers_of(model, adapter_name)
+    base, config = model.base_model, dataclasses.replace(model.peft_config[adapter_name], eva_config=options)
+    if eva_state_dict is None:
+        fns = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+        found = components_of(
+            model, linear, options, dataloader, fns, adapter_name, gather_distributed_inputs, show_progress_bar
+        )
+    else:
+        given = {name.removeprefix("base_model.model."): A for name, A in eva_state_dict.items()}
+        if unknown := [name for name in given if name not in linear]:
+            raise ValueError(
+                f"eva_state_dict: {unknown[0]!r} is no adapted linear layer; there are {', '.join(linear)}"
+            )
+        found = {name: given[name] for name in linear if name in given}
+    factors = {}
+    for name, A in found.items():
+        weight = linear[name].logical_weight()
+        with prefix_errors(name):
+            if A.ndim != 2 or A.shape[1] != weight.shape[1]:
+                raise ValueError(f"components are {tuple(A.shape)}: must be (r, {weight.shape[1]})")
+            B = numerics.zeros((weight.shape[0], A.shape[0]), weight)
+            factors[name] = Factors(numerics.cast_finite(A, weight), B)
+    layers = [name for name, layer in base.lora_layers().items() if adapter_name in layer.adapters()]
+    if others := [name for name in layers if name not in factors]:
+        why = "EVA knows linear layers only" if eva_state_dict is None else "eva_state_dict does not name all layers"
+        warnings.warn(f"{why}: {', '.join(others)} keep the factors they have", stacklevel=3)
+    with transaction(model):
+        install_factors(base, adapter_name, config, factors)
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: PeftModel,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: ForwardFn | None = None,
+    prepare_model_inputs_fn: InputsFn | None = None,
+    prepare_layer_inputs_fn: RowsFn | None = None,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = False,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """{layer: A (r_l, in)}: what `initialize_lora_eva_weights` gives the layers. The model stays as it is.
+
+    The base model runs in evaluation mode, on the first batch twice, on others once. Layers that get the same tensor
+    share its components. After 1, 2, 4, 8, ... batches the components are compared with those before. No more data are
+    read when |cosine| >= tau for all that the layers need. Every process uses its own data.
+    Memory: 8 * in * min(in, rows) bytes for every distinct input.
+
+    Args:
+        dataloader: batches. A mapping holds the model's keyword arguments, any other batch is its argument.
+        peft_config: its eva_config takes the place of the adapter's, and the rest of it changes nothing.
+        forward_fn: (model, batch) -> anything: runs the model in another way.
+        prepare_model_inputs_fn: (batch, LoraConfig) -> what `prepare_layer_inputs_fn` gets in place of the batch.
+        prepare_layer_inputs_fn: (input, batch, layer name) -> (rows, in): the rows of a layer's input to use. Default:
+            `eva_statistics.kept_rows`. Inputs with fewer than round(r * rho) rows are skipped.
+        gather_distributed_inputs: must be False where there are several processes.
+        show_progress_bar: on stderr.
+
+    Raises: ValueError: another init_lora_weights, a merged adapter, round(r * rho) > in, no data, no batch that is
+    large enough, inputs that are not finite or do not fit the mask. TypeError: not a PeftModel.
+    Warns: the data ended before all components converged; no eva_config.
+    Source: EVA, arXiv 2410.07170; PEFT's get_eva_state_dict.
+    Differs from PEFT: the components are exact, not of a truncated randomised SVD. The data are read once. Convergence
+    is measured from n batches to 2n. The model must have the adapter.
+    """
+    linear, options = layers_of(model, adapter_name, None if peft_config is None else peft_config.eva_config)
+    fns = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    return components_of(
+        model, linear, options, dataloader, fns, adapter_name, gather_distributed_inputs, show_progress_bar
+    )
+
+
+def layers_of(
+    model: PeftModel, adapter_name: str, options: EvaConfig | None = None
+) -> tuple[dict[str, LoraLayer], EvaConfig]:
+    """The linear layers of an adapter with init_lora_weights="eva", and the `options`, by default its own."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"model is a {type(model).__name__}: a PeftModel is needed, see get_peft_model")
     base = model.base_model
@@ -76,30 +150,54 @@ def initialize_lora_eva_weights(
     if config.init_lora_weights != "eva":
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r}: must be 'eva' to be initialised with data")
     base._check_not_merged([adapter_name], "initialising")
-    if config.eva_config is None:
-        warnings.warn("eva_config is None: EvaConfig() is used, with rho=2", stacklevel=3)
-    options = config.eva_config or EvaConfig()
-    config = dataclasses.replace(config, eva_config=options)
-    layers = {name: layer for name, layer in base.layers().items() if adapter_name in layer.adapters()}
-    linear = {name: layer for name, layer in layers.items() if layer.kind == "linear"}
-    statistics = InputStatistics(linear, adapter_name, options)
-    with base.disable_adapter():
-        statistics.collect(model, dataloader, forward_fn, prepare_layer_inputs_fn, show_progress_bar)
-    ranks = statistics.ranks()
-    factors = {}
-    for name, layer in linear.items():
+    options = options or config.eva_config
+    if options is None:
+        warnings.warn("eva_config is None: EvaConfig() is used, with rho=2", stacklevel=4)
+    layers = {name: layer for name, layer in base.lora_layers().items() if adapter_name in layer.adapters()}
+    return {name: layer for name, layer in layers.items() if layer.kind == "linear"}, options or EvaConfig()
+
+
+def components_of(
+    model: PeftModel,
+    layers: Mapping[str, LoraLayer],
+    options: EvaConfig,
+    dataloader: Iterable[Any] | None,
+    fns: tuple[ForwardFn | None, InputsFn | None, RowsFn | None],
+    adapter_name: str,
+    gather_distributed_inputs: bool,
+    show_progress_bar: bool,
+) -> dict[str, Tensor]:
+    """As `get_eva_state_dict`, for these layers."""
+    if dataloader is None:
+        raise ValueError("dataloader=None: give batches, or components as eva_state_dict")
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if gather_distributed_inputs and several:
+        raise ValueError("gather_distributed_inputs=True: must be False with several processes; each uses its own data")
+    forward_fn, inputs_fn, rows_fn = fns
+    if inputs_fn is not None:
+        chosen, config, last = rows_fn, model.peft_config[adapter_name], [None, None]  # a batch, what was made of it
+
+        def rows_fn(x: Tensor, batch: Any, name: str) -> Tensor:
+            if last[0] is not batch:
+                last[:] = batch, inputs_fn(batch, config)
+            return chosen(x, last[1], name) if chosen else kept_rows(x, last[1], options)
+
+    statistics = InputStatistics(dict(layers), adapter_name, options)
+    with model.base_model.disable_adapter():
+        statistics.collect(model, dataloader, forward_fn, rows_fn, show_progress_bar)
+    ranks, found = statistics.ranks(), {}
+    for name, layer in layers.items():
         components = statistics.components[statistics.shared_with[name]]
         with prefix_errors(name):
-            factors[name] = eva(layer.logical_weight(), ranks[name], components=components, whiten=options.whiten)
-    if others := [name for name in layers if name not in linear]:
-        warnings.warn(f"EVA knows linear layers only: {', '.join(others)} keep the factors they have", stacklevel=3)
-    with transaction(model):
-        install_factors(base, adapter_name, config, factors)
+            weight = layer.logical_weight()
+            found[name] = eva(weight, ranks[name], components=components, whiten=options.whiten).A
+    return found
 
 
 def install_factors(model: LoraModel, adapter_name: str, config: LoraConfig, factors: Mapping[str, Factors]) -> None:
     """Replace an adapter's factors by factors of other ranks, 0 included, and its configuration. In a transaction."""
-    layers = {name: layer for name, layer in model.layers().items() if adapter_name in layer.adapters()}
+    layers = {name: layer for name, layer in model.lora_layers().items() if adapter_name in layer.adapters()}
     modules = describe(model.model).kinds
     trained = biases(model.model, config.bias, adapter_name)
     for name, new in factors.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.config import LoraConfig
 from ..core.layer import LoraLayer
 from ..init.eva import redistribute
 from ..init.options import EvaConfig
@@ -21,6 +22,7 @@ from ..safe.strict import prefix_errors
 from . import hooks
 
 ForwardFn = Callable[[nn.Module, Any], Any]  # (model, batch)
+InputsFn = Callable[[Any, LoraConfig], Any]  # (the batch, the configuration) -> what RowsFn gets for the batch
 RowsFn = Callable[[Tensor, Any, str], Tensor]  # (a layer's input, the batch, the layer's name) -> (rows, in)
 
 

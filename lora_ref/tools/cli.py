@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -69,7 +70,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=seed, default=0, metavar="N", help="the same seed gives the same numbers")
     demo.add_argument("--quick", action="store_true", help="fewer epochs, and ranks 2 and 8 only")
     demo.add_argument(
-        "--r", type=rank, nargs="+", metavar="R", default=argparse.SUPPRESS, help="ranks (default: 1 2 4 8)"
+        "--r",
+        type=number(int, 1, 256),
+        nargs="+",
+        metavar="R",
+        default=argparse.SUPPRESS,
+        help="ranks (default: 1 2 4 8)",
     )
     demo.add_argument("--lora-alpha", type=float, default=8.0, metavar="A", help="s = lora_alpha / r")
     demo.set_defaults(action=run_demo)
@@ -116,30 +122,44 @@ def parser() -> argparse.ArgumentParser:
         "lora_ref/tools/plan.py.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    plan.add_argument("--params", type=float, default=8e9, metavar="N", help="weights of the model, such as 70e9")
-    plan.add_argument("--r", type=rank, default=16, metavar="R", help="rank of every adapter")
-    plan.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of GPUs")
-    plan.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens at a time on each GPU")
-    plan.add_argument("--context", type=int, default=4096, metavar="N", help="tokens that attend to each other")
-    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="what a GPU has")
+    whole = number(int, 1, 10**9)
+    plan.add_argument(
+        "--params", type=number(float, 1, 1e15), default=8e9, metavar="N", help="weights of the model, such as 70e9"
+    )
+    plan.add_argument("--r", type=whole, default=16, metavar="R", help="rank of every adapter")
+    plan.add_argument("--gpus", type=whole, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of GPUs")
+    plan.add_argument("--tokens", type=whole, default=4096, metavar="N", help="tokens at a time on each GPU")
+    plan.add_argument(
+        "--context", type=number(int, 0, 10**9), default=4096, metavar="N", help="tokens that attend to each other"
+    )
+    plan.add_argument("--gpu-memory", type=number(float, 0, 1e6), default=80.0, metavar="GIB", help="what a GPU has")
     plan.set_defaults(action=run_plan)
     return top
 
 
-def seed(text: str) -> int:
-    """An integer that the random generators accept."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"a seed is at least 0 and below 2**32, not {number}")
-    return number
+def number(kind: type[int] | type[float], lowest: float, highest: float) -> Callable[[str], float]:
+    """What reads an option's number, and says which are allowed.
+
+    >>> number(int, 1, 256)("0")
+    Traceback (most recent call last):
+    ...
+    argparse.ArgumentTypeError: 0: must be a whole number from 1 to 256
+    """
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} from {lowest:.15g} to {highest:.15g}")
+        return value
+
+    return read
 
 
-def rank(text: str) -> int:
-    """A rank that fits the demo's network."""
-    number = int(text)
-    if not 1 <= number <= 256:
-        raise argparse.ArgumentTypeError(f"a rank is from 1 to 256 (the network's width), not {number}")
-    return number
+seed = number(int, 0, 2**32 - 1)  # what the random generators accept
 
 
 def version() -> str:

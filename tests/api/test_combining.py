@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import decomposing, factors
+from torch import nn
 
+from lora_ref import LoraConfig, get_peft_model
 from lora_ref.api import combination
 
 U64 = 2.0**-53  # unit roundoff of float64
@@ -51,3 +53,11 @@ def test_a_linear_combination_of_stacks_needs_equal_ranks() -> None:
     A, B = np.ones((3, 1, 2)), np.ones((3, 2, 1))
     with pytest.raises(ValueError, match=r"equal ranks, got \[1, 2\]"):
         combination.linear([A, np.ones((3, 2, 2))], [B, np.ones((3, 2, 2))], [1.0, 1.0])
+
+
+def test_a_module_that_one_adapter_names_twice_is_saved_by_one_adapter() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1", "1"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
+    assert model.peft_config["sum"].modules_to_save == ["1"]

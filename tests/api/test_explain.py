@@ -2,9 +2,10 @@
 
 import re
 
+import pytest
 from torch import nn
 
-from lora_ref import LoraConfig, explain, get_peft_model
+from lora_ref import LoraConfig, explain, get_peft_model, inject_adapter_in_model
 from lora_ref.core.names import Targeting
 
 
@@ -49,8 +50,15 @@ def test_explain_changes_nothing_and_agrees_with_what_is_then_adapted() -> None:
 def test_explain_is_about_the_active_adapter_or_else_the_first() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
     model.add_adapter("other", LoraConfig(r=1, target_modules=["1"]))
-    assert model.explain().names("adapt") == ["0"]
+    assert explain(model).names("adapt") == ["0"]
     model.set_adapter("other")
-    assert model.explain().names("adapt") == ["1"]
+    assert explain(model).names("adapt") == ["1"]
     model.base_model.active_adapters = []
-    assert model.explain().names("adapt") == ["0"] and model.explain("other").names("adapt") == ["1"]
+    assert explain(model).names("adapt") == ["0"] and explain(model, "other").names("adapt") == ["1"]
+
+
+def test_explain_finds_the_adapters_of_an_injected_model() -> None:
+    net = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+    assert explain(net).to_dict()["modules"]["0"]["action"] == "adapt"
+    with pytest.raises(ValueError, match="there is no adapter 'other'"):
+        explain(net, "other")

@@ -15,7 +15,7 @@ from models import VOCABULARY, Snapshot, gpt2
 from torch import nn
 
 import lora_ref
-from lora_ref import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from lora_ref import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, get_peft_model
 from lora_ref.calibration import eva_statistics
 from lora_ref.calibration.eva import initialize_lora_eva_weights
 from lora_ref.core.model import describe
@@ -86,11 +86,11 @@ def are_components(A, S, Vt, terms, size):
 
 
 def factors(model):
-    return {name: layer.factors("default") for name, layer in model.layers().items()}
+    return {name: layer.factors("default") for name, layer in model.lora_layers().items()}
 
 
 def ranks(model):
-    return {name: layer.r["default"] for name, layer in model.layers().items()}
+    return {name: layer.r["default"] for name, layer in model.lora_layers().items()}
 
 
 # -- what is learnt ----------------------------------------------------------------------------
@@ -283,14 +283,14 @@ def test_the_budget_is_kept_within_the_limits(rho):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_scaling_is_what_it_was_in_every_layer(use_rslora):
     settings = config(use_rslora=use_rslora, alpha_pattern={"o": 6}, rank_pattern={"q": 3, "o": 1})
-    before = {name: layer.scaling["default"] for name, layer in get_peft_model(block(), settings).layers().items()}
+    before = {name: layer.scaling["default"] for name, layer in get_peft_model(block(), settings).lora_layers().items()}
     model = started(settings, prepare_layer_inputs_fn=two_or_twelve_directions)
     assert ranks(model) == {"q": 2, "k": 2, "v": 2, "o": 2}  # q lost one, o won one
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         # alpha * sqrt(rank / r) / sqrt(rank)
         close(layer.scaling["default"], before[name], terms=5, size=before[name])
     settings.eva_config.adjust_scaling_factors = False
-    for layer in started(settings, prepare_layer_inputs_fn=two_or_twelve_directions).layers().values():
+    for layer in started(settings, prepare_layer_inputs_fn=two_or_twelve_directions).lora_layers().values():
         r, alpha = layer.r["default"], layer.lora_alpha["default"]
         assert alpha in (4, 6)
         assert layer.scaling["default"] == alpha / (math.sqrt(r) if use_rslora else r)
@@ -325,8 +325,8 @@ def test_rank_0_leaves_another_adapter_alone():
     assert model.active_adapters == ["other"]
     assert list(model.peft_config) == ["other", "default"]
     assert torch.equal(model(tokens()[0]["input_ids"]), want)
-    assert [name for name, layer in model.layers().items() if "default" in layer.adapters()] == ["q", "k", "v"]
-    assert len(model.layers()) == 5
+    assert [name for name, layer in model.lora_layers().items() if "default" in layer.adapters()] == ["q", "k", "v"]
+    assert len(model.lora_layers()) == 5
     model.set_adapter("default")
     biases = [name for name, p in model.get_base_model().named_parameters() if p.requires_grad and "bias" in name]
     assert biases == [f"{name}.base_layer.bias" for name in "qkv"]
@@ -347,12 +347,12 @@ def test_everything_else_of_the_adapter_survives():
     head = model.get_base_model().head.modules_to_save["default"].bias
     model.train()
     model.get_base_model().o.eval()
-    other = [x.clone() for x in model.layers()["q"].factors("other")]
+    other = [x.clone() for x in model.lora_layers()["q"].factors("other")]
     initialize_lora_eva_weights(model, tokens(16), **QUIET)
     assert model.get_base_model().head.modules_to_save["default"].bias is head
-    assert model.layers()["q"].lora_dropout["default"].p == 0.25
-    assert list(model.layers()["q"].lora_A) == ["default", "other"]
-    assert all(torch.equal(x, y) for x, y in zip(other, model.layers()["q"].factors("other"), strict=True))
+    assert model.lora_layers()["q"].lora_dropout["default"].p == 0.25
+    assert list(model.lora_layers()["q"].lora_A) == ["default", "other"]
+    assert all(torch.equal(x, y) for x, y in zip(other, model.lora_layers()["q"].factors("other"), strict=True))
     assert model.training
     assert not model.get_base_model().o.training
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -411,9 +411,11 @@ def test_an_adapter_reloads_exactly_here_and_in_peft(tmp_path, options):
         here = PeftModel.from_pretrained(Nested(), tmp_path)
     there = peft.PeftModel.from_pretrained(Nested(), tmp_path)
     assert ranks(here) == ranks(model)
-    assert {n: x.scaling for n, x in here.layers().items()} == {n: x.scaling for n, x in model.layers().items()}
+    assert {n: x.scaling for n, x in here.lora_layers().items()} == {
+        n: x.scaling for n, x in model.lora_layers().items()
+    }
     scalings = {n: m.scaling["default"] for n, m in there.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert scalings == {n: x.scaling["default"] for n, x in model.layers().items()}
+    assert scalings == {n: x.scaling["default"] for n, x in model.lora_layers().items()}
     data = tokens(2, seed=9)
     for x, y, z in zip(*(outputs(m, data) for m in (model, here, there)), strict=True):
         assert torch.equal(x, y)
@@ -538,15 +540,22 @@ def test_a_missing_eva_config_is_made_with_a_warning():
     assert model.peft_config["default"].eva_config == EvaConfig()
 
 
+def test_options_that_are_given_with_the_data_need_no_warning(recwarn):
+    model = get_peft_model(block(), LoraConfig(r=2, target_modules=["q"], init_lora_weights="eva"))
+    given = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1))
+    assert get_eva_state_dict(model, tokens(16), given, **QUIET).keys() == {"q"}
+    assert not [w for w in recwarn if "eva_config" in str(w.message)]
+
+
 def test_layers_that_eva_does_not_know_keep_their_factors(tmp_path):
     settings = {"r": 2, "target_modules": ["embed", "q", "o"], "init_lora_weights": "eva"}
     theirs = peft.get_peft_model(block(), peft.LoraConfig(eva_config=peft.EvaConfig(), **settings))
     theirs.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(block(), tmp_path, is_trainable=True)
-    embedding = model.layers()["embed"].factors("default")
+    embedding = model.lora_layers()["embed"].factors("default")
     with pytest.warns(UserWarning, match="linear layers only: embed keep"):
         initialize_lora_eva_weights(model, tokens(16), **QUIET)
-    assert all(x is y for x, y in zip(model.layers()["embed"].factors("default"), embedding, strict=True))
+    assert all(x is y for x, y in zip(model.lora_layers()["embed"].factors("default"), embedding, strict=True))
     model.save_pretrained(tmp_path / "again")
     assert ranks(PeftModel.from_pretrained(block(), tmp_path / "again")) == ranks(model)
 
@@ -637,7 +646,7 @@ def test_agrees_with_peft_and_numpy_on_data_of_distinct_spectra():
         overlap = (A @ there[name].lora_A["default"].weight.T).diagonal().abs()
         assert overlap.min() > 0.98
         s = there[name].scaling["default"]
-        close(ours.layers()[name].scaling["default"], s, terms=3, size=s)  # alpha * (rank / r) / rank
+        close(ours.lora_layers()[name].scaling["default"], s, terms=3, size=s)  # alpha * (rank / r) / rank
     X = torch.cat(data).double().numpy()
     best = np.linalg.svd(X - X.mean(0))[2]
     A = factors(ours)["0"][0].detach().double().numpy()
@@ -663,6 +672,61 @@ def test_whitening_what_does_not_vary_is_refused_by_the_layer_s_name():
 def test_the_factors_are_rounded_to_the_dtype_of_the_weight(whiten):
     model = get_peft_model(block(torch.bfloat16), config(whiten=whiten))
     initialize_lora_eva_weights(model, tokens(), **QUIET)
-    for layer in model.layers().values():
+    for layer in model.lora_layers().values():
         A, B = layer.factors("default")
         assert A.dtype == torch.float32 and torch.equal(A, A.bfloat16().float()) and A.any() and not B.any()
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_components_that_were_saved_give_what_the_data_give(whiten):
+    settings = config(whiten=whiten)
+    found = get_eva_state_dict(get_peft_model(block(), settings), tokens(), **QUIET)
+    by_data, by_state = started(settings), get_peft_model(block(), settings)
+    initialize_lora_eva_weights(by_state, eva_state_dict={f"base_model.model.{k}": A for k, A in found.items()})
+    assert by_state.peft_config == by_data.peft_config
+    ours, theirs = by_state.state_dict(), by_data.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], x) for key, x in theirs.items())
+
+
+def test_components_of_some_layers_leave_the_others_as_they_are():
+    model = get_peft_model(block(), config())
+    before = {name: layer.factors("default")[0].clone() for name, layer in model.lora_layers().items()}
+    with pytest.warns(UserWarning, match="eva_state_dict does not name all layers: v, o keep the factors"):
+        initialize_lora_eva_weights(model, None, {"q": torch.eye(WIDTH)[:3], "k": torch.eye(WIDTH)[:1]})
+    after = {name: layer.factors("default")[0] for name, layer in model.lora_layers().items()}
+    assert {name: A.shape[0] for name, A in after.items()} == {"q": 3, "k": 1, "v": 2, "o": 2}
+    assert torch.equal(after["v"], before["v"]) and torch.equal(after["q"], torch.eye(WIDTH)[:3].double())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"x": torch.eye(WIDTH)[:2]}, "eva_state_dict: 'x' is no adapted linear layer; there are q, k, v, o"),
+        ({"q": torch.eye(WIDTH + 1)[:2]}, r"q: components are \(2, 13\): must be \(r, 12\)"),
+        ({"q": torch.ones(WIDTH)}, r"q: components are \(12,\): must be \(r, 12\)"),
+        (None, "dataloader=None: give batches, or components as eva_state_dict"),
+    ],
+)
+def test_components_that_do_not_fit_are_refused(given, words):
+    model = get_peft_model(block(), config())
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        initialize_lora_eva_weights(model, None, given)
+    assert all(torch.equal(before[key], x) for key, x in model.state_dict().items())
+
+
+def test_a_function_prepares_what_the_rows_are_chosen_by():
+    """As in PEFT: (batch, configuration) -> what stands for the batch."""
+    data, seen = tokens(), []
+    masks = [torch.arange(6).expand(8, 6) < 4 for _ in data]
+
+    def prepared(batch, settings):
+        seen.append(settings.r)
+        return {"attention_mask": masks[0]}
+
+    got = started(config(), data, prepare_model_inputs_fn=prepared)
+    masked = [batch | {"attention_mask": mask} for batch, mask in zip(data, masks, strict=True)]
+    want = started(config(), masked)
+    assert seen == [2] * len(data)  # once for each batch
+    for key, x in want.state_dict().items():
+        assert torch.equal(got.state_dict()[key], x)

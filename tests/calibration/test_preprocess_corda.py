@@ -112,7 +112,7 @@ def test_an_adapted_model_computes_what_it_did(dtype):
     want = model(x)
     adapted = lora_ref.get_peft_model(model, settings(lora_alpha=5))
     assert not any("prepared_init" in vars(m) and m.prepared_init for m in adapted.modules())
-    for name, layer in adapted.layers().items():
+    for name, layer in adapted.lora_layers().items():
         W = weights[f"{name}.weight"]
         D = layer.delta("default")
         assert D.norm() > 0.1 * W.norm()
@@ -121,7 +121,7 @@ def test_an_adapted_model_computes_what_it_did(dtype):
         assert (error <= 2 * unit(dtype) * (W.abs() + residual.abs()) + 8 * unit(torch.float32)).all()
     for enabled in (True, False):
         with contextlib.nullcontext() if enabled else adapted.disable_adapter():
-            for name, layer in adapted.layers().items():
+            for name, layer in adapted.lora_layers().items():
                 (given, y), W, (A, B) = before[name], weights[f"{name}.weight"], layer.factors("default")
                 # sums over the inputs and the rank, and five roundings: R, s, the two parts, their sum
                 size = W.abs() + layer.base_weight.abs() + layer.scaling["default"] * B.abs() @ A.abs()

@@ -109,10 +109,10 @@ def test_an_adapted_model_computes_what_it_did(dtype, scale):
     preprocess_loraga(model, config, stepping(model), progress=False)
     adapted = lora_ref.get_peft_model(model, config)
     assert not any(vars(m).get("prepared_init") for m in adapted.modules())
-    assert all(layer.delta("default").norm() > 0 for layer in adapted.layers().values())
+    assert all(layer.delta("default").norm() > 0 for layer in adapted.lora_layers().values())
     for enabled in (True, False):
         with contextlib.nullcontext() if enabled else adapted.disable_adapter():
-            for name, layer in adapted.layers().items():
+            for name, layer in adapted.lora_layers().items():
                 inputs, y, W = before[name]
                 # sums over the inputs and the rank, and five roundings: R, s, the two parts, their sum
                 size = W.abs() + layer.base_weight.abs() + layer.scaling["default"] * magnitude(layer)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 import huggingface as hf  # noqa: E402
 
 AdapterTrainer = hf.recipe("AdapterTrainer")["AdapterTrainer"]
-RESUMES = {"adapter_config.json", "adapter_model.safetensors"}
+RESUMES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.fixture(autouse=True)

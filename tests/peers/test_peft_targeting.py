@@ -139,7 +139,17 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
     options["rank_pattern"] = draw(st.dictionaries(keys, st.integers(1, 9), max_size=2))
     options["alpha_pattern"] = draw(st.dictionaries(keys, st.sampled_from([1, 32, 0.5]), max_size=2))
     options["task_type"] = draw(st.sampled_from([None, None, "FEATURE_EXTRACTION", "SEQ_CLS"]))
+    if "layers_to_transform" in options:
+        model = inside(model)
     return model, {key: value for key, value in options.items() if value is not None}
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The model as a part of another. Then no list of layers is at the root, and no target is a full name.
+
+    There PEFT does not restrict what layers_to_transform restricts (`spec_tests/known/peft/layers_given_in_full.py`).
+    """
+    return nn.ModuleDict({"net": model})
 
 
 def outcome(library: Any, model: nn.Module, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -203,10 +213,10 @@ def test_the_same_modules_are_adapted_with_the_same_rank_alpha_and_scaling(
 @pytest.mark.parametrize("indices", [0, 2, [1, 2], [3], -1])
 @pytest.mark.parametrize("targets", [["up", "q_proj"], ["0.up"], ["layers.1.q_proj", "up"], ["proj"]], ids=str)
 def test_layers_are_counted_alike_in_a_mixture_of_experts(targets: Any, indices: Any, lists: Any) -> None:
-    """The first number counts, not an expert's; at the root only with a layers_pattern; exact names bypass it."""
+    """The first number counts, not an expert's."""
     experts = {str(i): {"up": "linear"} for i in range(4)}
     layers = {str(i): {"experts": experts, "q_proj": "linear", "xq_proj": "linear"} for i in range(3)}
-    model = build({"model": {"layers": layers, "xlayers": layers}, "layers": layers})
+    model = inside(build({"model": {"layers": layers, "xlayers": layers}, "layers": layers}))
     options = {"target_modules": targets, "layers_to_transform": indices, "layers_pattern": lists}
     assert outcome(lora_ref, model, options) == outcome(peft, model, options)
 
