@@ -5,6 +5,7 @@
 # make kernels  the tests and the pages, with the kernels of other processors
 # make check    which requirements an implementation of LoRA keeps
 # make peers    the same for other libraries, each in an environment of its own
+# make zoo      model classes of transformers, tiny: adapted, trained, merged, saved, loaded here and in PEFT
 # make bench    time and memory, as ratios to PEFT's
 # make tutorials  the tutorials, executed from scratch
 # make compat  the tests with the oldest and the newest versions of what lora_ref needs, on each Python that is here
@@ -16,7 +17,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all kernels check peers bench tutorials book mutants fuzz compat lint readme format clean
+.PHONY: help demo test test-all kernels check peers zoo bench tutorials book mutants fuzz compat lint readme format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +30,8 @@ help:
 	@echo "make check         test lora_ref on the requirements; ARGS=lora_ref_core: its core; ARGS='peft --html matrix.html'"
 	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md;"
 	@echo "                   make peers ARGS=--releases: for older releases of PEFT"
+	@echo "make zoo           adapt, train, merge, save and load 343 model classes of transformers, tiny (a few minutes);"
+	@echo "                   writes tests/zoo/results.json and results.md; ARGS='--only llama t5': these, and no report"
 	@echo "make bench         the time of a step, a merge, ... beside PEFT's (about 10 minutes; make bench ARGS=--quick: one;"
 	@echo "                   ARGS='--only init': the initialisations; ARGS='--only steps --compile': compiled, half an hour;"
 	@echo "                   ARGS='--device cuda'); writes benchmarks/results"
@@ -67,6 +70,10 @@ check: $(VENV)/.installed-test
 peers: $(VENV)/.installed-test
 	@echo "==> python -m spec_tests.peers $(ARGS)"
 	@$(BIN)/python -m spec_tests.peers $(ARGS)
+
+zoo: $(VENV)/.installed-test
+	@echo "==> tests/zoo/zoo.py $(ARGS)"
+	@$(BIN)/python tests/zoo/zoo.py $(ARGS)
 
 bench: $(VENV)/.installed-test
 	@echo "==> python -m benchmarks $(ARGS)"

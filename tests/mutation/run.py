@@ -41,7 +41,7 @@ SUITE = ["--lora-impl", "lora_ref", "--lora-profile", "quick"]
 PLAIN = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "--no-summary"]
 # about the suite, the pages and the command rather than about lora_ref, or too slow to be of use here
 SKIPPED = (
-    *("book/test_book", "book/test_rosetta", "book/test_tutorials", "book/test_vietnamese", "suite/"),
+    *("book/test_book", "book/test_rosetta", "book/test_tutorials", "book/test_vietnamese", "suite/", "zoo/"),
     *("project/test_benchmarks", "project/test_fuzz", "project/test_mutation"),
     *("distributed/test_distributed", "peers/test_peft_quick_guide", "tools/test_demo"),
 )

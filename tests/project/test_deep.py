@@ -17,8 +17,8 @@ import stamp
 TESTS = Path(__file__).parents[1]
 
 
-def runner(folder: str) -> ModuleType:
-    (path,) = (TESTS / folder).glob("*.py")
+def runner(folder: str, name: str = "*") -> ModuleType:
+    (path,) = (TESTS / folder).glob(f"{name}.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -61,6 +61,10 @@ def test_the_tests_have_run_with_every_kind_of_kernel() -> None:
     for name, row in made["settings"].items():
         assert row["failures"] == [] and row["passed"] > 4000 and row["pages"], name
         assert row["bits"], f"{name} chose no other kernel: its run proves nothing"
+
+
+def test_the_model_classes_were_tried_on_these_sources() -> None:
+    assert results("zoo")["sources"] == runner("zoo", "outcomes").sources(), "make zoo"
 
 
 def test_a_part_of_the_kernels_joins_what_was_tried_on_the_same_sources_alone() -> None:

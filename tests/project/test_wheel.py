@@ -130,7 +130,7 @@ def test_the_metadata(wheel: Path) -> None:
     assert (about["Name"], about["Version"], about["License-Expression"]) == ("lora_ref", "0.1.0", "Apache-2.0")
     assert about["Requires-Python"] == ">=3.11" and about["Description-Content-Type"] == "text/markdown"
     assert set(about.get_all("Provides-Extra") or []) == {
-        *("demo", "peers", "tutorials", "spec", "test", "mutation", "dev")
+        *("demo", "peers", "quantized", "tutorials", "spec", "test", "mutation", "dev")
     }
     known = {"torch", "numpy", "scipy", "threadpoolctl", "safetensors", "rich", "regex", "jaxtyping"}
     assert asked_for(about.get_all("Requires-Dist") or []) == known
