@@ -2,7 +2,7 @@
 
 Code: lines that hold a part of a statement. Docstrings, comments and blank lines are left out. Of lora_ref the tools of
 the command line are left out, for PEFT has none: the demo, the inspector, the plan. Of PEFT the classes and functions
-are counted that do what lora_ref does: no DoRA, no quantised layers, no other methods, no task heads.
+are counted that do what lora_ref does: no DoRA, no merging of quantised layers, no other methods.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("tools",)
 #: Modules of PEFT, with the classes and functions that count; () for all of them.
 SAME_JOB: dict[str, tuple[str, ...]] = {
+    "auto": (),
     "config": ("PeftConfigMixin", "PeftConfig"),
+    "helpers": ("check_if_peft_model", "rescale_adapter_scale", "disable_input_dtype_casting"),
+    "mapping": ("inject_adapter_in_model",),
     "mapping_func": ("get_peft_model",),
-    "peft_model": ("PeftModel",),
+    "optimizers/loraplus": (),
+    "peft_model": (
+        *("PeftModel", "PeftModelForSequenceClassification", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM"),
+        *("PeftModelForTokenClassification", "PeftModelForQuestionAnswering", "PeftModelForFeatureExtraction"),
+        *("TunerLayerStatus", "get_layer_status", "TunerModelStatus", "get_model_status"),
+    ),
     "tuners/_buffer_dict": (),
     "tuners/lora/config": (
         "LoraRuntimeConfig",
@@ -40,10 +48,20 @@ SAME_JOB: dict[str, tuple[str, ...]] = {
         *("find_parameter_name_by_module", "_delete_auxiliary_adapter", "_check_adapters_not_merged", "delete_adapter"),
         *("cast_adapter_dtype", "set_requires_grad"),
     ),
+    "utils/error": (),
+    "utils/hotswap": ("hotswap_adapter", "hotswap_adapter_from_state_dict", "check_hotswap_configs_compatible"),
     "utils/incremental_pca": (),
     "utils/loftq_utils": (),
     "utils/merge_utils": (),
-    "utils/other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "_set_trainable", "_set_adapter"),
+    "utils/other": (
+        "AuxiliaryTrainingWrapper",
+        "ModulesToSaveWrapper",
+        "_set_trainable",
+        "_set_adapter",
+        "cast_mixed_precision_params",
+        "prepare_model_for_kbit_training",
+    ),
+    "utils/peft_types": ("PeftType", "TaskType"),
     "utils/save_and_load": (),
 }
 IGNORED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -117,7 +117,7 @@ def plain(config: LoraConfig) -> lora_ref.PeftModel:
 def hooked(config: LoraConfig) -> lora_ref.PeftModel:
     """`fast` leaves a layer to the core if something observes lora_A."""
     model = plain(config)
-    model.layers()["0"].lora_A["default"].register_forward_hook(lambda module, inputs, output: None)
+    model.lora_layers()["0"].lora_A["default"].register_forward_hook(lambda module, inputs, output: None)
     return model
 
 

@@ -54,7 +54,7 @@ def second(model: PeftModel, name: str = "second", r: int = 3) -> None:
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """The base weights."""
-    return {name: layer.unmerged_weight.clone() for name, layer in model.layers().items()}
+    return {name: layer.unmerged_weight.clone() for name, layer in model.lora_layers().items()}
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -73,7 +73,7 @@ def test_the_dtype_of_a_and_b(dtype: torch.dtype, autocast: bool) -> None:
     """T1: the base's; float32 for half precisions, unless told not to; rounded to the base's dtype at the start."""
     model = adapted(dtype, autocast)
     want = torch.float32 if autocast and dtype.itemsize < 4 else dtype
-    factors = [p for layer in model.layers().values() for p in stored(layer)]
+    factors = [p for layer in model.lora_layers().values() for p in stored(layer)]
     assert len(factors) == 8
     for p in factors:
         assert p.dtype == want
@@ -92,7 +92,7 @@ def test_an_output_is_near_the_exact_one(dtype: torch.dtype, autocast: bool) -> 
         nn.Sequential(base), LoraConfig(r=r, lora_alpha=6, target_modules=["0"], init_lora_weights=False),
         autocast_adapter_dtype=autocast,
     )  # fmt: skip
-    layer, x = model.layers()["0"], torch.randn(7, n_in).to(dtype)
+    layer, x = model.lora_layers()["0"], torch.randn(7, n_in).to(dtype)
     W, b, X = base.weight.double(), base.bias.double(), x.double()
     A, B = (f.double() for f in layer.factors("default"))
     s = 6 / r
@@ -111,7 +111,7 @@ def test_base_and_branch_are_added_before_rounding(dtype: torch.dtype) -> None:
     base = nn.Linear(16, 16).to(dtype)
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(base), config)
-    A, B = model.layers()["0"].factors("default")
+    A, B = model.lora_layers()["0"].factors("default")
     with torch.no_grad():
         for tensor, size in ((base.weight, 16), (base.bias, 16), (A, 2), (B, 2)):
             tensor.copy_(torch.randint(-size, size + 1, tensor.shape))
@@ -132,7 +132,7 @@ def test_several_adapters_are_summed_before_rounding() -> None:
         nn.Sequential(base), LoraConfig(r=1, lora_alpha=1, target_modules=["0"], init_lora_weights=False)
     )  # fmt: skip
     model.add_adapter("b", LoraConfig(r=1, lora_alpha=-1, target_modules=["0"], init_lora_weights=False))
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.copy_(torch.randint(-16, 17, parameter.shape))
@@ -171,7 +171,7 @@ def test_autocast(merged: bool) -> None:
     assert (half.float() - y).norm() <= 8 * 4 * unit(torch.bfloat16) * y.norm()  # 4 layers, each a few roundings
     if not merged:
         half.float().square().sum().backward()
-        for layer in model.layers().values():
+        for layer in model.lora_layers().values():
             assert layer.base_weight.grad is None
             for p in stored(layer):
                 assert p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any()
@@ -187,7 +187,7 @@ def test_a_merge_is_rounded_once_and_undone_to_the_bit(dtype: torch.dtype) -> No
     second(model)
     before = bits(model)
     exact, slack = {}, {}
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         D, size = 0, 0
         for adapter in ("default", "second"):
             A, B = (f.detach().double() for f in layer.factors(adapter))
@@ -200,7 +200,7 @@ def test_a_merge_is_rounded_once_and_undone_to_the_bit(dtype: torch.dtype) -> No
             12 * unit(max(dtype, torch.float32, key=lambda d: d.itemsize)) * (size + before[name].double().abs())
         )
     model.merge_adapter(["default", "second"])
-    for name, layer in model.layers().items():
+    for name, layer in model.lora_layers().items():
         got = layer.base_weight.detach()
         assert got.dtype == dtype
         tiny = torch.finfo(dtype).tiny * unit(dtype)  # below the normal numbers rounding is absolute
@@ -222,13 +222,13 @@ def test_merging_one_after_the_other_and_unmerging_is_exact(dtype: torch.dtype) 
         for name in names:
             model.merge_adapter([name])
             model.merge_adapter([name])  # again: nothing
-        assert model.layers()["lin"].merged_adapters == names
+        assert model.lora_layers()["lin"].merged_adapters == names
         assert_same_bits(bits(model), before)
         with model.disable_adapter():
-            now = {name: layer.base_weight.detach().clone() for name, layer in model.layers().items()}
+            now = {name: layer.base_weight.detach().clone() for name, layer in model.lora_layers().items()}
         assert_same_bits(now, before)
         model.unmerge_adapter()
-        now = {name: layer.base_weight.detach().clone() for name, layer in model.layers().items()}
+        now = {name: layer.base_weight.detach().clone() for name, layer in model.lora_layers().items()}
         assert_same_bits(now, before)
 
 
@@ -247,7 +247,7 @@ def test_a_model_that_moves_while_merged(dtype: torch.dtype, disabled: bool) -> 
     model.enable_adapter_layers()
     assert model(TOKENS).dtype == dtype
     model.unmerge_adapter()
-    assert_same_bits({n: layer.base_weight.detach() for n, layer in model.layers().items()}, before)
+    assert_same_bits({n: layer.base_weight.detach() for n, layer in model.lora_layers().items()}, before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -255,21 +255,21 @@ def test_a_model_that_moves_while_merged(dtype: torch.dtype, disabled: bool) -> 
 def test_a_merge_that_is_not_finite_changes_nothing(value: float, where: str) -> None:
     model = adapted()
     before = bits(model)
-    factor = stored(model.layers()[where])[0]
+    factor = stored(model.lora_layers()[where])[0]
     with torch.no_grad():
         factor.view(-1)[0] = value
     for merge in (model.merge_adapter, lambda: copy.deepcopy(model).merge_and_unload()):
         with pytest.raises(ValueError, match=rf"^{where}: merging default gives weights that are not finite"):
             merge()
     assert_same_bits(bits(model), before)
-    assert not any(layer.merged for layer in model.layers().values())
+    assert not any(layer.merged for layer in model.lora_layers().values())
 
 
 def test_an_overflow_of_half_precision_is_refused() -> None:
     """65504 is the largest float16: W + D fits into float32, but not into W."""
     base = nn.Linear(2, 2).half()
     model = get_peft_model(nn.Sequential(base), LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     with torch.no_grad():
         layer.lora_A["default"].weight.fill_(300)
         layer.lora_B["default"].weight.fill_(300)
@@ -438,7 +438,7 @@ def test_a_copy_is_another_model_in_the_same_state(state: str, how: Callable[[An
     copied.unmerge_adapter()
     assert_same_bits(bits(copied), before)
     with torch.no_grad():
-        stored(copied.layers()["lin"])[0].zero_()
+        stored(copied.lora_layers()["lin"])[0].zero_()
     copied.set_adapter([])
     assert model.active_adapters == ["default"] and model.get_base_model() is base
     model.enable_adapter_layers()
@@ -461,7 +461,7 @@ def test_a_model_on_the_meta_device() -> None:
         for p in model.parameters():
             p.normal_()
     x = torch.randn(3, 6).double()
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     A, B = layer.factors("default")
     want = layer.base_layer(x) + 4 * x @ A.T @ B.T
     agree(layer(x), want)
@@ -491,7 +491,7 @@ def test_tied_weights_are_warned_about_and_merging_ends_the_tie() -> None:
         UserWarning, match=r"head: its weight is tied \(emb\.weight, head\.weight\).*merging it ends the tie"
     ):
         model = get_peft_model(net, LoraConfig(r=2, target_modules=["head"], init_lora_weights=False))
-    layer = model.layers()["head"]
+    layer = model.lora_layers()["head"]
     assert layer.base_weight is net["emb"].weight
     model.merge_adapter()
     assert torch.equal(net["emb"].weight, W) and not torch.equal(layer.base_weight, W)

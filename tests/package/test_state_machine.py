@@ -261,7 +261,7 @@ class AdaptedModel(RuleBasedStateMachine):
 
     def places(self, name: str) -> dict[str, LoraLayer]:
         """The layers in which an adapter has a part, by the name of the weight."""
-        found = {n if "." in n else f"{n}.weight": layer for n, layer in self.model.layers().items()}
+        found = {n if "." in n else f"{n}.weight": layer for n, layer in self.model.lora_layers().items()}
         return {n: layer for n, layer in found.items() if name in layer.adapters()}
 
     def added(self, name: str, options: dict[str, Any]) -> None:
@@ -391,7 +391,7 @@ class AdaptedModel(RuleBasedStateMachine):
     def merge(self, data: st.DataObject, named: bool, fault: Fault | None) -> None:
         names = self.some(data) if named else list(self.ref.active)
         todo = [n for n in names if n not in self.ref.merged]
-        refused = self.ref.disabled and bool(todo)
+        refused = (self.ref.disabled and bool(todo)) or not (names or not named)
         if self.attempt(lambda: self.model.merge_adapter(names if named else None), refused, fault):
             self.ref.merged += todo
 
@@ -486,7 +486,7 @@ class AdaptedModel(RuleBasedStateMachine):
             with self.model.disable_adapter():
                 pass
 
-        if fault.call > len(self.model.wrappers()):
+        if fault.call > len(self.model.adapter_wrappers()):
             return  # that call would be on the way out
         before = Snapshot(self.model)
         self.attempt(enter, fault=fault)
@@ -648,7 +648,7 @@ class AdaptedModel(RuleBasedStateMachine):
             first = self.one(data)
             copied.merge_adapter(first)
             ref.merged = list(dict.fromkeys([*ref.merged, first]))
-        names = self.some(data)[:1] if named and ref.adapters else None
+        names = (self.some(data)[:1] or None) if named and ref.adapters else None
         net = copied.get_base_model()
         assert copied.merge_and_unload(adapter_names=names) is net
         if names is not None:
@@ -681,7 +681,7 @@ class AdaptedModel(RuleBasedStateMachine):
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The base model's own parameters, as they were before any merge."""
         found = {f"{n}.{k}": p for n, m in self.unwrapped_modules().items() for k, p in m._parameters.items()}
-        for n, layer in self.model.layers().items():
+        for n, layer in self.model.lora_layers().items():
             found[n if "." in n else f"{n}.weight"] = layer.unmerged_weight
         return found
 
@@ -693,7 +693,7 @@ class AdaptedModel(RuleBasedStateMachine):
     def the_state_is_predicted(self) -> None:
         ref, model = self.ref, self.model
         assert list(model.peft_config) == list(ref.adapters) and model.active_adapters == ref.active
-        for name, layer in model.layers().items():
+        for name, layer in model.lora_layers().items():
             where = name if "." in name else f"{name}.weight"
             here = [n for n, a in ref.adapters.items() if where in a.parts]
             assert set(layer.adapters()) == set(here)
@@ -718,7 +718,8 @@ class AdaptedModel(RuleBasedStateMachine):
         ref, trains = self.ref, set()
         if ref.trainable:
             for name in ref.active:
-                trains |= {id(p) for w in self.model.wrappers() for p in stored(w, name)}
+                wrappers = [] if ref.disabled else self.model.adapter_wrappers()
+                trains |= {id(p) for w in wrappers for p in stored(w, name)}
                 trains |= {id(self.base_parameters()[b]) for b in ref.adapters[name].biases}
         for n, p in self.model.named_parameters():
             assert p.requires_grad is (id(p) in trains), n

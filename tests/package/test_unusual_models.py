@@ -15,7 +15,7 @@ def test_a_shared_module_is_adapted_wherever_it_is_held_where_peft_adapts_the_fi
     layer = net.a
     model = randomise(get_peft_model(net, LoraConfig(r=2, target_modules=["a"])))
     x = torch.randn(3, 4).double()
-    W = (layer.weight + model.layers()["a"].delta("default")).detach()
+    W = (layer.weight + model.lora_layers()["a"].delta("default")).detach()
     want = (x @ W.T + layer.bias) @ W.T + layer.bias
     assert net.block[0] is net.a
     agree(model(x), want)
@@ -61,7 +61,7 @@ def test_beams_multiply_the_adapter_names():
 def test_an_adapter_added_to_a_merged_layer_starts_from_the_original_weight():
     torch.manual_seed(0)
     model = randomise(get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"])))
-    layer = model.layers()["0"]
+    layer = model.lora_layers()["0"]
     original = layer.base_weight.detach().clone()
     model.merge_adapter()
     assert not torch.equal(layer.base_weight, original)
