@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ..core import config as core
 from ..core.inits import METHODS
 from ..safe import regexes
-from ..safe.strict import IGNORED, check_options, did_you_mean, levels_to_the_caller, prefix_errors, strict
+from ..safe.strict import IGNORED, Strict, check_options, did_you_mean, levels_to_the_caller, prefix_errors
 
 PEFT_VERSION = "0.21.2"  # the release whose format this is
 MAX_BYTES = 10_000_000  # of JSON; real files have a few thousand
@@ -39,9 +39,8 @@ OTHERS = (
 OFF_IN_PEFT: dict[str, Any] = dict.fromkeys(SWITCHES, False) | dict.fromkeys(OTHERS)
 
 
-@strict
 @dataclasses.dataclass(repr=False)
-class LoraConfig(core.LoraConfig):
+class LoraConfig(core.LoraConfig, Strict):
     """How to adapt a model. Every option is checked when the object is made.
 
     s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. A is (r, in), B (out, r). Numbers are Python's.
@@ -134,7 +133,7 @@ def from_dict(data: dict[str, Any]) -> LoraConfig:
             raise ValueError(f"the option {key[:80]}={str(value)[:80]!r} is not supported{hint}")
         if key not in OFF_IN_PEFT:
             note = f"unknown option {key[:80]}={value!r} in the adapter's configuration: it is off, and ignored"
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, stacklevel=levels_to_the_caller())
     options = {key: value for key, value in data.items() if key in known}
     for name, method in METHODS.items():
         key = f"{name}_config"

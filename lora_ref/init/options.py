@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from ..core.config import require
-from ..safe.strict import strict
+from ..safe.strict import Strict
 from .lora_ga import DIRECTIONS, SCALES
 
 
@@ -13,9 +13,8 @@ def is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
 
-@strict
 @dataclasses.dataclass
-class EvaConfig:
+class EvaConfig(Strict):
     """Options of `init_lora_weights="eva"`. Source: arXiv 2410.07170.
 
     rho >= 1: a layer's rank may grow to round(r * rho). 0 <= tau <= 1: the cosine between successive
@@ -37,9 +36,8 @@ class EvaConfig:
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
 
-@strict
 @dataclasses.dataclass
-class LoftQConfig:
+class LoftQConfig(Strict):
     """Options of `init_lora_weights="loftq"`. Source: arXiv 2310.08659."""
 
     loftq_bits: int = 4
@@ -54,9 +52,8 @@ class LoftQConfig:
         return {"bits": self.loftq_bits, "iterations": self.loftq_iter}
 
 
-@strict
 @dataclasses.dataclass
-class CordaConfig:
+class CordaConfig(Strict):
     """Options of `init_lora_weights="corda"`: "ipm" learns the task, "kpm" keeps world knowledge.
 
     Source: arXiv 2406.05223.
@@ -68,9 +65,8 @@ class CordaConfig:
         require(self.corda_method in ("ipm", "kpm"), "corda_method", self.corda_method, "'ipm' or 'kpm'")
 
 
-@strict
 @dataclasses.dataclass
-class LoraGAConfig:
+class LoraGAConfig(Strict):
     """Options of `init_lora_weights="lora_ga"`: which singular directions of the gradient A and B get, how long.
 
     Source: arXiv 2407.05000.

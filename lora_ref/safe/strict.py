@@ -2,19 +2,16 @@
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from ..core.config import LoraConfig, require
 from ..core.inits import METHODS
-
-T = TypeVar("T")
 
 
 class PeftError(Exception):
@@ -72,40 +69,41 @@ def levels_to_the_caller() -> int:
     return levels
 
 
-def strict(cls: type[T]) -> type[T]:
+class Options(type):
+    """The class of `Strict`: the options of a new object are looked at before `__init__` gets them."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in [name for name in kwargs if name not in known]:
+            if not cls.is_off(name, kwargs.pop(name)):
+                raise TypeError(f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}")
+        return super().__call__(*args, **kwargs)
+
+    def is_off(cls, name: str, value: object) -> bool:
+        """Is it an option that only PEFT has, and off? ValueError: it is on."""
+        elsewhere = getattr(cls, "options_of_peft", {})
+        if value and elsewhere.get(name, IGNORED) is not IGNORED:
+            raise ValueError(f"{name}={value!r}: is not supported; {name}={elsewhere[name]!r} is accepted")
+        return name in elsewhere
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        _, *rest = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        return inspect.Signature(rest)
+
+
+class Strict(metaclass=Options):
     """A dataclass that refuses an unknown option, when it is made and when it is set, and names the nearest one.
 
-    `cls.options_of_peft` is {option: its off value} of what PEFT has and this class does not: off, they are accepted.
+    `options_of_peft` is {option: its off value} of what PEFT has and this class does not: off, they are accepted.
     """
-    original: Any = cls.__init__
 
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        known, elsewhere = [f.name for f in dataclasses.fields(cls)], getattr(cls, "options_of_peft", {})  # type: ignore[arg-type]
-        for name in [name for name in kwargs if name not in known]:
-            value = kwargs.pop(name)
-            if name in elsewhere and value and elsewhere[name] is not IGNORED:
-                raise ValueError(f"{name}={value!r}: is not supported; {name}={elsewhere[name]!r} is accepted")
-            if name not in elsewhere:
-                raise TypeError(f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}")
-        original(self, *args, **kwargs)
-
-    __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-
-    def __setattr__(self: Any, name: str, value: object) -> None:
-        elsewhere = getattr(cls, "options_of_peft", {})
-        if name in elsewhere and name not in self.__dataclass_fields__:
-            if value and elsewhere[name] is not IGNORED:
-                raise ValueError(f"{name}={value!r}: is not supported; {name}={elsewhere[name]!r} is accepted")
-            return
-        if name not in self.__dataclass_fields__:
-            known = list(self.__dataclass_fields__)
+    def __setattr__(self, name: str, value: object) -> None:
+        known = list(self.__dataclass_fields__)  # type: ignore[attr-defined]
+        if name in known:
+            object.__setattr__(self, name, value)
+        elif not type(self).is_off(name, value):
             raise AttributeError(f"{type(self).__name__} has no option {name!r}{did_you_mean(name, known)}")
-        object.__setattr__(self, name, value)
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    cls.__setattr__ = __setattr__  # type: ignore[method-assign]
-    return cls
 
 
 def check_options(config: LoraConfig) -> None:

@@ -1,6 +1,7 @@
 """adapter_config.json: what is written is what is read."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -54,3 +55,17 @@ def test_options_of_peft_can_be_set_to_their_off_value_and_to_no_other(name: str
     assert getattr(config, name) == OFF_IN_PEFT[name] and config == LoraConfig(r=2)
     with pytest.raises(ValueError, match=rf"{name}=True: is not supported; {name}={OFF_IN_PEFT[name]} is accepted"):
         setattr(config, name, True)
+
+
+def test_a_subclass_with_an_option_of_its_own_takes_those_of_peft_that_are_off() -> None:
+    @dataclasses.dataclass
+    class Mine(LoraConfig):
+        mine: int = 3
+
+    made = Mine(use_dora=False, mine=4, r=2)
+    assert (made.mine, made.r) == (4, 2) and dataclasses.replace(made, r=3).mine == 4
+    with pytest.raises(ValueError, match="use_dora=True: is not supported"):
+        Mine(use_dora=True)
+    with pytest.raises(TypeError, match="Mine has no option 'lora_alhpa'; did you mean 'lora_alpha'"):
+        Mine(lora_alhpa=2)
+    assert list(inspect.signature(Mine).parameters)[-1] == "mine"
