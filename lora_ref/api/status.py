@@ -90,8 +90,14 @@ def status_of(name: str, wrapper: Any) -> TunerLayerStatus:
         requires_grad={a: common({p.requires_grad for b, p in parameters if b == a}) for a in adapters},
         available_adapters=sorted(adapters),
         devices={a: sorted({p.device.type for b, p in parameters if b == a}) for a in adapters},
-        quantization_backend=type(base.weight).__module__.partition(".")[0] if is_lora and is_quantized(base) else None,
+        quantization_backend=backend_of(base) if is_lora and is_quantized(base) else None,
     )
+
+
+def backend_of(module: nn.Module) -> str:
+    """PEFT's name of what packed a weight: "bnb 8bit", "bnb 4bit", "torchao", or the library of its class."""
+    bits = {"Linear8bitLt": "bnb 8bit", "Linear4bit": "bnb 4bit"}
+    return bits.get(type(module).__name__, type(module.weight).__module__.partition(".")[0])
 
 
 def module_type(wrapper: Any) -> str:

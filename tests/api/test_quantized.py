@@ -275,6 +275,14 @@ def test_loftq_after_the_fact_wants_a_place_and_a_scaling(tmp_path: Path) -> Non
         replace_lora_weights_loftq(model, tmp_path)
 
 
+@pytest.mark.parametrize(("kind", "backend"), zip(PACKED, ("Bnb8bit", "Bnb4bit", "Torchao"), strict=True))
+def test_the_status_names_the_backend_as_peft_does(kind: str, backend: str) -> None:
+    """Without a GPU, PEFT has no layers of its own for them, and names none."""
+    theirs = pytest.importorskip("peft.utils.quantization_utils")
+    found = lora_ref.get_layer_status(lora_ref.get_peft_model(PACKED[kind]()(plain_net()), config()))
+    assert {layer.quantization_backend for layer in found} == {getattr(theirs, f"{backend}Backend").backend_name}
+
+
 def test_preparing_for_training_is_pefts() -> None:
     found = []
     for prepare in (peft.prepare_model_for_kbit_training, prepare_model_for_kbit_training):
