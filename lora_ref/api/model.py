@@ -212,7 +212,7 @@ class LoraModel(core.LoraModel):
         for name in [name for name in active if configs[name].bias != "none"]:
             trained = f"adapter {name!r} trains biases of the base model in place (bias != 'none'): "
             stay = "with the adapters disabled, trained biases stay, and the output is not the original's"
-            warnings.warn(trained + stay, stacklevel=3)
+            warnings.warn(trained + stay, stacklevel=levels_to_the_caller())
         check_merged(self)
         weights: Any = [wrapper.base_weight if isinstance(wrapper, LoraLayer) else None for wrapper in wrappers]
         states = [(wrapper, vars(wrapper).copy(), weight) for wrapper, weight in zip(wrappers, weights, strict=True)]

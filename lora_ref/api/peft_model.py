@@ -17,7 +17,7 @@ from ..files import adapter_folder
 from ..files.adapter_tensors import ends_of
 from ..files.config_file import HUB
 from ..safe.atomic import transaction
-from ..safe.strict import did_you_mean
+from ..safe.strict import did_you_mean, levels_to_the_caller
 from .model import LoraModel
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
@@ -394,7 +394,7 @@ def get_peft_model(
     if revision is not None:
         if peft_config.revision not in (None, revision):
             note = f"revision={revision!r} takes the place of the configuration's {peft_config.revision!r}"
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, stacklevel=levels_to_the_caller())
         peft_config = dataclasses.replace(peft_config, revision=revision)
     made = BY_TASK.get(peft_config.task_type, PeftModel)
     return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -21,7 +21,7 @@ from ..core.update import Factors
 from ..init.eva import eva
 from ..init.options import EvaConfig
 from ..safe.atomic import transaction
-from ..safe.strict import prefix_errors
+from ..safe.strict import levels_to_the_caller, prefix_errors
 from .eva_statistics import ForwardFn, InputsFn, InputStatistics, RowsFn, kept_rows
 
 
@@ -90,7 +90,7 @@ def initialize_lora_eva_weights(
     layers = [name for name, layer in base.lora_layers().items() if adapter_name in layer.adapters()]
     if others := [name for name in layers if name not in factors]:
         why = "EVA knows linear layers only" if eva_state_dict is None else "eva_state_dict does not name all layers"
-        warnings.warn(f"{why}: {', '.join(others)} keep the factors they have", stacklevel=3)
+        warnings.warn(f"{why}: {', '.join(others)} keep the factors they have", stacklevel=levels_to_the_caller())
     with transaction(model):
         install_factors(base, adapter_name, config, factors)
 
@@ -152,7 +152,7 @@ def layers_of(
     base._check_not_merged([adapter_name], "initialising")
     options = options or config.eva_config
     if options is None:
-        warnings.warn("eva_config is None: EvaConfig() is used, with rho=2", stacklevel=4)
+        warnings.warn("eva_config is None: EvaConfig() is used, with rho=2", stacklevel=levels_to_the_caller())
     layers = {name: layer for name, layer in base.lora_layers().items() if adapter_name in layer.adapters()}
     return {name: layer for name, layer in layers.items() if layer.kind == "linear"}, options or EvaConfig()
 

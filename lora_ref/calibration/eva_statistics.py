@@ -18,7 +18,7 @@ from ..init.eva import redistribute
 from ..init.options import EvaConfig
 from ..numerics import pca
 from ..safe.progress import progress_bar
-from ..safe.strict import prefix_errors
+from ..safe.strict import levels_to_the_caller, prefix_errors
 from . import hooks
 
 ForwardFn = Callable[[nn.Module, Any], Any]  # (model, batch)
@@ -82,7 +82,9 @@ class InputStatistics:
         if converged < len(recorded):
             which = f"EVA: {len(recorded) - converged} of {len(recorded)} inputs have components that"
             end = f"when the data ended, after {count} batches: they are those of all the data"
-            warnings.warn(f"{which} had not converged to tau={self.options.tau:g} {end}", stacklevel=4)
+            warnings.warn(
+                f"{which} had not converged to tau={self.options.tau:g} {end}", stacklevel=levels_to_the_caller()
+            )
 
     def find_shared_inputs(self, forward: Callable[[], Any]) -> None:
         """Find the layers that get the same tensor objects in one forward."""

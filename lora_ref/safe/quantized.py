@@ -36,7 +36,7 @@ def stand_in(module: Any) -> Tensor:
     return torch.zeros((), dtype=dtype, device=weight.device).expand(module.out_features, module.in_features)
 
 
-def why_not(module: Any) -> str | None:
+def why_untrainable(module: Any) -> str | None:
     """The reason why an adapter cannot train on this layer, or None: it is called once, with zeros.
 
     bitsandbytes is not: its layers repack their weight for inference, or choose a dtype, in the first call.

@@ -180,7 +180,7 @@ def _refuse_adapting(module: nn.Module, parent: nn.Module, attribute: str, param
     weight = getattr(bare, parameter or "weight")
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in quantized.PLAIN
     if not plain and not parameter and quantized.is_quantized(bare):
-        return quantized.why_not(bare)
+        return quantized.why_untrainable(bare)
     if not weight.dtype.is_floating_point or type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {quantized.kind(weight)}; only linear layers can be adapted when they are quantised"
     if parameter and weight.ndim not in (2, 3):

@@ -50,7 +50,7 @@ def why_not(module: nn.Module, parent: nn.Module, attribute: str) -> str | None:
     failed: Exception | None = None
     for tokens in ((1,), (1, 1), (1, 1, 1)):  # some take inputs of three or four dimensions only
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # its draws are not the user's
                 y = bare(bare.weight.new_zeros(*tokens, bare.in_features))
         except TypeError:  # it wants further arguments
             return None

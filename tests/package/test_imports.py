@@ -212,6 +212,7 @@ def test_an_unknown_name_is_an_attribute_error_with_the_name() -> None:
 
 @pytest.mark.parametrize("module", ["config", "helpers", "mapping", "optimizers", "peft_model", "tuners.lora", "utils"])
 def test_names_are_found_where_peft_has_them(module: str) -> None:
+    pytest.importorskip("peft")
     code = f"""
 import peft.{module} as theirs, lora_ref, lora_ref.{module} as ours
 assert lora_ref.{module} is ours
