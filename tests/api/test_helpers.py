@@ -251,3 +251,18 @@ def test_names_that_scripts_import_are_where_peft_has_them() -> None:
     assert isinstance(model.model.head, import_module("lora_ref.utils").ModulesToSaveWrapper)
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = import_module("lora_ref.utils").no_such_name
+
+
+@pytest.mark.parametrize("merged", [[], ["default"], ["default", "other"]])
+def test_the_status_of_a_merged_model_is_pefts(merged: list[str]) -> None:
+    found = []
+    for library in (peft, lora_ref):
+        model = made(library, target_modules=["fc"])
+        if merged:
+            model.merge_adapter(merged)
+        status = library.get_model_status(model)
+        found.append((status.merged_adapters, [x.merged_adapters for x in library.get_layer_status(model)]))
+    assert found[0] == found[1]
+    for mine in (get_model_status(model), *get_layer_status(model)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            mine.enabled = False

@@ -255,6 +255,8 @@ def test_the_state_dict_of_the_base_model_is_the_original() -> None:
             library.set_base_model_state_dict(adapted, wrong)
     with pytest.raises(RuntimeError, match=r"0.bias: has shape \(1,\), the model needs \(5,\)"):
         lora_ref.set_base_model_state_dict(model, before | {"0.bias": torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r"0.bias: has shape \(9,\), the model needs \(5,\)"):
+        lora_ref.set_base_model_state_dict(model, before | {"0.bias": torch.ones(9)})
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "eva", "mica", "pissa"])

@@ -244,3 +244,58 @@ def test_a_module_that_is_saved_whole_takes_one_name() -> None:
     model.add_adapter("b", LoraConfig(r=2, target_modules=["up"], modules_to_save=["down"]))
     model.model.down.set_adapter("b")
     assert model.model.down.active_adapters == ["b"]
+
+
+class Scaled(nn.Linear):
+    def forward(self, hidden: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return factor * super().forward(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:.*forward of its own")
+def test_further_arguments_by_keyword_reach_the_base_layer() -> None:
+    net = nn.Sequential(Scaled(4, 2).double())
+    x, want = X.detach(), 3 * net[0](X.detach())
+    assert torch.equal(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])).model[0](x, factor=3.0), want)
+
+
+def test_a_scaling_cannot_be_divided_by_zero() -> None:
+    layer: Any = made().model.up
+    before = dict(layer.scaling)
+    with pytest.raises(ValueError, match="scale=0: the scaling cannot be divided by it; give None"):
+        layer.unscale_layer(0)
+    assert layer.scaling == before
+
+
+class Pair(nn.Linear):
+    """It returns more than a tensor."""
+
+    form: Any = tuple
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return self.form((y, None)) if self.form is tuple else {"y": y}
+
+
+class ChecksPair(nn.Module):
+    def __init__(self, form: type) -> None:
+        super().__init__()
+        self.first, self.pair = nn.Linear(4, 4), Pair(4, 4)
+        self.pair.form = form
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = checkpoint(self.pair, self.first(x), use_reentrant=False)
+        return y[0] if self.pair.form is tuple else y["y"]
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_a_saved_module_that_returns_more_than_a_tensor_is_checked_as_far_as_it_is_a_tuple(form: type) -> None:
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["first"], "modules_to_save": ["pair"]}
+    model = get_peft_model(ChecksPair(form).double(), LoraConfig(**settings))
+    model.add_adapter("other", LoraConfig(**settings))
+    model(X).sum().backward()
+    assert model.model.pair.modules_to_save["default"].weight.grad.abs().sum() > 0
+    y = model(X).sum()
+    model.set_adapter("other")
+    if form is tuple:
+        with pytest.raises(ValueError, match=r"the active adapters were \['default'\]"):
+            y.backward()

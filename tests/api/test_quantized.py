@@ -283,12 +283,20 @@ def test_the_status_names_the_backend_as_peft_does(kind: str, backend: str) -> N
     assert {layer.quantization_backend for layer in found} == {getattr(theirs, f"{backend}Backend").backend_name}
 
 
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_that_pass_gradients_are_adapted_without_a_warning(kind: str) -> None:
+    net = PACKED[kind]()(plain_net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(net, config())
+
+
 def test_preparing_for_training_is_pefts() -> None:
     found = []
     for prepare in (peft.prepare_model_for_kbit_training, prepare_model_for_kbit_training):
         torch.manual_seed(0)
         net = PACKED["bitsandbytes, 4 bits"]()(plain_net())
-        net.append(nn.LayerNorm(32).half())
+        net.extend([nn.LayerNorm(32).half(), nn.LayerNorm(32).double()])
         net.is_loaded_in_4bit = True
         asked: list[Any] = []
         net.gradient_checkpointing_enable = lambda gradient_checkpointing_kwargs, asked=asked: asked.append(

@@ -154,3 +154,13 @@ def test_a_base_whose_configuration_is_gone_is_named(name: str, empty_folder: bo
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     assert any("embed" in key or "wte" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def test_embeddings_that_are_left_out_by_choice_are_not_asked_for(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)

@@ -51,6 +51,11 @@ def test_the_card_names_the_option_that_targets() -> None:
     assert "target_parameters: experts.w." in text and "target_modules" not in text
 
 
+def test_the_task_counts_however_it_is_written() -> None:
+    for task in ("".join(["CAUSAL", "_LM"]), lora_ref.TaskType.CAUSAL_LM):
+        assert "pipeline_tag: text-generation" in model_card(LoraConfig(target_modules=["q"], task_type=task))
+
+
 def test_a_hostile_name_does_not_end_the_metadata() -> None:
     text = model_card(LoraConfig(target_modules=["q"], base_model_name_or_path="x\n---\nlicense: mit"))
     assert len(re.findall(r"^---$", text, re.M)) == 2
