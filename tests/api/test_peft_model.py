@@ -304,3 +304,36 @@ def test_a_layer_that_is_merged_already_says_so() -> None:
     layer.merge()
     with pytest.warns(UserWarning, match="default is merged already: nothing is added"):
         layer.merge()
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_tensors_of_another_shape_are_ignored_on_request(folder: Path, width: int) -> None:
+    """Smaller and larger ones; what fits is loaded, and the others start anew."""
+    other = nn.Sequential(nn.Linear(width, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match="does not fit the model"):
+        PeftModel.from_pretrained(other, folder)
+    model = get_peft_model(other, LoraConfig(r=2, target_modules=["0", "2"]))
+    saved = {key: x + 1 for key, x in get_peft_model_state_dict(adapted()).items()}
+    with pytest.warns(UserWarning, match="1 tensors have another shape than the model's and are ignored"):
+        set_peft_model_state_dict(model, saved, ignore_mismatched_sizes=True)
+    layer = other[0]
+    assert layer.lora_A["default"].weight.shape == (2, width)
+    assert torch.equal(layer.lora_B["default"].weight, saved["base_model.model.0.lora_B.weight"])
+
+
+def test_a_folder_without_the_tensors_of_a_layer_is_refused(tmp_path: Path) -> None:
+    """Its configuration names the layer, and no layers_to_transform says that it may be left out."""
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: x for key, x in load_file(path).items() if ".2." not in key}, path)
+    with pytest.raises(ValueError, match=r"2\.lora_A\.weight: is missing"):
+        PeftModel.from_pretrained(net(), tmp_path)
+
+
+@pytest.mark.parametrize("base", [nn.Embedding(5, 4), nn.Conv1d(4, 4, 1)])
+def test_only_a_linear_layer_is_told_how_it_stores_its_weight(base: nn.Module, recwarn: Any) -> None:
+    get_peft_model(nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True))
+    assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"fan_in_fan_out=True, but Linear stores \(out, in\)"):
+        get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True))

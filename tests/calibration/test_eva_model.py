@@ -730,3 +730,17 @@ def test_a_function_prepares_what_the_rows_are_chosen_by():
     assert seen == [2] * len(data)  # once for each batch
     for key, x in want.state_dict().items():
         assert torch.equal(got.state_dict()[key], x)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_gathering_is_refused_only_where_it_is_asked_for_and_would_act(monkeypatch, processes, asked):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    options = QUIET if asked is None else QUIET | {"gather_distributed_inputs": asked}
+    model = get_peft_model(block(), config())
+    if asked and processes > 1:
+        with pytest.raises(ValueError, match="gather_distributed_inputs=True: must be False with several processes"):
+            get_eva_state_dict(model, tokens(), **options)
+    else:
+        assert get_eva_state_dict(model, tokens(), **options).keys() >= {"q"}

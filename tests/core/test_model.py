@@ -893,6 +893,24 @@ def test_names_of_letters_digits_dashes_and_spaces(name: str) -> None:
     assert model.active_adapters == [name] and model.active_peft_config is model.peft_config[name]
 
 
+def test_the_configuration_that_is_active_is_that_of_the_first_adapter() -> None:
+    model, _ = adapted("fc1")
+    model.add_adapter("b", config("fc1", r=3))
+    model.set_adapter(["b", "default"])
+    assert model.active_peft_config is model.peft_config["b"]
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_layer_that_is_adapted_first_in_a_context_is_off_afterwards_where_the_others_are(off: bool) -> None:
+    model, net = adapted("fc1")
+    if off:
+        model.disable_adapter_layers()
+    with model.disable_adapter():
+        model.add_adapter("c", config("fc2"))
+        assert net.fc2.disable_adapters
+    assert net.fc1.disable_adapters is off and net.fc2.disable_adapters is off
+
+
 def test_renaming_one_of_several_active_adapters() -> None:
     model, _ = adapted("fc1")
     for name in ("a", "z"):
