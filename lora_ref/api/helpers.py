@@ -15,6 +15,9 @@ from ..files.config_file import LoraConfig
 def check_if_peft_model(model_name_or_path: str) -> bool:
     """Does this local folder hold the configuration of an adapter that can be read here?
 
+    Source: PEFT's function of this name.
+    Differs from PEFT: only local folders are read, and an option that is not supported makes it False.
+
     >>> check_if_peft_model("no/such/folder")
     False
     """
@@ -30,6 +33,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """A `with` block in which each s is multiplied: s <- multiplier * s, for all adapters.
 
     Raises: TypeError: not a number; ValueError: no adapted layer, a merged one, or a scaling that is not finite.
+    Source: PEFT's function of this name.
 
     >>> from lora_ref import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))

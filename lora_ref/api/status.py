@@ -54,6 +54,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The state of each module that holds adapters.
 
     Raises: ValueError: there is none.
+    Source: PEFT's function of this name, whose fields these are.
 
     >>> from lora_ref import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
@@ -121,9 +122,10 @@ def common(values: Iterable[Any]) -> Any:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The state of all adapters together.
+    """The state of all adapters together. What differs between its layers is "irregular".
 
     Raises: ValueError: there is none.
+    Source: PEFT's function of this name, whose fields these are.
 
     >>> from lora_ref import LoraConfig, get_peft_model
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
