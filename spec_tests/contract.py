@@ -43,9 +43,11 @@ CLAIMS = {
     "bfloat16": "has bfloat16 weights",
     "float32_factors": "keeps the factors of a half precision weight in float32",
     "float32_branch": "computes the branch of a half precision layer in float32",
+    # constructor options of the base layer (LayerSpec.base)
     # operations of a layer
     "write": "A and B can be set from outside",
-    "merge": "merges the update into the weight, and takes it out again",
+    "merge": "merges the update into the weight",
+    "unmerge": "takes a merged update out of the weight again",
     "exact_unmerge": "unmerging gives the base weight back bit for bit",
     "safe_merge": "can merge so that NaN and infinite weights are refused",
     "grad": "gives gradients",
@@ -67,6 +69,7 @@ CLAIMS = {
     "init:lora_ga": "directions of the gradient (needs data)",
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
     "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
+    # starts beside everything else
     # a model
     "model": "adapts a model of named layers by target_modules",
     "patterns": "rank_pattern and alpha_pattern",
@@ -77,7 +80,9 @@ CLAIMS = {
     "bias_follows": "which biases train follows the active adapter",
     "modules_to_save": "modules_to_save",
     "target_parameters": "target_parameters",
-    "adapters": "several named adapters, switched, combined and deleted",
+    "adapters": "several named adapters, of which one is active at a time",
+    "summed": "several adapters are active at a time: their updates are summed",
+    "delete": "deletes an adapter",
     "partial_merge": "with some of the active adapters merged, the others still act",
     "strict_files": "refuses files with tensors that are missing, not expected or not finite, or options it ignores",
     "weighted": "add_weighted_adapter: cat, svd, linear",
@@ -87,6 +92,10 @@ CLAIMS = {
     "strict_errors": "refuses values of a wrong type, NaN and infinity, when a configuration is made or used",
     "all_or_nothing": "an operation on a model that is refused has changed no module",
     "errors": "refuses what the documentation says is wrong",
+    # contexts, and a model that is merged
+    # models that are more than chains
+    # whole models: half precision, gradients, folders of one's own, fused layers
+    # what lora_ref decides, and no document says
 }
 
 CONVENTIONS = {

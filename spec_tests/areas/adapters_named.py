@@ -50,7 +50,7 @@ def trained(model: Model, *adapters: str) -> list[str]:
 @requirement(
     "ADAPTER-001", "A second adapter is neither active nor trained when it is added.", ADD, "model adapters", pairs
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_001(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, _name, first, _ = both(implementation, case)
     check.equal(model.active(), ["default"], "the active adapters")
     check.equal(sorted(model.trainable()), trained(model, "default"), "what trains")
@@ -58,7 +58,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement("ADAPTER-002", "The adapter that is set acts alone, and trains alone.", SET, "model adapters", pairs)
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_002(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set([name])
     check.equal(model.active(), [name], "the active adapters")
@@ -70,7 +70,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement("ADAPTER-003", "Of several active adapters the updates add up.", SUM, "model adapters", pairs)
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_003(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     for order in (["default", name], [name, "default"]):
         model.set(order)
@@ -85,7 +85,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_004(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _, _ = both(implementation, case)
     for adapter, config in (("default", spec.config), (name, case[2])):
         r, root = config["r"], 0.5 if config.get("use_rslora") else 1.0
@@ -98,7 +98,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "ADAPTER-005", "Setting the factors of one adapter leaves the other's alone.", SUM, "model adapters", pairs
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_005(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, _second = both(implementation, case)
     fill(model, spec, name, salt=2)
     for module, state in first.items():
@@ -110,7 +110,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "ADAPTER-006", "Deleting an adapter that is not active changes nothing else.", "U7", "model adapters", pairs
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_006(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, _ = both(implementation, case)
     model.delete(name)
     check.equal(model.active(), ["default"], "the active adapters")
@@ -127,7 +127,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_007(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _, second = both(implementation, case)
     model.delete("default")
     model.set([name])
@@ -142,7 +142,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_008(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _first, _ = both(implementation, case)
     model.delete(name)
     model.add(
@@ -160,7 +160,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "ADAPTER-009", "Merging merges the active adapter, and not the others.", "U1", "model adapters merge", pairs
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_009(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set([name])
     model.merge()
@@ -172,7 +172,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement("ADAPTER-010", "Several active adapters are merged together.", "U1", "model adapters merge", pairs)
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_010(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set(["default", name])
     model.merge()
@@ -191,7 +191,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters merge",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_011(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set(["default", name])
     model.merge([name])
@@ -208,7 +208,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters merge partial_merge",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_012(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set(["default", name])
     model.merge([name])
@@ -222,7 +222,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters merge",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_013(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.merge()
     try:
@@ -241,7 +241,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters disable",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_014(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _first, second = both(implementation, case)
     model.set([name])
     model.enable(False)
@@ -259,7 +259,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters merge unload",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_015(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _, second = both(implementation, case)
     model.set([name])
     holds(check, model.unload(merge=True), spec, [second], "the merged and unloaded model")
@@ -273,7 +273,7 @@ def _unknown(id: str, what: str, call: Any) -> None:
         "model adapters errors",
         pairs,
     )
-    def _(implementation: Implementation, case: Any, check: Check) -> None:
+    def body(implementation: Implementation, case: Any, check: Check) -> None:
         model, spec, _name, first, _ = both(implementation, case)
         check.refused(lambda: call(model), f"{what} an adapter that does not exist")
         check.equal(model.active(), ["default"], "the active adapters after the refusal")
@@ -291,7 +291,7 @@ _unknown("ADAPTER-017", "Deleting", lambda model: model.delete("nobody"))
     "model adapters errors",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_018(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _first, second = both(implementation, case)
     check.refused(lambda: model.add(name, case[2]), "adding an adapter under a name that is taken")
     model.set([name])
@@ -306,7 +306,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     small,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def adapter_019(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     fill(model, spec)
     with tempfile.TemporaryDirectory() as place:
@@ -328,7 +328,7 @@ def _targets(spec: ModelSpec) -> dict[str, Any]:
     "model adapters merge",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_020(implementation: Implementation, case: Any, check: Check) -> None:
     spec, name, config = case
     model, spec, name, first, second = both(implementation, (spec, name, {**config, **_targets(spec)}))
     model.merge()
@@ -350,7 +350,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters",
     pairs,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def adapter_021(implementation: Implementation, case: Any, check: Check) -> None:
     model, _spec, _name, _, _ = both(implementation, case)
     model.delete("default")
     check.equal(sorted(model.trainable()), trained(model, *model.active()), "what trains")

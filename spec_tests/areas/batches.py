@@ -29,7 +29,7 @@ def drawn(implementation: Implementation) -> Any:
     "model adapters batch",
     drawn,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def batch_001(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case[0])
     choice = [("default", first), (name, second), ("__base__", None)]
     x = model_inputs(spec, batch=len(case[1]))
@@ -44,7 +44,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "BATCH-002", "Afterwards the model is as before: its own adapter is active.", DOC, "model adapters batch", drawn
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def batch_002(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, _ = both(implementation, case[0])
     x = model_inputs(spec, batch=2)
     model.forward(x, adapter_names=[name, "__base__"])
@@ -53,7 +53,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement("BATCH-003", "The order of the samples does not matter.", DOC, "model adapters batch", drawn)
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def batch_003(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case[0])
     names = np.array(["default", name, "__base__", name, name])
     x = model_inputs(spec, batch=5)
@@ -67,7 +67,7 @@ def _refused(id: str, what: str, names: Any) -> None:
     @requirement(
         id, f"{what} is refused, and the model is as before.", DOC, "model adapters batch errors", lambda i: pairs(i)
     )
-    def _(implementation: Implementation, case: Any, check: Check) -> None:
+    def body(implementation: Implementation, case: Any, check: Check) -> None:
         model, spec, name, first, _ = both(implementation, case)
         x = model_inputs(spec, batch=2)
         check.refused(lambda: model.forward(x, adapter_names=names(name)), what)
@@ -85,7 +85,7 @@ _refused("BATCH-005", "A list of names that is not as long as the batch", lambda
     "model adapters batch merge errors",
     lambda i: pairs(i),
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def batch_006(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, _, _ = both(implementation, case)
     x = model_inputs(spec, batch=2)
     check.refused(lambda: model.forward(x, train=True, adapter_names=[name, "default"]), "adapter_names in training")
@@ -96,7 +96,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "BATCH-007", "Adapters that adapt different modules can be mixed.", DOC, "model adapters batch", lambda i: pairs(i)
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def batch_007(implementation: Implementation, case: Any, check: Check) -> None:
     spec, name, config = case
     model = implementation.model(spec.but(target_modules=["up"]))
     first = fill(model, spec)
@@ -116,7 +116,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model linear adapters batch modules_to_save",
     lambda i: saving(i).filter(lambda spec: spec.modules["head"].kind == "linear"),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def batch_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states, trained = {"default": fill(model, spec)}, {"default": train(model, spec), "__base__": spec}
     model.add("other", spec.config)

@@ -139,7 +139,7 @@ def _trains(id: str, sentence: str, mode: str, source: str) -> None:
         lambda i: small(i, bias=mode),
         slow=2,
     )
-    def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
         found = {name for name in implementation.model(spec).trainable() if ":" not in name}
         want = set() if mode == "none" else {f"{name}.bias" for name in biases(spec)}
         check.that(found == want, f"{sorted(found)} of the base trains, must be {sorted(want)}")
@@ -156,7 +156,7 @@ _trains(
 
 
 @requirement("BIAS-004", "A and B train whatever the bias mode is.", "B2, B3", "model linear bias", with_bias, slow=2)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     found = {name for name in model.trainable() if ":" in name}
     want = {f"{name}.{letter}:default" for name in matching.targets(kinds_of(spec), spec.config) for letter in "AB"}
@@ -171,7 +171,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_005(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
     for name, (W, b) in model.base().items():
         for got, want, what in ((W, spec.modules[name].W, "weight"), (b, spec.modules[name].b, "bias")):
@@ -185,7 +185,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "BIAS-006", "Biases are trained in place and act in the output.", "B4", "model linear bias", with_bias, slow=2
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     base_is(check, spec, model.base(), new)
@@ -200,7 +200,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     before, trains = model.forward(x_of(spec)), model.trainable()
@@ -219,7 +219,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     D = deltas(model)
@@ -236,7 +236,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     D = deltas(model)
@@ -258,7 +258,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     base_is(check, spec, model.unload(merge=False), new)
@@ -272,7 +272,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     D = deltas(model)
@@ -291,7 +291,7 @@ def second(spec: ModelSpec, **more: Any) -> dict[str, Any]:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     new = trained(model, spec)
     model.add("second", second(spec))
@@ -312,7 +312,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with_bias,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     model.add("second", second(spec))
     for active, want in (
@@ -332,7 +332,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     lambda i: st.tuples(with_bias(i), MODES),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, str], check: Check) -> None:
+def bias_014(implementation: Implementation, case: tuple[ModelSpec, str], check: Check) -> None:
     spec, mode = case
     model = implementation.model(spec)
     new = trained(model, spec)
@@ -354,7 +354,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, str], check: Check)
     lambda i: st.tuples(small(i, bias="none"), MODES),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, str], check: Check) -> None:
+def bias_015(implementation: Implementation, case: tuple[ModelSpec, str], check: Check) -> None:
     spec, mode = case
     model = implementation.model(spec)
     config = second(spec, bias=mode)
@@ -374,7 +374,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, str], check: Check)
     lambda i: small(i, bias=MODES),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def bias_016(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
     rng = np.random.default_rng([spec.seed, 31])
     for name in biases(spec):

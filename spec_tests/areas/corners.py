@@ -30,7 +30,7 @@ SPELLINGS = {"gaussian": "Gaussian", "orthogonal": "Orthogonal", "pissa": "PiSSA
         st.sampled_from([name for name in SPELLINGS if f"init:{name}" in i.claims]),
     ),
 )
-def _(implementation: Implementation, case: tuple[LayerSpec, str], check: Check) -> None:
+def init_023(implementation: Implementation, case: tuple[LayerSpec, str], check: Check) -> None:
     spec, init = case
     want = implementation.layer(spec.but(init_lora_weights=init)).read()
     try:
@@ -49,7 +49,7 @@ def _(implementation: Implementation, case: tuple[LayerSpec, str], check: Check)
     lambda i: small(i, fan_in_fan_out=st.booleans()),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_017(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     try:
         model = implementation.model(spec)
     except Exception:
@@ -82,7 +82,7 @@ def attentions(draw: Any, implementation: Implementation) -> ModelSpec:
     attentions,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def target_025(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     try:
         model = implementation.model(spec)
     except Exception:
@@ -102,7 +102,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     lambda i: st.tuples(small(i), st.sampled_from(("", "v1.0", ".", "a.proj"))),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, str], check: Check) -> None:
+def adapter_022(implementation: Implementation, case: tuple[ModelSpec, str], check: Check) -> None:
     spec, name = case
     model = implementation.model(spec)
     first = fill(model, spec)
@@ -131,7 +131,7 @@ def keys_of(model: Model) -> list[str]:
     lambda i: biases.small(i, bias=biases.MODES),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_030(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     adapted, found = model.adapted(), keys_of(model)
     want = [
@@ -150,6 +150,6 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     saved_modules.saving,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_031(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     check.equal([key for key in keys_of(model) if key.startswith("head.")], ["head.bias", "head.weight"], "its keys")

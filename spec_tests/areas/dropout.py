@@ -47,7 +47,7 @@ def _mask(id: str, kinds: tuple[str, ...], what: str) -> None:
         lambda i: transparent(i, kinds),
         slow=2,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         p = spec.lora_dropout
         mask = see(implementation, spec, spec.seed)
         kept = mask > 0.5 / (1 - p)
@@ -72,7 +72,7 @@ for _number, _kind in enumerate(CONVOLUTIONS, 2):
     lambda i: transparent(i),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     kept = see(implementation, spec, spec.seed).reshape(-1, N) > 0
     for axis, what in ((1, "token"), (0, "feature")):
         mixed = kept.any(axis) & ~kept.all(axis)
@@ -87,7 +87,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: transparent(i),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_006(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     first, again, other = (see(implementation, spec, seed) for seed in (1, 1, 2))
     check.equal(again, first, "the output of the same seed")
     check.that((other != first).any(), "two seeds gave the same mask")
@@ -100,7 +100,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write dropout",
     lambda i: layers(i, DROPPABLE, lora_dropout=0.5),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     want, bound = oracle.forward(spec, state, x)
@@ -116,7 +116,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write dropout",
     lambda i: layers(i, DROPPABLE, lora_dropout=0.5),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_008(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.write(state.A, np.zeros_like(state.B))
     x = inputs(spec)
@@ -132,7 +132,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, DROPPABLE),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_009(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     check.close(layer.forward(x, train=True), *oracle.forward(spec, state, x), spec.dtype, "the output in training")
@@ -145,7 +145,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write dropout",
     lambda i: layers(i, DROPPABLE, lora_dropout=1.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     try:
         layer, state = made(implementation, spec)
     except Exception:
@@ -163,7 +163,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write dropout merge",
     lambda i: layers(i, DROPPABLE, lora_dropout=0.5),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     layer.merge()
@@ -178,7 +178,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write dropout disable",
     lambda i: layers(i, DROPPABLE, lora_dropout=0.5),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.enable(False)
     x = inputs(spec)
@@ -193,7 +193,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "embedding write dropout",
     lambda i: layers(i, ("embedding",), lora_dropout=0.5),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     if implementation.conventions.get("embedding_dropout", False):
         return
     layer, state = made(implementation, spec)
@@ -210,7 +210,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: seeds,
     slow=4,
 )
-def _(implementation: Implementation, seed: int, check: Check) -> None:
+def drop_014(implementation: Implementation, seed: int, check: Check) -> None:
     config = {"r": N, "lora_alpha": N, "lora_dropout": 0.5, "target_modules": ["m"]}
     model = implementation.model(ModelSpec({"m": ModuleSpec("linear", np.zeros((N, N)))}, config, seed=seed))
     model.add("other", config)
@@ -229,7 +229,7 @@ def _(implementation: Implementation, seed: int, check: Check) -> None:
     lambda i: transparent(i, CONVOLUTIONS),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_015(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     kept = see(implementation, spec, spec.seed) > 0
     kept = kept.reshape(*kept.shape[:2], -1)  # (16, N, 32)
     for axis, what in ((2, "channel of a sample"), (1, "place of a sample"), (0, "place of a channel")):
@@ -245,7 +245,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: transparent(i),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def drop_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec.but(r=1))
     layer.write(2.0 ** np.arange(N)[None], np.ones((N, 1)))  # A x is a number whose binary digits are the mask
     s, p = spec.but(r=1).scaling, spec.lora_dropout

@@ -24,7 +24,7 @@ def _refused(id: str, what: str, source: str, options: Any, needs: str = "", **f
         lambda i: st.tuples(small(i, **fixed), st.sampled_from(options)),
         slow=2,
     )
-    def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, Any]], check: Check) -> None:
+    def body(implementation: Implementation, case: tuple[ModelSpec, dict[str, Any]], check: Check) -> None:
         spec = case[0].but(**case[1])
         check.refused(lambda: implementation.model(spec), f"{case[1]}")
 

@@ -77,11 +77,11 @@ def looked(implementation: Implementation, spec: ModelSpec, x: Array) -> Model:
     return model
 
 
-def _(id: str, sentence: str, source: str, cases: Any = watched, needs: str = "") -> Any:
+def stated(id: str, sentence: str, source: str, cases: Any = watched, needs: str = "") -> Any:
     return requirement(id, sentence, source, f"model linear init:eva eva_ranks {needs}", cases, slow=2)
 
 
-@_(
+@stated(
     "EVA-011",
     "eva: the ranks go to the directions that explain most of their layer's inputs, up to r rho in a layer.",
     "EVA, arXiv 2410.07170, section 3.2 (E1, E5)",
@@ -94,7 +94,7 @@ def _ranks(implementation: Implementation, case: Any, check: Check) -> None:
     check.that(found == want, f"the ranks are {found}, must be {want}")
 
 
-@_(
+@stated(
     "EVA-012",
     "eva: with ranks shared out A of each layer spans its inputs' first components, and the output is the base's.",
     EVA,
@@ -111,7 +111,7 @@ def _factors(implementation: Implementation, case: Any, check: Check) -> None:
     gives(check, model, spec, [], "the output")
 
 
-@_(
+@stated(
     "EVA-013",
     "eva: with adjust_scaling_factors s stays what it was, whatever rank a layer has got.",
     "PEFT's documentation of adjust_scaling_factors (E7)",
@@ -123,7 +123,7 @@ def _scalings(implementation: Implementation, case: Any, check: Check) -> None:
         check.close(found, s, abs(s), "float32", f"s of {name}")
 
 
-@_(
+@stated(
     "EVA-014",
     "eva: without adjust_scaling_factors s is lora_alpha / rank, or lora_alpha / sqrt(rank), of the new rank.",
     "PEFT's documentation of adjust_scaling_factors (E7)",
@@ -136,7 +136,7 @@ def _unadjusted(implementation: Implementation, case: Any, check: Check) -> None
         check.close(found, s, abs(s), "float32", f"s of {name}")
 
 
-@_(
+@stated(
     "EVA-015",
     "eva: an adapter whose ranks were shared out is the same after saving and loading: ranks, s and output.",
     "PEFT's documentation of initialize_lora_eva_weights: rank_pattern and alpha_pattern are updated (E8)",
@@ -152,7 +152,7 @@ def _saved(implementation: Implementation, case: Any, check: Check) -> None:
     gives(check, again, spec, [states], "the output")
 
 
-@_(
+@stated(
     "EVA-016",
     "eva: with rho = 1 every layer keeps its rank.",
     "PEFT's documentation of EvaConfig.rho (E5)",

@@ -56,7 +56,7 @@ def plain(spec: ModelSpec) -> dict[str, LayerState]:
 @requirement(
     "FILE-001", "An adapter that is saved and loaded again gives the same output.", ROUND, "model files", small, slow=2
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     with tempfile.TemporaryDirectory() as place:
@@ -78,7 +78,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     small,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     with tempfile.TemporaryDirectory() as place:
@@ -98,7 +98,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     small,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     with tempfile.TemporaryDirectory() as place:
         model.save(Path(place))
@@ -113,7 +113,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 def _reads(id: str, sentence: str, needs: str, given: Any, dtype: str = "F32", minimal: bool = False) -> None:
     @requirement(id, sentence, FORMAT, f"model files {needs}", given, slow=2)
-    def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
         states = plain(spec)
         with tempfile.TemporaryDirectory() as place:
             folders.write(Path(place), spec.config, tensors_of(spec, states), dtype, minimal)
@@ -148,7 +148,7 @@ _reads(
     small,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     spec = spec.but(r=8, lora_alpha=8)
     states = plain(spec)
     with tempfile.TemporaryDirectory() as place:
@@ -166,7 +166,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     lambda i: small(i, rank_pattern={"up": 4}, alpha_pattern={"a.proj": 3, "head": 5}),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     def r(name: str) -> int:
         return 4 if name == "a.up" else spec.config["r"]
 
@@ -191,7 +191,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     ),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_029(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     want = model.adapted()
     with tempfile.TemporaryDirectory() as place:
@@ -207,7 +207,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     small,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     with tempfile.TemporaryDirectory() as place:
         folders.write(Path(place), spec.config, tensors_of(spec, plain(spec)))
         check.equal(sorted(implementation.load(spec, Path(place)).trainable()), [], "what trains")
@@ -216,7 +216,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "FILE-012", "A merged model saves its factors, and not the merge.", "X9", "model files merge", small, slow=2
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def file_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -234,7 +234,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     pairs,
     slow=2,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def file_013(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, _, first, _ = both(implementation, case)
     trained = sorted(model.trainable())
     with tempfile.TemporaryDirectory() as place:
@@ -252,7 +252,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     pairs,
     slow=2,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def file_014(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     with tempfile.TemporaryDirectory() as place:
         model.save(Path(place))
@@ -268,7 +268,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     pairs,
     slow=2,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def file_015(implementation: Implementation, case: Any, check: Check) -> None:
     spec, name, _ = case
     model = implementation.model(spec)
     first = fill(model, spec)
@@ -292,7 +292,7 @@ def _starts(id: str, init: str, what: str = "", needs: str = "", **config: Any) 
         ),
         slow=2,
     )
-    def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
         rng = np.random.default_rng(spec.seed)
         for name in ("a.proj", "a.up"):
             spec.modules[name].W[...] = separated(rng, *spec.modules[name].W.shape)
@@ -329,7 +329,7 @@ def _refused(id: str, what: str, spoil: Callable[[Path, dict[str, Any], dict[str
         small,
         slow=2,
     )
-    def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
         model = implementation.model(spec)
         first = fill(model, spec)
         with tempfile.TemporaryDirectory() as place:

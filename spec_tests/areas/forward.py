@@ -24,7 +24,7 @@ def made(implementation: Implementation, spec: LayerSpec, exact: bool = False) -
 
 def _forward(id: str, kind: str, sentence: str, source: str = PAPER) -> None:
     @requirement(id, sentence, source, f"{kind} write", lambda i: layers(i, (kind,), ("float32", "float64")))
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer, state = made(implementation, spec)
         x = inputs(spec)
         want, bound = oracle.forward(spec, state._replace(scaling=spec.scaling), x)
@@ -49,7 +49,7 @@ def _dilated(id: str, kind: str) -> None:
         f"{kind} write",
         lambda i: layers(i, (kind,), dilation=2, stride=1),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer, state = made(implementation, spec)
         x = inputs(spec)
         want, bound = oracle.forward(spec, state._replace(scaling=spec.scaling), x)
@@ -68,7 +68,7 @@ _dilated("FORWARD-022", "conv3d")
     "write",
     lambda i: layers(i, MERGEABLE, generate.DTYPES, exact=True),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def forward_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec, exact=True)
     x = inputs(spec, exact=True)
     want, bound = oracle.forward(spec, state._replace(scaling=spec.scaling), x)
@@ -86,7 +86,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, (*generate.LINEAR, "embedding", "parameter")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def forward_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     together = layer.forward(x)
@@ -105,7 +105,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, MERGEABLE, generate.DTYPES),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def forward_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.forward(inputs(spec))
     state = layer.read()
@@ -121,7 +121,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "linear write unbatched",
     lambda i: layers(i, generate.LINEAR),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def forward_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec, tokens=(4,))
     y, bound = layer.forward(x), oracle.forward(spec, state, x)[1]
@@ -136,7 +136,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, MERGEABLE, ("float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def forward_014(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     want, bound = oracle.forward(spec, state, x)

@@ -66,7 +66,7 @@ def _factors(id: str, kind: str) -> None:
         lambda i: layers(i, (kind,)),
         slow=2,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer, state = made(implementation, spec)
         x = inputs(spec)
         dy = upstream(spec, x)
@@ -94,7 +94,7 @@ def same_dx(check: Check, spec: LayerSpec, dx: Array | None, dy: Array, W: Array
     "write grad",
     lambda i: layers(i, WITH_X),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_009(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     dy = upstream(spec, x)
@@ -103,7 +103,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("GRAD-010", "W and b get no gradient.", FROZEN, "write grad", lambda i: layers(i, MERGEABLE))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     x = inputs(spec)
     got = layer.grad(x, upstream(spec, x))
@@ -112,7 +112,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("GRAD-011", "A and B train, and nothing else.", FROZEN, "trainable", lambda i: layers(i, MERGEABLE))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     check.equal(sorted(implementation.layer(spec).trainable()), ["A", "B"], "what trains")
 
 
@@ -123,7 +123,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "grad init:True",
     lambda i: layers(i, MERGEABLE, lora_alpha=8.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     state = layer.read()
     x = inputs(spec)
@@ -142,7 +142,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "embedding write grad",
     lambda i: layers(i, ("embedding",)),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = np.array([[0]])
     got = layer.grad(x, upstream(spec, x))["A"]
@@ -157,7 +157,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write grad disable",
     lambda i: layers(i, MERGEABLE),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_014(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.enable(False)
     x = inputs(spec)
@@ -178,7 +178,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "embedding write grad",
     lambda i: layers(i, ("embedding",), padding_idx=0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_015(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = np.array([[0, spec.W.shape[1] - 1, 0]])
     check.close(layer.forward(x), *oracle.forward(spec, state, x), spec.dtype, "the output at padding_idx")
@@ -195,7 +195,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: layers(i, (*LINEAR, *CONVOLUTIONS)),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.rescale("scale", 4.0)
     x = inputs(spec)
@@ -210,7 +210,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write grad merge",
     lambda i: layers(i, WITH_X),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_017(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     x = inputs(spec)
@@ -225,7 +225,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write grad disable",
     lambda i: layers(i, WITH_X),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_018(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.enable(False)
     x = inputs(spec)
@@ -241,7 +241,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: layers(i, CONVOLUTIONS, dilation=2, stride=1),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_019(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     dy = upstream(spec, x)
@@ -258,7 +258,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: layers(i, (*LINEAR, *CONVOLUTIONS), lora_dropout=0.5),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def grad_020(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     dy = upstream(spec, x)

@@ -87,7 +87,7 @@ def corda_update(spec: LayerSpec) -> tuple[Array, float]:
 
 
 @requirement("CORDA-001", "corda: W_res + s B A = W.", CORDA, "init:corda", lambda i: corda(i, "ipm"), slow=2)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def corda_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
     check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
@@ -103,7 +103,7 @@ def _corda(id: str, method: str, which: str, batches: int) -> None:
         lambda i: corda(i, method, batches),
         slow=2,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         want, bound = corda_update(spec)
         check.close(update(start(implementation, spec)), want, bound, spec.dtype, "s B A", FACTOR)
 
@@ -121,7 +121,7 @@ _corda("CORDA-004", "ipm", "r first", 2)
     lambda i: corda(i, "ipm"),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def corda_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     S = np.linalg.svd(spec.W @ covariance(list(spec.init_options["inputs"])), compute_uv=False)
     B = start(implementation, spec).B
     want = np.diag(S[: spec.r]) / spec.scaling
@@ -137,7 +137,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: corda(i, "ipm"),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def corda_006(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, two = (start(implementation, spec.but(lora_alpha=a)) for a in (1.0, 8.0))
     check.close(
         update(two), update(one), corda_update(spec)[1], spec.dtype, "s B A with 8 times the lora_alpha", FACTOR
@@ -152,7 +152,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: corda(i, "ipm"),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def corda_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
     check.close(update(transposed), update(linear), corda_update(spec)[1], spec.dtype, "s B A", FACTOR)
 
@@ -185,14 +185,14 @@ NEAR = 0.02  # a converged component is within an angle of arccos(0.99) at worst
 
 
 @requirement("EVA-001", "eva: B = 0 and W is bit for bit what it was.", EVA, "init:eva", lambda i: eva(i), slow=4)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def eva_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     check.equal(state.W, spec.W, "the base weight")
     check.equal(state.B, np.zeros_like(state.B), "B")
 
 
 @requirement("EVA-002", "eva: A A^T = 1.", EVA, "init:eva", lambda i: eva(i), slow=4)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def eva_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     A = start(implementation, spec).A
     check.close(A @ A.T, np.eye(spec.r), 1.0, spec.dtype, "A A^T", FACTOR)
 
@@ -206,7 +206,7 @@ def _spans(id: str, mean: float, what: str) -> None:
         lambda i: eva(i, mean=mean),
         slow=4,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         A, V = start(implementation, spec).A, components(spec)[0]
         off = np.linalg.norm(A.T @ A - V.T @ V, 2)
         check.that(off < NEAR, f"the projector A^T A is off by {off:.3g}")
@@ -224,7 +224,7 @@ _spans("EVA-004", 20.0, ", whose mean is not one of them however large it is")
     lambda i: eva(i, whiten=True),
     slow=4,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def eva_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     spec = spec.but(r=2)
     A, S = start(implementation, spec).A, components(spec)[1]
     length = np.linalg.norm(A, axis=1)
@@ -234,7 +234,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("EVA-006", "eva: the output at the start is the base's.", EVA, "init:eva", lambda i: eva(i), slow=4)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def eva_006(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     x = inputs(spec)
     base, bound = (f(spec, spec.W, spec.b, x) for f in (oracle.apply, oracle.apply_bound))
@@ -249,7 +249,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: eva(i),
     slow=4,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def eva_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     check.close(start(implementation, spec).scaling, spec.scaling, spec.scaling, "float64", "s")
 
 
@@ -274,7 +274,7 @@ def lora_ga(implementation: Implementation) -> Any:
     lambda i: lora_ga(i),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loraga_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
     check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
@@ -289,7 +289,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: lora_ga(i),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loraga_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     G, r = spec.init_options["dy"].T, spec.r
     U, S, Vt = np.linalg.svd(G, full_matrices=False)
@@ -319,7 +319,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: corda(i, "ipm", 2),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def corda_008(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     S = np.linalg.svd(spec.W @ covariance(list(spec.init_options["inputs"])), compute_uv=False)
     B = start(implementation, spec).B
     bound = S[0] / spec.scaling * S[0] / (S[spec.r - 1] - S[spec.r])
@@ -335,7 +335,7 @@ def _switched_off(id: str, init: str, cases: Any) -> None:
         cases,
         slow=2,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         x = inputs(spec)
         bound = oracle.forward(spec, layer.read(), x)[1]
@@ -356,7 +356,7 @@ def _half(id: str, init: str, source: str, cases: Any) -> None:
         lambda i: st.builds(rounded, cases(i), st.sampled_from(claimed(i, ("float16", "bfloat16")))),
         slow=2,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         state = start(implementation, spec)
         bound = abs(state.W) + oracle.delta_bound(state.A, state.B, state.scaling)
         check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A")
@@ -365,7 +365,7 @@ def _half(id: str, init: str, source: str, cases: Any) -> None:
 
 def _refused_or_right(id: str, init: str, what: str, source: str, cases: Any) -> None:
     @requirement(id, f"{init}: {what}", source, cases[0], cases[1], slow=2)
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         try:
             state = start(implementation, spec)
         except Exception:
@@ -405,7 +405,7 @@ _refused_or_right(
     lambda i: corda(i, "ipm").map(lambda spec: spec.but(dtype="float64")),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def corda_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     try:
         B = start(implementation, spec).B
     except Exception:
@@ -444,7 +444,7 @@ def differing(implementation: Implementation, shifted: bool) -> Any:
 
 def _of_all(id: str, shifted: bool, what: str) -> None:
     @requirement(id, f"eva: {what}", EVA, "init:eva", lambda i: differing(i, shifted), slow=4)
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         X = np.concatenate(spec.init_options["inputs"])
         V = np.linalg.svd(X - X.mean(0), full_matrices=False)[2][:1]
         A = start(implementation, spec).A
@@ -464,7 +464,7 @@ _of_all("EVA-009", True, "what varies from batch to batch, and not within one, i
     lambda i: eva(i).map(lambda spec: spec.but(r=9)),
     slow=4,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def eva_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     check.refused(lambda: implementation.layer(spec), "eva with r = 9 on inputs of 8 numbers")
 
 
@@ -479,7 +479,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: lora_ga(i).map(lambda spec: spec.but(r=2)),
     slow=2,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loraga_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     for name, rows in (("A", state.A), ("B", state.B.T)):
         length = np.linalg.norm(rows, axis=1)

@@ -89,7 +89,7 @@ def _common(area: str, init: str, source: str) -> None:
     @requirement(
         f"{area}-001", f"{init}: W_res + s B A = W, and s B A is not 0.", source, claim, lambda i: specs(i, init)
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         keeps_the_sum(implementation, spec, check)
 
     @requirement(
@@ -99,7 +99,7 @@ def _common(area: str, init: str, source: str) -> None:
         claim,
         lambda i: specs(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         state = layer.read()
         x = inputs(spec)
@@ -113,7 +113,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"linear transposed {claim}",
         lambda i: specs(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
         bound = wide_bound(spec) * max(1.0, spec.scaling)
         loose = FACTOR if "niter" not in init else FACTOR * 2**6  # another random start of an approximation
@@ -127,7 +127,7 @@ def _common(area: str, init: str, source: str) -> None:
         claim,
         lambda i: half(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         keeps_the_sum(implementation, spec, check)
 
     @requirement(
@@ -137,7 +137,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"{claim} exact_residual",
         lambda i: half(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         state = start(implementation, spec)
         inner = oracle.delta_bound(state.A, state.B, state.scaling)
         slack = 8 * UNIT["float32"] / UNIT[spec.dtype] * (abs(spec.W) + inner)
@@ -151,7 +151,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"disable {claim}",
         lambda i: specs(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         x = inputs(spec)
         bound = oracle.forward(spec, layer.read(), x)[1]
@@ -165,7 +165,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"{claim} errors",
         lambda i: specs(i, init, r=7),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         try:
             state = start(implementation, spec)
         except Exception:
@@ -181,7 +181,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"merge {claim}",
         lambda i: specs(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         state = layer.read()
         layer.merge()
@@ -213,7 +213,7 @@ def _alpha(id: str, init: str, what: str) -> None:
         f"init:{init}",
         lambda i: specs(i, init),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         want = update(start(implementation, spec))
         other = start(implementation, spec.but(lora_alpha=3 * spec.lora_alpha))
         check.close(other.scaling, 3 * spec.scaling, 3 * spec.scaling, "float64", "s with three times the lora_alpha")
@@ -226,7 +226,7 @@ _alpha("PISSA-010", "pissa", PISSA + ": the factors are divided by sqrt(s)")
 @requirement(
     "PISSA-011", "pissa: s B A is the nearest matrix of rank r to W.", PISSA, "init:pissa", lambda i: specs(i, "pissa")
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissa_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     check.close(update(state), best(spec.W, spec.r), wide_bound(spec), spec.dtype, "s B A", FACTOR)
 
@@ -238,7 +238,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:pissa",
     lambda i: specs(i, "pissa"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissa_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     S = np.linalg.svd(spec.W, compute_uv=False)
     got = np.linalg.svd(start(implementation, spec).W, compute_uv=False)
     want = np.concatenate([S[spec.r :], np.zeros(spec.r)])
@@ -248,7 +248,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "PISSA-013", "pissa: A A^T = B^T B = diag(S_1, ..., S_r) / s.", PISSA, "init:pissa", lambda i: specs(i, "pissa")
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissa_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     want = np.diag(np.linalg.svd(spec.W, compute_uv=False)[: spec.r]) / spec.scaling
     bound = wide_bound(spec) / spec.scaling
@@ -263,7 +263,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:pissa",
     lambda i: specs(i, "pissa"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissa_014(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     bound = wide_bound(spec) / spec.scaling**0.5 * 3
     for got, what in ((state.B.T @ state.W, "B^T W_res"), (state.W @ state.A.T, "W_res A^T")):
@@ -278,7 +278,7 @@ def _no_nan(id: str, init: str) -> None:
         f"init:{init} alpha errors",
         lambda i: st.tuples(specs(i, init), st.sampled_from((0.0, -4.0))),
     )
-    def _(implementation: Implementation, case: tuple[LayerSpec, float], check: Check) -> None:
+    def body(implementation: Implementation, case: tuple[LayerSpec, float], check: Check) -> None:
         spec = case[0].but(lora_alpha=case[1])
         try:
             state = start(implementation, spec)
@@ -299,7 +299,7 @@ _no_nan("OLORA-014", "olora")
     "init:pissa float64",
     lambda i: specs(i, "pissa", dtype="float64"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissa_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     try:
         state = start(implementation, spec)
     except Exception:
@@ -314,7 +314,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:pissa_niter",
     lambda i: specs(i, "pissa_niter_16"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissaniter_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     # 16 iterations leave 2^-33 of what is sought: less than the rounding that each of them makes
     check.close(
         update(start(implementation, spec)), best(spec.W, spec.r), wide_bound(spec), spec.dtype, "s B A", FACTOR
@@ -328,7 +328,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:pissa_niter",
     lambda i: specs(i, "pissa_niter_1"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def pissaniter_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, two = (start(implementation, spec) for _ in range(2))
     for name in "AB":
         check.equal(getattr(two, name), getattr(one, name), f"{name} of the same seed")
@@ -338,13 +338,13 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("OLORA-010", "olora: B^T B = 1.", OLORA, "init:olora", lambda i: specs(i, "olora"))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def olora_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     B = start(implementation, spec).B
     check.close(B.T @ B, np.eye(spec.r), 1.0, spec.dtype, "B^T B", FACTOR)
 
 
 @requirement("OLORA-011", "olora: A is upper trapezoidal.", OLORA, "init:olora", lambda i: specs(i, "olora"))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def olora_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     A = start(implementation, spec).A
     check.close(np.tril(A, -1), np.zeros_like(A), np.linalg.norm(spec.W, 2), spec.dtype, "A below its diagonal", FACTOR)
 
@@ -356,7 +356,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:olora",
     lambda i: specs(i, "olora"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def olora_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     Q, R = np.linalg.qr(spec.W)
     size = np.linalg.norm(spec.W, 2)
@@ -368,7 +368,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "OLORA-013", "olora: A and B are the same for every lora_alpha.", OLORA, "init:olora", lambda i: specs(i, "olora")
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def olora_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, two = (start(implementation, spec.but(lora_alpha=a)) for a in (1.0, 8.0))
     for name in "AB":
         check.equal(getattr(two, name), getattr(one, name), f"{name} with another lora_alpha")
@@ -410,7 +410,7 @@ def blocks(W: Array) -> tuple[Array, Array]:
     "init:loftq",
     lambda i: loftq(i, 1),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loftq_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     Q = start(implementation, spec).W
     table = codes(spec.init_options["bits"])
     given, scale = blocks(spec.W)
@@ -426,7 +426,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "LOFTQ-002", "loftq: s B A is the nearest matrix of rank r to W - Q.", LOFTQ, "init:loftq", lambda i: loftq(i)
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loftq_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     gap_free = np.linalg.norm(spec.W - state.W - best(spec.W - state.W, spec.r))
     got = np.linalg.norm(spec.W - state.W - update(state))
@@ -441,7 +441,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:loftq",
     lambda i: loftq(i, 1),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loftq_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     alone, together = (np.linalg.norm(spec.W - W) for W in (state.W, state.W + update(state)))
     check.that(together < alone, f"|W - Q - s B A| is {together:.6g}, |W - Q| is {alone:.6g}")
@@ -454,7 +454,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:loftq",
     lambda i: loftq(i),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loftq_004(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, two = (start(implementation, spec.but(lora_alpha=a * spec.lora_alpha)) for a in (1, 4))
     errors = [np.linalg.norm(spec.W - state.W - update(state)) for state in (one, two)]
     check.close(
@@ -469,7 +469,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "linear transposed init:loftq",
     lambda i: loftq(i),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def loftq_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
     check.equal(transposed.W, linear.W, "the quantised weight")
 
@@ -486,14 +486,14 @@ CLAIMED_BY_MICA = (*LINEAR, "embedding")
     "init:mica",
     lambda i: specs(i, "mica", CLAIMED_BY_MICA),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def mica_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = start(implementation, spec)
     check.equal(state.W, spec.W, "the base weight")
     check.equal(state.A, np.zeros_like(state.A), "A")
 
 
 @requirement("MICA-002", "mica: B^T B = 1.", MICA, "init:mica", lambda i: specs(i, "mica", CLAIMED_BY_MICA))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def mica_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     B = start(implementation, spec).B
     check.close(B.T @ B, np.eye(spec.r), 1.0, spec.dtype, "B^T B", FACTOR)
 
@@ -506,7 +506,7 @@ def _minor(id: str, kinds: tuple[str, ...]) -> None:
         {"init:mica", *(kinds if len(kinds) == 1 else ())},
         lambda i: specs(i, "mica", kinds, W=separated(np.random.default_rng(7), 4, 6)),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         B = start(implementation, spec).B
         U = np.linalg.svd(spec.W)[0][:, -spec.r :]
         bound = wide_bound(spec, 4 - spec.r) / 8.0
@@ -520,7 +520,7 @@ _minor("MICA-004", ("embedding",))
 @requirement(
     "MICA-005", "mica: only A trains.", MICA, "init:mica trainable", lambda i: specs(i, "mica", CLAIMED_BY_MICA)
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def mica_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     check.equal(sorted(implementation.layer(spec).trainable()), ["A"], "what trains")
 
 
@@ -531,7 +531,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:mica trainable disable",
     lambda i: specs(i, "mica", LINEAR),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def mica_006(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     layer.enable(False)
     layer.enable(True)
@@ -545,7 +545,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:mica errors",
     lambda i: specs(i, "mica", LINEAR, r=7),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def mica_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     check.refused(lambda: implementation.layer(spec), f"mica with r = 7 on a weight {spec.W.shape}")
 
 
@@ -557,7 +557,7 @@ def _only_linear(id: str, init: str, options: Any = None) -> None:
         f"init:{init} errors",
         lambda i: layers(i, ("conv1d", "conv2d", "embedding"), init_lora_weights=init, r=1, lora_alpha=1.0),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         try:
             state = start(implementation, spec)
         except Exception:
@@ -578,7 +578,7 @@ _only_linear("OLORA-015", "olora")
     lambda i: st.tuples(loftq(i, 1), st.integers(1, 2)),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[LayerSpec, int], check: Check) -> None:
+def loftq_006(implementation: Implementation, case: tuple[LayerSpec, int], check: Check) -> None:
     spec, t = case
     before, after = (
         start(implementation, spec.but(init_options={**spec.init_options, "iterations": n})) for n in (t, t + 1)
@@ -596,7 +596,7 @@ def _(implementation: Implementation, case: tuple[LayerSpec, int], check: Check)
 
 def _loftq_refused(id: str, sentence: str, source: str, needs: str, **options: Any) -> None:
     @requirement(id, f"loftq: {sentence}", source, needs, lambda i: loftq(i, 1).map(lambda spec: spec.but(**options)))
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         try:
             state = start(implementation, spec)
         except Exception:
@@ -630,7 +630,7 @@ _loftq_refused(
     "init:olora float64",
     lambda i: specs(i, "olora", dtype="float64"),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def olora_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     try:
         B = start(implementation, spec).B
     except Exception:

@@ -23,7 +23,7 @@ SAME = "the same matrix W + s B A (D1)"
     "write rescale",
     lambda i: layers(i, LINEAR, lora_alpha=2.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     one.rescale("set", 2.0)
     two = implementation.layer(spec.but(lora_alpha=2 * spec.lora_alpha))
@@ -40,7 +40,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write rslora alpha",
     lambda i: layers(i, LINEAR, r=4, use_rslora=True),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(use_rslora=False, lora_alpha=2 * spec.lora_alpha))
     two.write(state.A, state.B)
@@ -51,7 +51,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "LAW-003", "B / 2 with twice the lora_alpha: the same output.", SAME, "write", lambda i: layers(i, MERGEABLE)
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(lora_alpha=2 * spec.lora_alpha))
     two.write(state.A, state.B / 2)
@@ -66,7 +66,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "linear transposed write",
     lambda i: layers(i, ("linear",)),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_004(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(kind="transposed"))
     two.write(state.A, state.B)
@@ -82,7 +82,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "linear embedding write",
     lambda i: layers(i, ("embedding",)),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(kind="linear"))
     two.write(state.A, state.B)
@@ -98,7 +98,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "linear conv2d write",
     lambda i: layers(i, ("linear",), b=None),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_006(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     two = implementation.layer(spec.but(kind="conv2d", W=spec.W[:, :, None, None]))
     two.write(state.A[:, :, None, None], state.B)
@@ -115,7 +115,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "parameter experts write",
     lambda i: layers(i, ("experts",)),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     stack, state = made(implementation, spec)
     x = inputs(spec)
     y = stack.forward(x)
@@ -133,7 +133,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write merge",
     lambda i: layers(i, MERGEABLE, ("float32", "float64")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_008(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     W = spec.W + oracle.delta(state.A, state.B, state.scaling)
@@ -155,7 +155,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, LINEAR, b=None, use_rslora=False),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_009(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     total = oracle.apply(spec, spec.W, None, x)
@@ -174,7 +174,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write merge",
     lambda i: layers(i, LINEAR, r=4) if "large_r" in i.claims else layers(i, LINEAR, r=1),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def law_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
     turn = np.eye(spec.r)[::-1] * np.array([(-1.0) ** k for k in range(spec.r)])
     two = implementation.layer(spec)
@@ -195,7 +195,7 @@ NAMES = ({"a.proj": "up", "a.up": "proj", "head": "a.head2"}, {"a.proj": "p1", "
     "model",
     lambda i: st.tuples(small(i), st.sampled_from(NAMES)),
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, str]], check: Check) -> None:
+def law_011(implementation: Implementation, case: tuple[ModelSpec, dict[str, str]], check: Check) -> None:
     spec, names = case
     modules = {names.get(name, name): module for name, module in spec.modules.items()}
     targets = [names.get(name, name) for name in ("a.proj", "a.up", "head")]
@@ -213,7 +213,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, str]], ch
     "model",
     lambda i: small(i),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def law_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     turned = spec.but(target_modules=list(spec.config["target_modules"])[::-1])
     one, two = implementation.model(spec), implementation.model(turned)
     check.that(two.adapted() == one.adapted(), f"adapted: {two.adapted()}, in the other order {one.adapted()}")
@@ -226,7 +226,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model adapters merge unload",
     lambda i: small(i),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def law_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.add("idle", spec.config)
@@ -244,7 +244,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model adapters weighted",
     lambda i: small(i),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def law_014(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     first = fill(model, spec)
     model.add("second", {**spec.config, "r": 1, "lora_alpha": 4.0})
@@ -266,7 +266,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     lambda i: small(i),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def law_015(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     for _ in range(5):

@@ -154,7 +154,7 @@ def _walk(id: str, sentence: str, needs: str, *more: str) -> None:
     @requirement(
         id, sentence, "the statements on each operation (section 1.10)", needs, lambda i: sequences(i, *more), slow=2
     )
-    def _(implementation: Implementation, case: tuple[ModelSpec, list[Operation]], check: Check) -> None:
+    def body(implementation: Implementation, case: tuple[ModelSpec, list[Operation]], check: Check) -> None:
         spec, operations = case
         model = implementation.model(spec)
         now = Expected(spec, model)

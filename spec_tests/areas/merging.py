@@ -24,7 +24,7 @@ def _merged_weight(id: str, kind: str) -> None:
     @requirement(
         id, f"Merging makes the weight W + s B A ({kind}).", MERGE, f"{kind} write merge", lambda i: layers(i, (kind,))
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer, state = made(implementation, spec)
         layer.merge()
         check.close(layer.read().W, *merged(spec, state), spec.dtype, "the merged weight")
@@ -42,7 +42,7 @@ def _merged_output(id: str, kind: str) -> None:
         f"{kind} write merge",
         lambda i: layers(i, (kind,)),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer, state = made(implementation, spec)
         x = inputs(spec)
         want, bound = oracle.forward(spec, state, x)
@@ -61,14 +61,14 @@ for _number, _kind in enumerate(MERGEABLE, 11):
     "write merge",
     lambda i: layers(i, MERGEABLE, ("float64", "float32"), exact=True),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_020(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec, exact=True)
     layer.merge()
     check.equal(layer.read().W, merged(spec, state._replace(scaling=spec.scaling))[0], "the merged weight")
 
 
 @requirement("MERGE-021", "Merging twice is merging once.", "U1", "write merge", lambda i: layers(i))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_021(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.merge()
     once = layer.read().W
@@ -79,7 +79,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "MERGE-022", "Unmerging gives the base weight back, within the rounding of one sum.", "T3", "write merge", layers
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_022(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     layer.unmerge()
@@ -88,14 +88,14 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("MERGE-023", "Unmerging without a merge changes nothing.", "U1", "write merge", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_023(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.unmerge()
     check.equal(layer.read().W, spec.W, "the weight")
 
 
 @requirement("MERGE-024", "After merging and unmerging the branch acts again.", "U1", "write merge", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_024(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     layer.unmerge()
@@ -107,7 +107,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("MERGE-025", "Merging leaves A, B and s alone.", "U1", "write merge", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_025(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     after = layer.read()
@@ -116,7 +116,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("MERGE-026", "Merging does not touch the bias.", "B5", "write merge linear", lambda i: layers(i, LINEAR))
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_026(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     spec = spec.but(b=spec.W[:, 0] + 0.5)
     layer, _ = made(implementation, spec)
     layer.merge()
@@ -130,7 +130,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write merge",
     lambda i: layers(i, MERGEABLE, ("float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_027(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     want, bound = merged(spec, state)
     if bound.max() > 6e4:
@@ -142,7 +142,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("MERGE-028", "Merging, unmerging and merging again gives the merged weight.", "U1", "write merge", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_028(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     for _ in range(2):
         layer.merge()
@@ -159,7 +159,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write merge exact_unmerge",
     lambda i: layers(i, MERGEABLE, ("float64", "float32", "float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_029(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     if merged(spec, state)[1].max() > 6e4:
         return
@@ -175,7 +175,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write merge safe_merge",
     lambda i: st.tuples(layers(i, LINEAR), st.sampled_from((float("nan"), float("inf")))),
 )
-def _(implementation: Implementation, case: tuple[LayerSpec, float], check: Check) -> None:
+def merge_030(implementation: Implementation, case: tuple[LayerSpec, float], check: Check) -> None:
     spec, bad = case
     spec = spec.but(lora_alpha=1.0)
     layer, state = made(implementation, spec)
@@ -193,7 +193,7 @@ def _(implementation: Implementation, case: tuple[LayerSpec, float], check: Chec
     "write merge",
     layers,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_031(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     layer.unmerge()
@@ -210,7 +210,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "embedding write merge",
     lambda i: layers(i, ("embedding",), padding_idx=0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def merge_032(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     check.close(layer.read().W, *merged(spec, state), spec.dtype, "the merged weight")

@@ -108,7 +108,7 @@ def holds(
 @requirement(
     "MODEL-001", "The output is that of the base modules with W + s B A where they are adapted.", "D1", "model", small
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     gives(check, model, spec, [states], "the output")
@@ -117,7 +117,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "MODEL-002", "Adapting, setting and running leave every base weight bit for bit as it was.", MERGED, "model", small
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     fill(model, spec)
     model.forward(model_inputs(spec))
@@ -125,7 +125,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement("MODEL-003", "A and B of the adapted modules train, and nothing else.", "B1", "model", small)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     want = sorted(f"{name}.{letter}:default" for name in model.adapted() for letter in "AB")
     check.equal(sorted(model.trainable()), want, "what trains")
@@ -134,7 +134,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "MODEL-004", "Merging puts W + s B A into every adapted module, and keeps the output.", MERGED, "model merge", small
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -143,7 +143,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement("MODEL-005", "Merging twice is merging once.", "U1: idempotent for each adapter", "model merge", small)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_005(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -156,7 +156,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement("MODEL-006", "Unmerging takes the update out of every module again.", MERGED, "model merge", small)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -170,7 +170,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "MODEL-007", "Switched off, the model is the base model; on again, the adapted one.", OFF, "model disable", small
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     trained = model.trainable()
@@ -182,7 +182,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement("MODEL-008", "A merged model that is switched off is the base model.", OFF, "model disable merge", small)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -198,7 +198,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "MODEL-009", "Unloading with merging gives plain modules with W + s B A.", UNLOAD, "model unload merge", small
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     holds(check, model.unload(merge=True), spec, [states], "the merged and unloaded model")
@@ -207,7 +207,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "MODEL-010", "Unloading without merging gives the base model back, bit for bit.", UNLOAD, "model unload", small
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     fill(model, spec)
     holds(check, model.unload(merge=False), spec, [], "the unloaded model", exact=True)
@@ -220,7 +220,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model unload merge",
     small,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -236,7 +236,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model unload merge",
     small,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     model.merge()
@@ -250,7 +250,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model merge safe_merge all_or_nothing",
     small,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     last = list(states)[-1]
@@ -268,7 +268,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model merge",
     lambda i: small(i, r=2, lora_alpha=st.sampled_from((1.0, 2.0, 4.0) if "alpha" in i.claims else (2.0, 4.0))),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_014(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     for module in spec.modules.values():
         module.W[...] = np.round(module.W * 4)
     model = implementation.model(spec)
@@ -278,7 +278,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement("MODEL-015", "Two models made alike do not share their adapters.", "D1", "model", small)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_015(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     one, two = implementation.model(spec), implementation.model(spec)
     states = fill(two, spec, salt=1)
     fill(one, spec, salt=2)
@@ -292,7 +292,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model",
     lambda i: small(i, lora_alpha=st.sampled_from(ALPHAS)),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def model_016(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     x = model_inputs(spec, batch=4)

@@ -167,7 +167,7 @@ def expected(spec: ModelSpec, model: Model, adapter: str = "default") -> dict[st
 
 
 @requirement("PATTERN-020", "A and B have the pattern's r.", "S2, D2", "model linear patterns", patterned, slow=2)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def pattern_020(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     for name, (r, _, _) in matching.targets(kinds_of(spec), spec.config).items():
         state, (out, n_in) = model.read(name), spec.modules[name].W.shape
@@ -177,7 +177,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "PATTERN-021", "The output has every module's own s.", "S2, D1", "model linear patterns", patterned, slow=2
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def pattern_021(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
     bounded(check, spec, model.forward(x_of(spec)), expected(spec, model), "the output")
 
@@ -185,7 +185,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "PATTERN-022", "Merging adds every module's own s.", "S2, U1", "model linear patterns merge", patterned, slow=2
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def pattern_022(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
     D = expected(spec, model)
     model.merge()
@@ -204,7 +204,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     patterned,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def pattern_023(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
     D = expected(spec, model)
     for name, (W, _) in model.unload(merge=True).items():
@@ -221,7 +221,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     lambda i: st.tuples(patterned(i), keys(SMALL, st.sampled_from((1, 2)))),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, int]], check: Check) -> None:
+def pattern_024(implementation: Implementation, case: tuple[ModelSpec, dict[str, int]], check: Check) -> None:
     spec, ranks = case
     if spec.config.get("use_rslora"):  # WEIGHT-018 is about that
         spec = spec.but(use_rslora=False)
@@ -247,7 +247,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, int]], ch
     lambda i: st.tuples(patterned(i), keys(SMALL, st.sampled_from((1, 2)))),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, int]], check: Check) -> None:
+def pattern_025(implementation: Implementation, case: tuple[ModelSpec, dict[str, int]], check: Check) -> None:
     spec, ranks = case
     second = spec.but(rank_pattern=ranks)
     model = given_factors(implementation.model(spec), spec)
@@ -269,7 +269,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, dict[str, int]], ch
     patterned,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def pattern_026(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder))
@@ -292,7 +292,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     ),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def pattern_027(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     holds(implementation, spec, check)
     model = implementation.model(spec)
     for name, (r, _, s) in matching.targets(kinds_of(spec), spec.config).items():

@@ -45,13 +45,13 @@ def untouched(check: Check, model: Model, spec: ModelSpec, what: str) -> None:
 
 
 @requirement("SAVED-001", "The copy starts as the original.", DOC, "model modules_to_save", saving)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     gives(check, model, spec, [fill(model, spec)], "the output")
 
 
 @requirement("SAVED-002", "The copy trains in full, and the original is frozen.", DOC, "model modules_to_save", saving)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     trains = implementation.model(spec).trainable()
     check.that({"head.weight:default", "head.bias:default"} <= trains, f"the copy does not train: {sorted(trains)}")
     check.that(not {"head.weight", "head.bias"} & trains, "the original trains")
@@ -64,7 +64,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model modules_to_save",
     saving,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     trained = train(model, spec)
@@ -79,7 +79,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model modules_to_save disable",
     saving,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     trained = train(model, spec)
@@ -96,7 +96,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model modules_to_save",
     lambda i: saving(i, target_modules=["proj", "up", "head"]),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_005(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     check.equal(sorted(model.adapted()), ["a.proj", "a.up"], "the adapted modules")
 
@@ -108,7 +108,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model modules_to_save",
     lambda i: st.builds(_with_xhead, saving(i)),
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     trains = implementation.model(spec).trainable()
     check.that("head.weight:default" in trains, "head has no copy")
     check.that("xhead.weight:default" not in trains, "xhead has a copy, though modules_to_save names head")
@@ -127,7 +127,7 @@ def _with_xhead(spec: ModelSpec) -> ModelSpec:
     "model modules_to_save adapters",
     saving,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     first = fill(model, spec)
     one = train(model, spec)
@@ -147,7 +147,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 @requirement(
     "SAVED-008", "Unloading without merging gives the originals back.", "U6", "model modules_to_save unload", saving
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     train(model, spec)
     for name, got in zip("Wb", model.unload(merge=False)["head"], strict=True):
@@ -161,7 +161,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model modules_to_save unload merge",
     saving,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     trained = train(model, spec)
     for name, got in zip("Wb", model.unload(merge=True)["head"], strict=True):
@@ -169,7 +169,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
 
 
 @requirement("SAVED-010", "Merging and unmerging leave the copies alone.", "U1", "model modules_to_save merge", saving)
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     trained = train(model, spec)
@@ -190,7 +190,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     saving,
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
     trained = train(model, spec)
@@ -208,7 +208,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     "model modules_to_save adapters",
     saving,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def saved_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec.but(modules_to_save=None))
     fill(model, spec)
     model.add("other", spec.config)

@@ -21,7 +21,7 @@ RSLORA = "rsLoRA, arXiv 2312.03732, theorem 3.2 (S1)"
     (),
     lambda i: layers(i, use_rslora=False),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def scale_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     s = implementation.layer(spec).read().scaling
     check.close(s, spec.lora_alpha / spec.r, abs(spec.lora_alpha / spec.r), "float64", "s")
 
@@ -29,7 +29,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "SCALE-002", "With use_rslora s = lora_alpha / sqrt(r).", RSLORA, "rslora", lambda i: layers(i, use_rslora=True)
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def scale_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     s = implementation.layer(spec).read().scaling
     check.close(s, spec.lora_alpha / spec.r**0.5, abs(spec.lora_alpha / spec.r**0.5), "float64", "s")
 
@@ -41,7 +41,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def scale_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     spec = spec.but(lora_alpha=abs(spec.lora_alpha) + 1)
     x = inputs(spec)
     _, state = made(implementation, spec)
@@ -53,7 +53,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "SCALE-004", "lora_alpha = 0 switches the update off.", "S3", "write alpha", lambda i: layers(i, lora_alpha=0.0)
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def scale_004(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     x = inputs(spec)
     check.close(
@@ -72,7 +72,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write alpha",
     lambda i: layers(i, lora_alpha=-3.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def scale_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     x = inputs(spec)
     want, bound = oracle.forward(spec, state._replace(scaling=spec.scaling), x)
@@ -92,7 +92,7 @@ _steps = st.lists(
     "rescale",
     lambda i: st.tuples(layers(i), _steps),
 )
-def _(implementation: Implementation, case: tuple[LayerSpec, list[tuple[str, float]]], check: Check) -> None:
+def scale_006(implementation: Implementation, case: tuple[LayerSpec, list[tuple[str, float]]], check: Check) -> None:
     spec, steps = case
     layer = implementation.layer(spec)
     first = s = layer.read().scaling
@@ -111,7 +111,7 @@ def _(implementation: Implementation, case: tuple[LayerSpec, list[tuple[str, flo
     "rescale write merge",
     lambda i: layers(i, MERGEABLE),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def scale_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.rescale("scale", 3.0)
     state, x = layer.read(), inputs(spec)

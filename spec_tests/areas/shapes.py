@@ -27,7 +27,7 @@ def _shapes(id: str, kind: str) -> None:
     source, sentence = SHAPES[kind]
 
     @requirement(id, f"{kind}: {sentence}.", source, kind, lambda i: layers(i, (kind,)))
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         state = implementation.layer(spec).read()
         experts = spec.W.shape[:-2] if kind == "experts" else ()
         kernel = spec.W.shape[2:] if MESH.get(kind) else ()
@@ -49,7 +49,7 @@ for _number, _kind in enumerate(SHAPES, 1):
         i, ("linear", "transposed"), r=9, lora_alpha=2.0, W=np.array([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]]), b=None
     ),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_009(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     check.equal((state.A.shape, state.B.shape), ((9, 3), (2, 9)), "the shapes of A and B")
     x = np.array([[1.0, 2.0, -1.0]])
@@ -65,7 +65,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write float32_factors",
     lambda i: layers(i, LINEAR, ("float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     fine = 2.0**-20  # far below the spacing of float16 and of bfloat16
     layer.write(np.full_like(state.A, 1 + fine), np.full_like(state.B, 1 - fine))
@@ -81,7 +81,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, MERGEABLE),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     before = layer.read()
     rng = np.random.default_rng(spec.seed)
@@ -100,7 +100,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "linear",
     lambda i: layers(i, LINEAR),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     check.equal(layer.forward(np.zeros((0, spec.W.shape[1]))).shape, (0, len(spec.W)), "the shape for no tokens")
 
@@ -112,7 +112,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write",
     lambda i: layers(i, LINEAR, ("float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_013(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _state = made(implementation, spec)
     y = layer.forward(inputs(spec))
     mantissa = np.frexp(y)[0] / UNIT[spec.dtype]  # an integer, if y has no more bits than the dtype
@@ -126,7 +126,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write float32_factors float32_branch",
     lambda i: layers(i, (*LINEAR, *CONVOLUTIONS, "embedding"), ("float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_014(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     spec = spec.but(W=np.zeros_like(spec.W), b=None)  # then the base's output is 0 and what is seen is the branch
     layer, state = made(implementation, spec)
     x = inputs(spec)
@@ -143,7 +143,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "write float64",
     lambda i: layers(i, LINEAR, ("float64",)),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_015(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     fine = 2.0**-40  # far below the spacing of float32
     layer.write(np.full_like(state.A, 1 + fine), np.full_like(state.B, 1 - fine))
@@ -159,7 +159,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "embedding write unbatched",
     lambda i: layers(i, ("embedding",)),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     for shape in ((), (3,), (2, 1, 3)):
         x = np.asarray(inputs(spec, tokens=shape))
@@ -174,7 +174,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     (),
     lambda i: layers(i, (*CONVOLUTIONS, "embedding")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def shape_017(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     x = inputs(spec)
     want = oracle.apply(spec, spec.W, None, x).shape
     got = implementation.layer(spec).forward(x[:0])

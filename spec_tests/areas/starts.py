@@ -87,7 +87,7 @@ def _default(id: str, kind: str) -> None:
         lambda i: wide(i, (kind,)),
         slow=4,
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         zero = implementation.conventions.get("zero_factor", "B")
         state = noop(check, implementation, spec, str(zero))
         other = state.A if zero == "B" else state.B
@@ -107,7 +107,7 @@ for _number, _kind in enumerate([k for k in MERGEABLE if k != "embedding"], 1):
     lambda i: wide(i, ("embedding",)),
     slow=4,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_008(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     if implementation.conventions.get("zero_factor_of_embedding", "A") != "A":
         return
     normal(check, noop(check, implementation, spec, "A").B, 1.0, "B")
@@ -121,7 +121,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: wide(i, (*LINEAR, *CONVOLUTIONS), "gaussian"),
     slow=4,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_009(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     normal(check, noop(check, implementation, spec, "B").A, 1 / spec.r, "A")
 
 
@@ -133,7 +133,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: wide(i, ("embedding",), "gaussian"),
     slow=4,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_010(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     normal(check, noop(check, implementation, spec, "A").B, 1.0, "B")
 
 
@@ -144,7 +144,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:False",
     lambda i: layers(i, MERGEABLE, init_lora_weights=False, lora_alpha=8.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_011(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = implementation.layer(spec).read()
     check.equal(state.W, spec.W, "the base weight at the start")
     for name in "AB":
@@ -159,7 +159,7 @@ def _seeds(id: str, init: Any, needs: str) -> None:
         needs,
         lambda i: layers(i, LINEAR, init_lora_weights=init, r=2),
     )
-    def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         first, again, other = (implementation.layer(spec.but(seed=spec.seed + n)).read() for n in (0, 0, 1))
         for name in "AB":
             check.equal(getattr(again, name), getattr(first, name), f"{name} of the same seed")
@@ -185,7 +185,7 @@ def even(draw: Any, implementation: Implementation, dtypes: tuple[str, ...] = ("
     "init:orthogonal",
     lambda i: even(i),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_015(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = implementation.layer(spec).read()
     check.equal(state.W, spec.W, "the base weight at the start")
     check.that(state.A.any() and state.B.any(), "a factor is zero")
@@ -201,7 +201,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:orthogonal",
     lambda i: even(i),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = implementation.layer(spec).read()
     for name in "AB":
         S = np.linalg.svd(getattr(state, name), compute_uv=False)
@@ -216,7 +216,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "init:True",
     lambda i: layers(i, MERGEABLE, init_lora_weights=True, lora_alpha=1.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_017(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, two = (implementation.layer(spec.but(lora_alpha=a)).read() for a in (1.0, 16.0))
     for name in "AB":
         check.equal(getattr(two, name), getattr(one, name), f"{name} with another lora_alpha")
@@ -229,7 +229,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "merge init:True",
     lambda i: layers(i, MERGEABLE, ("float32", "float16", "bfloat16")),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_018(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer = implementation.layer(spec)
     layer.merge()
     check.equal(layer.read().W, spec.W, "the merged weight")
@@ -245,7 +245,7 @@ _seeds("INIT-019", False, "init:False")
     "init:False",
     lambda i: layers(i, MERGEABLE, init_lora_weights=False, lora_alpha=8.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_020(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = implementation.layer(spec).read()
     for name in "AB":
         factor = getattr(state, name)
@@ -260,7 +260,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "experts init:True",
     lambda i: layers(i, ("experts",), lora_alpha=8.0),
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def init_021(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     state = implementation.layer(spec).read()
     random = state.A if state.A.any() else state.B
     check.that((random[0] != random[1]).any(), "two experts start with the same random numbers")
@@ -274,7 +274,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     lambda i: seeds,
     slow=2,
 )
-def _(implementation: Implementation, seed: int, check: Check) -> None:
+def init_022(implementation: Implementation, seed: int, check: Check) -> None:
     modules = {name: ModuleSpec("linear", np.eye(6)) for name in ("block.0.proj", "block.1.proj", "proj")}
     model = implementation.model(ModelSpec(modules, {"r": 2, "lora_alpha": 2, "target_modules": ["proj"]}, seed=seed))
     states = [model.read(name) for name in modules]

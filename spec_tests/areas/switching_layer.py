@@ -12,7 +12,7 @@ from .merging import merged
 
 
 @requirement("OFF-001", "Switched off, the layer gives what the base gives.", "U2", "disable write", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.enable(False)
     x = inputs(spec)
@@ -21,7 +21,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("OFF-002", "Switched on again, it gives what it gave before.", "U2", "disable write", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_002(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     x = inputs(spec)
     before = layer.forward(x)
@@ -33,7 +33,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 @requirement(
     "OFF-003", "Switched off while merged, the layer gives what the base gives.", "U2", "disable write merge", layers
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     layer.enable(False)
@@ -43,7 +43,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("OFF-004", "Switched off and on while merged, the update acts once.", "U2", "disable write merge", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_004(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
     layer.enable(False)
@@ -56,7 +56,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("OFF-005", "Switching off twice is switching off once, and on likewise.", "U2", "disable write", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_005(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     x = inputs(spec)
     on = layer.forward(x)
@@ -68,7 +68,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
 
 
 @requirement("OFF-006", "Switching off does not change W, A, B or s.", "U2", "disable write", layers)
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_006(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, before = made(implementation, spec)
     layer.enable(False)
     after = layer.read()
@@ -83,7 +83,7 @@ def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     "disable write grad",
     layers,
 )
-def _(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+def off_007(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.enable(False)
     x = inputs(spec)

@@ -324,7 +324,7 @@ _rule(
     lambda i: cases(i, BLOCK, target_modules=listed),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def target_020(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     items = spec.config["target_modules"]
     spec = spec.but(target_modules=["head", *items])
     try:
@@ -349,7 +349,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     ),
     slow=2,
 )
-def _(implementation: Implementation, case: tuple[ModelSpec, Any], check: Check) -> None:
+def target_021(implementation: Implementation, case: tuple[ModelSpec, Any], check: Check) -> None:
     spec, second = case
     model = implementation.model(spec)
     config = {"r": 3, "lora_alpha": 6.0, "target_modules": second}
@@ -370,7 +370,7 @@ def _(implementation: Implementation, case: tuple[ModelSpec, Any], check: Check)
     lambda i: cases(i, target_modules=listed),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def target_022(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     try:
         want = matching.targets(kinds_of(spec), spec.config)
     except matching.Refusal:
@@ -392,7 +392,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     ),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def target_023(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     for name, (W, b) in model.base().items():
         for got, want, what in ((W, spec.modules[name].W, "weight"), (b, spec.modules[name].b, "bias")):
@@ -414,7 +414,7 @@ def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     lambda i: cases(i, BLOCK, target_parameters=st.sampled_from((["up.weight"], ["layers.1.attn.q_proj.weight"]))),
     slow=2,
 )
-def _(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+def target_024(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     model.add("second", {**spec.config, "r": 1})
     want = matching.targets(kinds_of(spec), spec.config)

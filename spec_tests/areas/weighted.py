@@ -60,7 +60,7 @@ def size(state: LayerState) -> Array:
     "model adapters weighted",
     combined,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_001(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
     for name in states[0]:
@@ -69,7 +69,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement("WEIGHT-002", "cat: the rank is the sum of the ranks.", DOC, "model adapters weighted", combined)
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_002(implementation: Implementation, case: Any, check: Check) -> None:
     model, _spec, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
     for name, (r, _) in model.adapted("new").items():
@@ -84,7 +84,7 @@ def _identity(id: str, how: str) -> None:
         "model adapters weighted",
         combined,
     )
-    def _(implementation: Implementation, case: Any, check: Check) -> None:
+    def body(implementation: Implementation, case: Any, check: Check) -> None:
         model, spec, _, (_, second) = parents(implementation, case)
         model.combine(["second"], [1.0], "new", how)
         for name, state in second.items():
@@ -106,7 +106,7 @@ _identity("WEIGHT-005", "svd")
     "model adapters weighted",
     lambda i: combined(i, same_rank=True),
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_006(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, weights, states = parents(implementation, case)
     made = []
     for adapter, rows in (("default", slice(0, 1)), ("second", slice(1, 2))):  # rank 1 each, so 2 together
@@ -131,7 +131,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters weighted",
     lambda i: combined(i, same_rank=True),
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_007(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "linear")
     for name in states[0]:
@@ -153,7 +153,7 @@ def _negative(id: str, how: str) -> None:
         "model adapters weighted",
         lambda i: st.tuples(combined(i, same_rank=True), st.sampled_from((-1.0, -0.5))),
     )
-    def _(implementation: Implementation, case: Any, check: Check) -> None:
+    def body(implementation: Implementation, case: Any, check: Check) -> None:
         model, spec, _, (_, second) = parents(implementation, case[0])
         model.combine(["second"], [case[1]], "new", how)
         for name, state in second.items():
@@ -174,7 +174,7 @@ _negative("WEIGHT-010", "svd")
     "model adapters weighted",
     combined,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_011(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
     check.equal(model.active(), ["default"], "the active adapters")
@@ -188,7 +188,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement("WEIGHT-012", "The combined adapter can be set, and acts.", DOC, "model adapters weighted", combined)
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_012(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, weights, _ = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
     new = {name: model.read(name, "new") for name in model.adapted("new")}
@@ -205,7 +205,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters weighted errors",
     combined,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_013(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, _, states = parents(implementation, case)
     check.refused(lambda: model.combine(["default", "second"], [1.0], "new", "cat"), "two adapters with one weight")
     check.equal(model.active(), ["default"], "the active adapters")
@@ -219,7 +219,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters weighted errors",
     lambda i: combined(i, same_rank=True),
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_014(implementation: Implementation, case: Any, check: Check) -> None:
     model, _spec, weights, _ = parents(implementation, (case[0], {**case[1], "r": 3}, case[2]))
     check.refused(lambda: model.combine(["default", "second"], weights, "new", "linear"), "linear with ranks 2 and 3")
 
@@ -231,7 +231,7 @@ def _(implementation: Implementation, case: Any, check: Check) -> None:
     "model adapters weighted errors",
     combined,
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_015(implementation: Implementation, case: Any, check: Check) -> None:
     model, _spec, weights, _ = parents(implementation, case)
     check.refused(lambda: model.combine(["default", "nobody"], weights, "new", "cat"), "an adapter that does not exist")
     check.refused(lambda: model.combine(["default", "second"], weights, "new", "nothing"), "an unknown combination")
@@ -245,7 +245,7 @@ def _parents(id: str, what: str, patterns: dict[str, Any]) -> None:
         "model adapters weighted patterns",
         lambda i: combined(i, **patterns),
     )
-    def _(implementation: Implementation, case: Any, check: Check) -> None:
+    def body(implementation: Implementation, case: Any, check: Check) -> None:
         model, spec, _, (first, _) = parents(implementation, case)
         for how in ("cat", "linear", "svd"):
             model.combine(["default"], [1.0], how, how)
@@ -266,7 +266,7 @@ _parents("WEIGHT-017", "rank_pattern", {"rank_pattern": {"up": 3, "head": 1}})
     "model adapters weighted rslora",
     lambda i: combined(i, rslora=True),
 )
-def _(implementation: Implementation, case: Any, check: Check) -> None:
+def weight_018(implementation: Implementation, case: Any, check: Check) -> None:
     model, _, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
     for name in states[0]:

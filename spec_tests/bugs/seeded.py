@@ -8,31 +8,18 @@ A link says where such a bug was reported or mended; the fault is written anew, 
 from __future__ import annotations
 
 import functools
+import importlib
+import pkgutil
 import sys
 import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..contract import Implementation
 from ..reference import plain
+from .bug import PEFT, Bug
 
 SOURCE = Path(plain.__file__)
-GITHUB = "https://github.com/"
-PEFT = "huggingface/peft/"
-
-
-class Bug(NamedTuple):
-    """`old`, which stands in plain.py exactly once, becomes `new`."""
-
-    name: str
-    old: str
-    new: str
-    link: str = ""
-    profile: str = "quick"  # of the matrix: "default" where few examples do not find it
-
-    @property
-    def url(self) -> str:
-        return GITHUB + self.link if self.link else ""
 
 
 @functools.cache
@@ -1486,6 +1473,11 @@ MUTANTS = (
         '"rank_pattern": ranks}\n\n    def unload',
     ),
 )
+# the faults of one area each, in files of their own: BUGS with a link to a public report, MUTANTS without
+for _module in sorted(each.name for each in pkgutil.iter_modules([str(Path(__file__).parent)])):
+    if _module.startswith("faults_"):
+        _faults = importlib.import_module(f"{__package__}.{_module}")
+        BUGS, MUTANTS = BUGS + _faults.BUGS, MUTANTS + _faults.MUTANTS
 ALL = BUGS + MUTANTS
 # no requirement looks at what these change, yet
 NOT_FOUND: frozenset[str] = frozenset()  # names of bugs that no requirement finds yet
