@@ -22,7 +22,7 @@ if not os.path.exists("figures/book.mplstyle"):
 
 
 #: These train models, or try a suite: minutes rather than seconds.
-LONG = ("02_scaling", "10_fine_tune", "11_claims", "12_test_your_lora")
+LONG = ("02_scaling", "10_fine_tune", "11_claims", "12_test_your_lora", "15_trainer", "16_past_one_device")
 
 
 def all_pages(folder: pathlib.Path = HERE) -> list[pathlib.Path]:
