@@ -44,6 +44,7 @@ CLAIMS = {
     "float32_factors": "keeps the factors of a half precision weight in float32",
     "float32_branch": "computes the branch of a half precision layer in float32",
     # constructor options of the base layer (LayerSpec.base)
+    "base_options": "takes base layers with options: each is followed, or refused with an error (LayerSpec.base)",
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight",
@@ -127,6 +128,12 @@ class LayerSpec:
             "kpm"}; eva: {"inputs", "rho", "whiten"}; lora_ga: {"x" (tokens, in), "dy" (tokens, out)}, where the loss is
             sum(dy * y).
         seed: the seed of everything random.
+        base: options of the base layer, by name (claim "base_options"). A convolution: "groups" (W is then
+            (out, in / groups, *kernel), and B is zero where an output does not belong to the group of a row of A) and
+            "padding_mode" ("reflect", "circular" or "replicate"). An embedding: "max_norm", "scale_grad_by_freq",
+            "sparse", as torch has them, and "embed_scale", by which the layer multiplies what it looks up. Any layer:
+            "parametrized" (W is computed from other parameters) and "hook" (a number by which a forward hook of the
+            base layer multiplies the base layer's output).
     """
 
     kind: str
@@ -144,6 +151,12 @@ class LayerSpec:
     padding: int = 0
     dilation: int = 1
     padding_idx: int | None = None
+    base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def n_in(self) -> int:
+        """How many inputs the layer takes: (out, in / groups, *kernel) is the weight of a convolution in groups."""
+        return self.W.shape[2 if self.kind == "experts" else 1] * self.base.get("groups", 1)
 
     @property
     def scaling(self) -> float:
