@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,9 @@ CLAIMS = {
     "all_or_nothing": "an operation on a model that is refused has changed no module",
     "errors": "refuses what the documentation says is wrong",
     # contexts, and a model that is merged
+    "disable_context": "a context in which the adapters are off, and after which everything is as before",
+    "scale_context": "a context in which the scaling of the active adapters is multiplied by a number",
+    "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
@@ -280,9 +284,28 @@ class Model:
         raise NotImplementedError
 
     def forward(
-        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+        self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
     ) -> Array:
-        """adapter_names (claim "batch"): one for each sample, "__base__" for none."""
+        """adapter_names (claim "batch"): one for each sample, "__base__" for none.
+
+        train None (claim "modes"): in the mode that `train` has set.
+        """
+        raise NotImplementedError
+
+    def train(self, mode: bool) -> None:
+        """Set the model to training mode, or to evaluation mode: torch's `Module.train(mode)`."""
+        raise NotImplementedError
+
+    def training(self) -> bool:
+        """Is the model in training mode?"""
+        raise NotImplementedError
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context in which the adapters are off: PEFT's `with model.disable_adapter()`."""
+        raise NotImplementedError
+
+    def scaled(self, factor: float) -> AbstractContextManager[None]:
+        """A context in which s of the active adapters is `factor` times as large: PEFT's `rescale_adapter_scale`."""
         raise NotImplementedError
 
     def trainable(self) -> set[str]:

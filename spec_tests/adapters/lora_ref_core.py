@@ -21,6 +21,7 @@ ELSEWHERE = {
     "base_options": "lora_ref.safe",
     "weighted": "lora_ref.api",
     "rescale": "lora_ref.api",
+    "scale_context": "lora_ref.api",
 }
 
 

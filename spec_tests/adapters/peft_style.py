@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -269,15 +270,33 @@ class PeftStyleModel(Model):
         for parameter, value in zip(self.factors(self.module(module), adapter), (A, B), strict=True):
             parameter.data = torch.tensor(value).to(parameter.dtype).reshape(parameter.shape)
 
+    def train(self, mode: bool) -> None:
+        self.peft.train(mode)
+
+    def training(self) -> bool:
+        return bool(self.peft.training)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with self.peft.disable_adapter():
+            yield
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        with self.library.helpers.rescale_adapter_scale(self.peft, factor):
+            yield
+
     def forward(
-        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+        self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
     ) -> Array:
-        self.peft.train(train)
+        if train is not None:
+            self.peft.train(train)
         torch.manual_seed(seed)
         given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype)
         with torch.no_grad():
             y = self.peft(given) if adapter_names is None else self.output(given, list(adapter_names))
-        self.peft.eval()
+        if train is not None:
+            self.peft.eval()
         return to_numpy(y)
 
     def trainable(self) -> set[str]:

@@ -28,11 +28,12 @@ that the suite tests. `spec_tests.bugs.seeded` replaces single lines of it by fa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -677,6 +678,7 @@ class PlainModel(Model):
         self.configs: dict[str, dict[str, Any]] = {}
         self.trains: set[str] = set()
         self.enabled = True
+        self.mode = True  # training, as a torch model begins
         if not empty:
             self.add("default", spec.config)
             self.set(["default"])
@@ -724,9 +726,39 @@ class PlainModel(Model):
     def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:
         self.sites[module].write(adapter, A, B)
 
+    def train(self, mode: bool) -> None:
+        self.mode = mode
+
+    def training(self) -> bool:
+        return self.mode
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        before = self.enabled
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enable(before)
+
+    @contextlib.contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        if any(site.merged for site in self.sites.values()):
+            raise ValueError("the scaling of a merged adapter cannot change: unmerge first")
+        acting = [a for site in self.sites.values() for name, a in site.adapters.items() if name in site.active]
+        before = [a.s for a in acting]
+        try:
+            for a in acting:
+                a.s = a.s * factor
+            yield
+        finally:
+            for a, s in zip(acting, before, strict=True):
+                a.s = s
+
     def forward(
-        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+        self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
     ) -> Array:
+        train = self.mode if train is None else train
         rng = np.random.default_rng(seed) if train else None
         if adapter_names is None:
             for site in self.sites.values():
