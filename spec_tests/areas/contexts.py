@@ -1,4 +1,4 @@
-"""Contexts in which adapters are off or scaled, and the two modes of a model: what holds inside, and what is restored."""
+"""Contexts in which adapters are off or scaled, and the modes of a model: what holds inside, and what is restored."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """A merged adapter is unmerged inside a context of scaling: another update is subtracted than was added."""
 
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import nn
