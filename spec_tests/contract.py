@@ -48,6 +48,7 @@ CLAIMS = {
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight",
     "unmerge": "takes a merged update out of the weight again",
+    "merged_copy": "gives a merged copy of a layer, and leaves the layer as it is",
     "exact_unmerge": "unmerging gives the base weight back bit for bit",
     "safe_merge": "can merge so that NaN and infinite weights are refused",
     "grad": "gives gradients",
@@ -71,7 +72,9 @@ CLAIMS = {
     "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
     # starts beside everything else
     # a model
-    "model": "adapts a model of named layers by target_modules",
+    "model": "adapts the layers of a model that target_modules names, in full or by the ends of their names",
+    "targets:list": "target_modules as a list: whole names, and ends of names that begin after a dot, taken literally",
+    "targets:regex": "target_modules as a string: a regular expression that matches the whole name",
     "patterns": "rank_pattern and alpha_pattern",
     "exclude": "exclude_modules",
     "layers_to_transform": "layers_to_transform and layers_pattern",
@@ -101,6 +104,7 @@ CLAIMS = {
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",
     "zero_factor_of_embedding": "likewise of an embedding: 'A' (default) or 'B'",
+    "scaling": "how s follows from lora_alpha and r: 'alpha' (default); 'none': there is no s, the update is B A",
     "embedding_dropout": "lora_dropout acts on embeddings too: False by default",
 }
 
@@ -191,6 +195,10 @@ class Layer:
         raise NotImplementedError
 
     def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        """W and b of a plain layer that gives what this one gives; this one stays as it is (claim "merged_copy")."""
         raise NotImplementedError
 
     def enable(self, enabled: bool) -> None:

@@ -34,7 +34,7 @@ BUNDLED = {
     "plain": "spec_tests.reference.plain:Plain",
     "peft": "spec_tests.adapters.peft_:Peft",
     "loralib": "spec_tests.adapters.loralib_:Loralib",
-    "minlora": "spec_tests.adapters.parametrized:Parametrized",
+    "parametrized": "spec_tests.adapters.parametrized:Parametrized",
     "litgpt": "spec_tests.adapters.litgpt_:Litgpt",
     "torchtune": "spec_tests.adapters.torchtune_:Torchtune",
     "lycoris": "spec_tests.adapters.lycoris_:Lycoris",

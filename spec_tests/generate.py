@@ -91,7 +91,10 @@ def layers(
     else:
         odd = ODD_ALPHAS if "alpha" in implementation.claims else ()
         options["lora_alpha"] = draw(st.sampled_from([*ALPHAS, *odd]))
-    return LayerSpec(**options | fixed)
+    options |= fixed
+    if implementation.conventions.get("scaling") == "none":
+        options |= {"lora_alpha": float(options["r"]), "use_rslora": False}
+    return LayerSpec(**options)
 
 
 def factors(spec: LayerSpec, like: LayerState, exact: bool = False, salt: int = 0) -> tuple[Array, Array]:

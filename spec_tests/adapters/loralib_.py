@@ -98,6 +98,7 @@ class Loralib(Implementation):
             "float32",
             "write",
             "merge",
+            "unmerge",
             "grad",
             "trainable",
             "init:True",

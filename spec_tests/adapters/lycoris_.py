@@ -78,7 +78,7 @@ class Lycoris(Implementation):
             "disable",
             "init:True",
         ]
-    ) | ({"merge"} if hasattr(LoConModule, "onfly_merge") else set())
+    ) | ({"merge", "unmerge"} if hasattr(LoConModule, "onfly_merge") else set())
 
     def version(self) -> str:
         return f"lycoris-lora {importlib.metadata.version('lycoris_lora')}, torch {torch.__version__}"

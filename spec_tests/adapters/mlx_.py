@@ -35,10 +35,9 @@ class MlxLayer(Layer):
             if spec.b is not None:
                 base.bias = mx.array(spec.b).astype(self.dtype)
             self.module = LoRALinear.from_base(base, **options)
-        self.fused: Any = None
 
     def base(self) -> Any:
-        return self.fused or (self.module.embedding if self.spec.kind == "embedding" else self.module.linear)
+        return self.module.embedding if self.spec.kind == "embedding" else self.module.linear
 
     def read(self) -> LayerState:
         W = to_numpy(self.base().weight)
@@ -51,16 +50,14 @@ class MlxLayer(Layer):
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
         mx.random.seed(seed)
-        module = self.fused or self.module
-        module.train(train)
+        self.module.train(train)
         given = mx.array(x) if x.dtype.kind == "i" else mx.array(x).astype(self.dtype)
-        return to_numpy(module(given))
+        return to_numpy(self.module(given))
 
-    def merge(self, safe: bool = False) -> None:
-        self.fused = self.fused or self.module.fuse()
-
-    def unmerge(self) -> None:
-        self.fused = None
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        made = self.module.fuse()
+        W = to_numpy(made.weight)
+        return W.T if self.spec.kind == "embedding" else W, None if self.spec.b is None else to_numpy(made.bias)
 
 
 class Mlx(Implementation):
@@ -75,8 +72,7 @@ class Mlx(Implementation):
             "unbatched",
             "float32",
             "write",
-            "merge",
-            "exact_unmerge",
+            "merged_copy",
             "init:True",
         ]
     )

@@ -49,6 +49,7 @@ def claims_of_this_release() -> frozenset[str]:
         - missing
         - {
             "init:loftq",  # needs CUDA and bitsandbytes
+            "merged_copy",  # it merges in place
             "exact_unmerge",
             "exact_residual",
             "partial_merge",

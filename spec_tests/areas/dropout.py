@@ -206,7 +206,7 @@ def drop_013(implementation: Implementation, spec: LayerSpec, check: Check) -> N
     "DROP-014",
     "Each active adapter draws a mask of its own.",
     "PEFT: every adapter has its own dropout layer (P2)",
-    "model adapters dropout",
+    "model adapters dropout summed write",
     lambda i: seeds,
     slow=4,
 )

@@ -78,11 +78,15 @@ _refused(
     "layers_to_transform with a string for target_modules",
     DOC + "layers_to_transform (N7)",
     [{"target_modules": ".*proj", "layers_to_transform": [0]}],
-    "layers_to_transform",
+    "layers_to_transform targets:regex",
 )
-_refused("ERROR-009", "No target at all", "N5", [{"target_modules": []}, {"target_modules": ""}])
+_refused("ERROR-009", "No target at all", "N5", [{"target_modules": []}, {"target_modules": ""}], "targets:regex")
 _refused(
-    "ERROR-010", "A target that no module has", "N9", [{"target_modules": ["nothing"]}, {"target_modules": "nothing.*"}]
+    "ERROR-010",
+    "A target that no module has",
+    "N9",
+    [{"target_modules": ["nothing"]}, {"target_modules": "nothing.*"}],
+    "targets:regex",
 )
 _refused(
     "ERROR-011", "A module of a type that cannot be adapted, as the only target", "N9", [{"target_modules": ["norm"]}]

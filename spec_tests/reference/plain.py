@@ -477,6 +477,10 @@ class PlainLayer(Layer):
     def unmerge(self) -> None:
         self.site.unmerge()
 
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        W, _ = self.site.merge(["default"], False)
+        return self.site.side(W), self.site.b
+
     def enable(self, enabled: bool) -> None:
         self.site.enabled = enabled
 
