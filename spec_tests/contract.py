@@ -42,14 +42,12 @@ CLAIMS = {
     "float16": "has float16 weights",
     "bfloat16": "has bfloat16 weights",
     "float32_factors": "keeps the factors of a half precision weight in float32",
-    "float32_branch": "computes the branch of a half precision layer in float32",
     # constructor options of the base layer (LayerSpec.base)
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight",
     "unmerge": "takes a merged update out of the weight again",
     "merged_copy": "gives a merged copy of a layer, and leaves the layer as it is",
-    "exact_unmerge": "unmerging gives the base weight back bit for bit",
     "safe_merge": "can merge so that NaN and infinite weights are refused",
     "grad": "gives gradients",
     "trainable": "says what trains",
@@ -69,7 +67,6 @@ CLAIMS = {
     "init:eva": "principal components of the inputs (needs data)",
     "init:lora_ga": "directions of the gradient (needs data)",
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
-    "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
     # starts beside everything else
     # a model
     "model": "adapts the layers of a model that target_modules names, in full or by the ends of their names",
@@ -80,26 +77,40 @@ CLAIMS = {
     "layers_to_transform": "layers_to_transform and layers_pattern",
     "all-linear": "target_modules='all-linear'",
     "bias": "bias='all' and 'lora_only'",
-    "bias_follows": "which biases train follows the active adapter",
     "modules_to_save": "modules_to_save",
     "target_parameters": "target_parameters",
     "adapters": "several named adapters, of which one is active at a time",
     "summed": "several adapters are active at a time: their updates are summed",
     "delete": "deletes an adapter",
     "partial_merge": "with some of the active adapters merged, the others still act",
-    "strict_files": "refuses files with tensors that are missing, not expected or not finite, or options it ignores",
     "weighted": "add_weighted_adapter: cat, svd, linear",
     "batch": "another adapter for each sample of a batch",
     "unload": "gives the plain model back, merged or not",
     "files": "adapter folders in PEFT's format",
-    "strict_errors": "refuses values of a wrong type, NaN and infinity, when a configuration is made or used",
-    "all_or_nothing": "an operation on a model that is refused has changed no module",
     "errors": "refuses what the documentation says is wrong",
     # contexts, and a model that is merged
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
+    "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
+    "decision:full_match": "a string of target_modules or exclude_modules must match the whole name, not its start",
+    "decision:letter_case": "'all-linear' may be written in other letters",
+    "decision:layer_indices": "of layers_to_transform [] restricts nothing, -1 is no layer; patterns count in order",
+    "decision:pattern_order": "of several keys of a pattern that match, the first one counts",
+    "decision:no_effect": "refuses a configuration that adapts nothing, and an option that has no effect",
+    "decision:linear_combination": "'linear' combines A and B with the roots of the weights times s",
+    "decision:half_merge": "the update of a half precision weight is computed in float32 and rounded once",
+    "float32_branch": "computes the branch of a half precision layer in float32",
+    "exact_unmerge": "unmerging gives the base weight back bit for bit",
+    "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
+    "bias_follows": "which biases train follows the active adapter",
+    "strict_files": "refuses files with tensors that are missing, not expected or not finite, or options it ignores",
+    "strict_errors": "refuses values of a wrong type, NaN and infinity, when a configuration is made or used",
+    "all_or_nothing": "an operation on a model that is refused has changed no module",
 }
+
+#: The claims to what no document but lora_ref's own asks for. A library claims one where its documentation says so.
+DECISIONS = frozenset(list(CLAIMS)[list(CLAIMS).index("decision:whole_segments") :])
 
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",

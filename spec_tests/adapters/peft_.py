@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import peft
 from torch import nn
 
-from ..contract import CLAIMS, LayerSpec
+from ..contract import CLAIMS, DECISIONS, LayerSpec
 from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
 
 OPTION_OF = {
@@ -46,17 +46,11 @@ def claims_of_this_release() -> frozenset[str]:
     missing |= {claim for claim, first in SINCE.items() if release < first}
     return (
         frozenset(CLAIMS)
+        - DECISIONS
         - missing
         - {
             "init:loftq",  # needs CUDA and bitsandbytes
             "merged_copy",  # it merges in place
-            "exact_unmerge",
-            "exact_residual",
-            "partial_merge",
-            "strict_files",
-            "bias_follows",
-            "strict_errors",
-            "all_or_nothing",
         }
     )
 

@@ -309,7 +309,7 @@ def bias_012(implementation: Implementation, spec: ModelSpec, check: Check) -> N
 @requirement(
     "BIAS-013",
     "Which biases train follows the active adapter: none with another one, the same again when it is back.",
-    "B6",
+    "lora_ref's decision (B6): PEFT's documentation of set_adapter is about the adapter's own parameters",
     "model linear bias adapters bias_follows trainable",
     with_bias,
     slow=2,
@@ -351,7 +351,7 @@ def bias_014(implementation: Implementation, case: tuple[ModelSpec, str], check:
 @requirement(
     "BIAS-015",
     "A bias adapter may be the second one; its biases train when it is chosen.",
-    "B6",
+    "lora_ref's decision (B6): PEFT's documentation of set_adapter is about the adapter's own parameters",
     "model linear bias adapters bias_follows trainable",
     lambda i: st.tuples(small(i, bias="none"), MODES),
     slow=2,

@@ -325,11 +325,14 @@ _starts("FILE-019", "pissa", " with patterns", "patterns", rank_pattern={"up": 3
 # -- what must be refused ------------------------------------------------------------------------
 
 
+DECIDED = "lora_ref's decision (X8)"
+
+
 def _refused(id: str, what: str, spoil: Callable[[Path, dict[str, Any], dict[str, Array]], None], strict: bool) -> None:
     @requirement(
         id,
         f"{what}: refused, and the model is as before.",
-        "X8: nothing wrong is loaded silently",
+        f"{DECIDED if strict else FORMAT}: nothing wrong is loaded silently",
         "model write files adapters errors" + (" strict_files" if strict else ""),
         small,
         slow=2,

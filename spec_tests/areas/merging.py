@@ -130,8 +130,8 @@ def merge_026(implementation: Implementation, spec: LayerSpec, check: Check) -> 
 @requirement(
     "MERGE-027",
     "In half precision the update is computed in at least float32 and rounded once.",
-    "T3",
-    "write merge",
+    "lora_ref's decision (T3): no document says in which dtype s B A is computed",
+    "write merge decision:half_merge",
     lambda i: layers(i, MERGEABLE, ("float16", "bfloat16")),
 )
 def merge_027(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
@@ -161,7 +161,7 @@ def merge_028(implementation: Implementation, spec: LayerSpec, check: Check) -> 
 @requirement(
     "MERGE-029",
     "Unmerging gives the base weight back bit for bit, in every dtype.",
-    "T3",
+    "lora_ref's decision (T3): PEFT's documentation of unmerge_adapter says nothing of rounding",
     "write merge exact_unmerge unmerge",
     lambda i: layers(i, MERGEABLE, ("float64", "float32", "float16", "bfloat16")),
 )

@@ -272,7 +272,7 @@ def model_012(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 @requirement(
     "MODEL-013",
     "A safe merge with NaN in one module's factors is refused, and no module is merged.",
-    "PEFT's documentation of safe_merge (U4)",
+    "lora_ref's decision (U4): PEFT's documentation of safe_merge is about one layer's weights",
     "model merge safe_merge all_or_nothing write",
     small,
 )

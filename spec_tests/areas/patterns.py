@@ -85,7 +85,8 @@ _rule(
 _rule(
     "PATTERN-004",
     "Where several keys match, the first in the dictionary's order decides.",
-    source="N8",
+    "decision:pattern_order decision:whole_segments",
+    source="lora_ref's decision (N8): PEFT's documentation of rank_pattern names no order",
     shapes=BOTH,
     target_modules=["q_proj", "xq_proj"],
     rank_pattern=st.permutations(["q_proj", "layers.1.q_proj", ".*q_proj", r"^layers\.10.*", r"1\.q_proj"]).map(

@@ -106,8 +106,8 @@ def saved_005(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 @requirement(
     "SAVED-006",
     "Names match whole, or from a dot on: 'head' is not 'xhead'.",
-    "N10; PEFT's documentation of target_modules",
-    "model modules_to_save trainable",
+    "lora_ref's decision (N10): PEFT's documentation of modules_to_save calls it a list of modules",
+    "model modules_to_save trainable decision:whole_segments",
     lambda i: st.builds(_with_xhead, saving(i)),
 )
 def saved_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,34 @@ def claimed_targets(implementation: Implementation) -> Any:
     return st.one_of([way for claim, way in ways.items() if claim in implementation.claims])
 
 
+def documented(implementation: Implementation, rule: Any, names: Any) -> Any:
+    """The rule without what documents leave open, and lora_ref decides; unless the decision is claimed.
+
+    Does the end of a name begin after a dot? Does an expression match the whole name, or its start?
+    """
+    if isinstance(rule, str) and rule.lower() != "all-linear" and "decision:full_match" not in implementation.claims:
+        return f"^(?:{rule})$"
+    if isinstance(rule, list) and "decision:whole_segments" not in implementation.claims:
+        everything = [*names, *matching.containers(names), *(f"{name}.weight" for name in names)]
+        kept = [
+            item for item in rule if all(matching.ends_at_dot(name, item) == name.endswith(item) for name in everything)
+        ]
+        return kept or [max(names, key=len)]
+    return rule
+
+
+def apart(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The first keys of which no two match one name."""
+    kept: dict[str, Any] = {}
+    taken: set[str] = set()
+    for key, value in pattern.items():
+        matched = {name for name in names if matching.looked_up({key: True}, name, False)}
+        if not matched & taken:
+            kept[key] = value
+            taken |= matched
+    return kept
+
+
 @st.composite
 def cases(draw: Any, implementation: Implementation, shapes: Any = None, **config: Any) -> ModelSpec:
     """A tree and a configuration: option = a function from the names to a strategy, a strategy, or a value."""
@@ -110,6 +138,13 @@ def cases(draw: Any, implementation: Implementation, shapes: Any = None, **confi
         value = value(made) if callable(value) else value
         chosen[option] = draw(value) if isinstance(value, st.SearchStrategy) else value
     chosen = {option: value for option, value in chosen.items() if value is not ...}
+    for option in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        if option in chosen:
+            chosen[option] = documented(implementation, chosen[option], made)
+    if "decision:pattern_order" not in implementation.claims:
+        for option in ("rank_pattern", "alpha_pattern"):
+            if option in chosen:
+                chosen[option] = apart(chosen[option], [*made, *(f"{name}.weight" for name in made)])
     return ModelSpec(chain(np.random.default_rng(0), made), chosen, seed=draw(seeds))
 
 
@@ -139,7 +174,8 @@ def holds(implementation: Implementation, spec: ModelSpec, check: Check) -> None
     try:
         want = matching.targets(kinds_of(spec), spec.config)
     except matching.Refusal as why:
-        if "errors" in implementation.claims:
+        claim = "decision:no_effect" if str(why) == matching.NOTHING else "errors"
+        if claim in implementation.claims:
             refused(check, lambda: implementation.model(spec), f"{dict(spec.config)} ({why})")
         return
     compare(check, implementation.model(spec).adapted(), want)
@@ -151,7 +187,7 @@ def _rule(id: str, sentence: str, source: str, needs: str, given: Any, slow: int
 
 _rule(
     "TARGET-001",
-    "A list of targets holds names and ends of names that begin after a dot, taken literally.",
+    "A list of targets holds names and ends of names, taken literally.",
     f"{CONFIG}, target_modules (N2)",
     "targets:list",
     lambda i: cases(i, target_modules=listed),
@@ -159,7 +195,7 @@ _rule(
 )
 _rule(
     "TARGET-002",
-    "A string as target is a regular expression that must match the whole name.",
+    "A string as target is a regular expression for the name.",
     f"{CONFIG}, target_modules (N3)",
     "targets:regex",
     lambda i: cases(i, target_modules=expression),
@@ -167,10 +203,15 @@ _rule(
 )
 _rule(
     "TARGET-003",
-    "'all-linear', in any case of letters, adapts every linear layer of a plain model and nothing else.",
+    "'all-linear' adapts every linear layer of a plain model and nothing else.",
     f"{CONFIG}, target_modules (N4)",
     "all-linear",
-    lambda i: cases(i, target_modules=st.sampled_from(("all-linear", "ALL-LINEAR", "All-Linear"))),
+    lambda i: cases(
+        i,
+        target_modules=st.sampled_from(
+            ("all-linear", "ALL-LINEAR", "All-Linear") if "decision:letter_case" in i.claims else ("all-linear",)
+        ),
+    ),
 )
 _rule(
     "TARGET-004",
@@ -182,7 +223,7 @@ _rule(
 )
 _rule(
     "TARGET-005",
-    "A string as exclude_modules is a regular expression that must match the whole name, and beats every target.",
+    "A string as exclude_modules is a regular expression for the name, and beats every target.",
     f"{CONFIG}, exclude_modules (N6)",
     "targets:list exclude",
     lambda i: cases(i, target_modules=lambda n: listed(n, 6), exclude_modules=expression),
@@ -218,14 +259,23 @@ _rule(
         i, target_modules="all-linear", exclude_modules=st.one_of(listed(ENDS), st.just(r".*\.(1|10)\..*"))
     ),
 )
-_indices = st.one_of(st.sampled_from((0, 1, 10)), st.lists(st.sampled_from((0, 1, 2, 10, -1)), max_size=2))
+
+
+def indices(implementation: Implementation) -> Any:
+    """layers_to_transform: a number or a list; an empty list and negative numbers where the decision is claimed."""
+    decided = "decision:layer_indices" in implementation.claims
+    numbers = st.sampled_from((0, 1, 2, 10, -1) if decided else (0, 1, 2, 10))
+    return st.one_of(st.sampled_from((0, 1, 10)), st.lists(numbers, min_size=0 if decided else 1, max_size=2))
+
+
+LISTS = ("layers", "experts", "xlayers", ["layers"])
+SEVERAL = (["xlayers", "layers"], ["experts", "layers"], ["h", "layers"])  # the first that is found counts
 _rule(
     "TARGET-010",
-    "layers_to_transform adapts the layers with these numbers only: 1 is not 10, a negative number is no layer, an "
-    "empty list is no restriction.",
+    "layers_to_transform adapts the layers with these numbers only: 1 is not 10.",
     f"{CONFIG}, layers_to_transform (N7)",
     "targets:list layers_to_transform",
-    lambda i: cases(i, target_modules=listed, layers_to_transform=_indices),
+    lambda i: cases(i, target_modules=listed, layers_to_transform=indices(i)),
     1,
 )
 _rule(
@@ -233,7 +283,7 @@ _rule(
     "The first number behind a list of layers is the layer's, not that of an expert within it.",
     "N7",
     "targets:list layers_to_transform",
-    lambda i: cases(i, MOE, target_modules=["w1", "q_proj"], layers_to_transform=_indices),
+    lambda i: cases(i, MOE, target_modules=["w1", "q_proj"], layers_to_transform=indices(i)),
 )
 _rule(
     "TARGET-012",
@@ -245,9 +295,7 @@ _rule(
         MOE,
         target_modules=["w1", "q_proj"],
         layers_to_transform=st.one_of(st.sampled_from((0, 1, 10)), st.lists(st.sampled_from((0, 1, 10)), min_size=1)),
-        layers_pattern=st.sampled_from(
-            ("layers", "experts", "xlayers", ["layers"], ["xlayers", "layers"], ["experts", "layers"], ["h", "layers"])
-        ),
+        layers_pattern=st.sampled_from((*LISTS, *SEVERAL) if "decision:layer_indices" in i.claims else LISTS),
     ),
 )
 _rule(
@@ -259,7 +307,7 @@ _rule(
         i,
         MOE,
         target_modules=st.tuples(st.sampled_from(sorted(MOE)), st.just("w1")).map(list),
-        layers_to_transform=_indices,
+        layers_to_transform=indices(i),
     ),
 )
 _rule(
@@ -272,15 +320,15 @@ _rule(
         target_modules=lambda n: listed(n, 6),
         exclude_modules=st.one_of(st.just(...), listed(ENDS)),
         modules_to_save=st.one_of(st.just(...), st.lists(st.sampled_from(("q_proj", "fc", "mlp.q")), min_size=1)),
-        layers_to_transform=st.one_of(st.just(...), _indices),
+        layers_to_transform=st.one_of(st.just(...), indices(i)),
     ),
     1,
 )
 _rule(
     "TARGET-015",
     "An end of a name compares whole segments: '1.q_proj' is in layer 1, not in layer 11 or 10.1.",
-    "N2",
-    "targets:list",
+    "lora_ref's decision (N2): PEFT's documentation of target_modules says that the name ends with the item",
+    "targets:list decision:whole_segments",
     lambda i: cases(
         i,
         {f"layers.{n}.attn.q_proj": ("linear", 2, 2) for n in (0, 1, 10, 11)},
@@ -292,8 +340,8 @@ _rule(
 _rule(
     "TARGET-016",
     "A bare name as a string finds a module at the root only.",
-    "N3",
-    "targets:regex",
+    "lora_ref's decision (N3): PEFT's documentation of target_modules says that a regex match is performed",
+    "targets:regex decision:full_match",
     lambda i: cases(
         i,
         {"q_proj": ("linear", 2, 2), "attn.q_proj": ("linear", 2, 2), "fc": ("linear", 2, 2), "h.v": ("linear", 2, 2)},
@@ -310,7 +358,7 @@ _rule(
         BLOCK,
         target_parameters=st.just([f"{name}.weight" for name in BLOCK]),
         exclude_modules=st.one_of(st.just(...), listed(BLOCK)),
-        layers_to_transform=st.one_of(st.just(...), _indices),
+        layers_to_transform=st.one_of(st.just(...), indices(i)),
     ),
 )
 _rule(

@@ -127,8 +127,8 @@ def weight_006(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "WEIGHT-007",
     "linear: A is the sum of sqrt(w s) A_i, B the sum of sqrt(w s) B_i.",
-    "PEFT's blog on merging adapters, and its code (U9)",
-    "model adapters weighted write",
+    "lora_ref's decision (U9): PEFT's documentation of add_weighted_adapter calls it a rough approximation",
+    "model adapters weighted write decision:linear_combination",
     lambda i: combined(i, same_rank=True),
 )
 def weight_007(implementation: Implementation, case: Any, check: Check) -> None:
