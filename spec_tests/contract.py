@@ -110,7 +110,15 @@ CLAIMS = {
 }
 
 #: The claims to what no document but lora_ref's own asks for. A library claims one where its documentation says so.
-DECISIONS = frozenset(list(CLAIMS)[list(CLAIMS).index("decision:whole_segments") :])
+DECISIONS = frozenset(claim for claim in CLAIMS if claim.startswith("decision:")) | {
+    "float32_branch",
+    "exact_unmerge",
+    "exact_residual",
+    "bias_follows",
+    "strict_files",
+    "strict_errors",
+    "all_or_nothing",
+}
 
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",

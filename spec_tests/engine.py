@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from . import smoke
 from .check import Broken, Check
-from .contract import Implementation, check_claims
+from .contract import DECISIONS, Implementation, check_claims
 from .registry import Requirement, Unsupported, load
 
 OUTCOMES = ("PASS", "FAIL", "UNSUPPORTED", "KNOWN", "ERROR")
@@ -148,8 +148,11 @@ def examine(
     """Try a requirement on generated cases, and shrink the first that breaks it."""
     result = Result(requirement.id, "PASS", requirement.sentence, requirement.source)
     if not requirement.needs <= implementation.claims:
-        missing = ", ".join(sorted(requirement.needs - implementation.claims))
-        return dataclasses.replace(result, outcome="UNSUPPORTED", message=f"does not claim {missing}")
+        missing = requirement.needs - implementation.claims
+        message = f"does not claim {', '.join(sorted(missing))}"
+        if missing <= DECISIONS:
+            message += " (lora_ref's decision: its documentation does not promise it)"
+        return dataclasses.replace(result, outcome="UNSUPPORTED", message=message)
     check, latest = Check(), list[Any]()
 
     def body(case: Any) -> None:

@@ -289,7 +289,7 @@ def _unknown(id: str, what: str, call: Any, needs: str = "") -> None:
     @requirement(
         id,
         f"{what} an adapter that does not exist is refused, and nothing changes.",
-        "a typing error must not pass for a result",
+        "PEFT's documentation of set_adapter: the adapter must be loaded first; delete_adapter: an existing one (U7)",
         f"model write adapters errors {needs}",
         pairs,
     )

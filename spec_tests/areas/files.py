@@ -188,8 +188,8 @@ def file_010(implementation: Implementation, spec: ModelSpec, check: Check) -> N
 
 @requirement(
     "FILE-029",
-    "Patterns keep their order in the folder: the first key that matches counts after loading, too.",
-    "N8: the first match counts (X2)",
+    "Where two keys of a pattern match a module, it has the same r and s after loading as before saving.",
+    "PEFT's documentation of save_pretrained: what is saved can be reloaded (X2)",
     "model files patterns",
     lambda i: small(
         i, target_modules=["proj", "up"], rank_pattern={"up": 3, ".*": 4}, alpha_pattern={"up": 5, ".*": 6}

@@ -155,7 +155,12 @@ def sequences(implementation: Implementation, *more: str) -> Any:
 
 def _walk(id: str, sentence: str, needs: str, *more: str) -> None:
     @requirement(
-        id, sentence, "the statements on each operation (section 1.10)", needs, lambda i: sequences(i, *more), slow=2
+        id,
+        sentence,
+        "PEFT's documentation of each operation (U1, U2, U7, U9, X2)",
+        needs,
+        lambda i: sequences(i, *more),
+        slow=2,
     )
     def body(implementation: Implementation, case: tuple[ModelSpec, list[Operation]], check: Check) -> None:
         spec, operations = case
