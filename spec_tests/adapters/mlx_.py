@@ -10,6 +10,7 @@ import numpy as np
 from mlx import nn
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
+from .. import promises
 from ..contract import Array, Implementation, Layer, LayerSpec, LayerState
 
 mx.set_default_device(mx.cpu)
@@ -62,20 +63,7 @@ class MlxLayer(Layer):
 
 class Mlx(Implementation):
     name = "mlx"
-    claims = frozenset(
-        [
-            "linear",
-            "embedding",
-            "alpha",
-            "dropout",
-            "large_r",
-            "unbatched",
-            "float32",
-            "write",
-            "merged_copy",
-            "init:True",
-        ]
-    )
+    claims = promises.claims("mlx")
     conventions: ClassVar = {"zero_factor_of_embedding": "B", "embedding_dropout": True}
 
     def version(self) -> str:

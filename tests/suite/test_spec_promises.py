@@ -1,0 +1,59 @@
+"""A column claims what its library's documentation promises, with the sentence that does."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from spec_tests import promises
+from spec_tests.contract import CLAIMS, DECISIONS
+from spec_tests.engine import BUNDLED, HERE, find
+
+OWN = ("lora_ref", "lora_ref_core", "lora_ref_numpy", "plain", "parametrized")
+LIBRARIES = sorted(BUNDLED.keys() - set(OWN))
+#: Read from peft.toml: {claim: why it is not promised}.
+NOT_OF_PEFT = {"init:loftq": "it needs CUDA and bitsandbytes", "merged_copy": "it merges in place"}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_each_claim_of_a_column_has_its_sentence(name: str) -> None:
+    made = promises.promised(name)
+    assert made
+    for promise in made:
+        assert promise.link.startswith("https://") and 5 < len(promise.document) < 120, promise
+        assert 5 < len(promise.sentence) < 130 and promise.claim not in DECISIONS, promise
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_adapter_class_reads_its_claims_from_there(name: str) -> None:
+    """In the source: not every library is installed."""
+    path = HERE.parent / (BUNDLED[name].partition(":")[0].replace(".", "/") + ".py")
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    read = [ast.unparse(call) for call in calls if ast.unparse(call.func) in ("claims", "promises.claims")]
+    assert read == [f"{ast.unparse(ast.parse(read[0], mode='eval').body.func)}({name!r})"]
+
+
+@pytest.mark.parametrize("name", ["peft", "loralib"])
+def test_the_columns_that_are_installed_claim_no_more(name: str) -> None:
+    assert find(name)[1].claims <= promises.claims(name)
+
+
+def test_every_claim_that_peft_does_not_make_has_its_reason() -> None:
+    assert promises.unpromised("peft") == [claim for claim in CLAIMS if claim in NOT_OF_PEFT]
+
+
+def test_a_claim_that_is_unknown_or_has_no_sentence_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promises, "HERE", tmp_path)
+    entry = '[[claim]]\nname = "{}"\ndocument = "a"\nlink = "b"\nsentence = "{}"\n'
+    for name, text, why in (
+        ("unknown", entry.format("flying", "c"), "flying is unknown"),
+        ("twice", entry.format("linear linear", "c"), "linear stands there twice"),
+        ("silent", entry.format("linear", ""), "linear lacks"),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text)
+        with pytest.raises(ValueError, match=why):
+            promises.promised(name)
