@@ -95,7 +95,8 @@ CLAIMS = {
     "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
     "decision:full_match": "a string of target_modules or exclude_modules must match the whole name, not its start",
     "decision:letter_case": "'all-linear' may be written in other letters",
-    "decision:layer_indices": "of layers_to_transform [] restricts nothing, -1 is no layer; patterns count in order",
+    "decision:layer_indices": "layers_to_transform: [] restricts nothing, -1 is no layer, several layers_pattern count "
+    "in order, parameters are restricted too",
     "decision:pattern_order": "of several keys of a pattern that match, the first one counts",
     "decision:no_effect": "refuses a configuration that adapts nothing, and an option that has no effect",
     "decision:linear_combination": "'linear' combines A and B with the roots of the weights times s",

@@ -104,6 +104,19 @@ def saved_005(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
+    "SAVED-013",
+    "A module of modules_to_save and of exclude_modules is saved whole: excluding is about adapters only.",
+    "PEFT's documentation of modules_to_save: modules apart from adapter layers; exclude_modules: of the adapter (N1)",
+    "model modules_to_save exclude trainable",
+    lambda i: saving(i, target_modules=["proj", "up", "head"], exclude_modules=["head", "up"]),
+)
+def saved_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    check.equal(sorted(model.adapted()), ["a.proj"], "the adapted modules")
+    check.that("head.weight:default" in model.trainable(), "head has no copy that trains")
+
+
+@requirement(
     "SAVED-006",
     "Names match whole, or from a dot on: 'head' is not 'xhead'.",
     "lora_ref's decision (N10): PEFT's documentation of modules_to_save calls it a list of modules",

@@ -351,14 +351,16 @@ _rule(
 _rule(
     "TARGET-040",
     "exclude_modules and layers_to_transform restrict target_parameters, too.",
-    f"{CONFIG}, exclude_modules: the modules that are not adapted; layers_to_transform: the layers that are (N1, N7)",
+    f"{CONFIG}, exclude_modules: the modules that are not adapted; target_parameters: as target_modules (N1, N7)",
     "target_parameters exclude layers_to_transform",
     lambda i: cases(
         i,
         BLOCK,
         target_parameters=st.just([f"{name}.weight" for name in BLOCK]),
         exclude_modules=st.one_of(st.just(...), listed(BLOCK)),
-        layers_to_transform=st.one_of(st.just(...), indices(i)),
+        layers_to_transform=(
+            st.one_of(st.just(...), indices(i)) if "decision:layer_indices" in i.claims else st.just(...)
+        ),
     ),
 )
 _rule(
