@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import Implementation, LayerSpec, ModelSpec
-from ..generate import LINEAR, MERGEABLE, inputs, layers, model_inputs
+from ..generate import LINEAR, MERGEABLE, inputs, layers, model_inputs, scaled
 from ..registry import requirement
 from .forward import made
 from .operations import fill, gives, holds, output, small
@@ -49,7 +49,7 @@ def law_002(implementation: Implementation, spec: LayerSpec, check: Check) -> No
 
 
 @requirement(
-    "LAW-003", "B / 2 with twice the lora_alpha: the same output.", SAME, "write", lambda i: layers(i, MERGEABLE)
+    "LAW-003", "B / 2 with twice the lora_alpha: the same output.", SAME, "write", lambda i: scaled(i, MERGEABLE)
 )
 def law_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)

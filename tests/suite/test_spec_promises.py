@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from spec_tests import promises
-from spec_tests.contract import CLAIMS, DECISIONS
-from spec_tests.engine import BUNDLED, HERE, find
+from spec_tests.contract import CLAIMS, DECISIONS, Layer, LayerSpec
+from spec_tests.engine import BUNDLED, HERE, find, run
+from spec_tests.reference.plain import Plain
 
 OWN = ("lora_ref", "lora_ref_core", "lora_ref_numpy", "plain", "parametrized")
 LIBRARIES = sorted(BUNDLED.keys() - set(OWN))
@@ -57,3 +59,23 @@ def test_a_claim_that_is_unknown_or_has_no_sentence_is_an_error(
         (tmp_path / f"{name}.toml").write_text(text)
         with pytest.raises(ValueError, match=why):
             promises.promised(name)
+
+
+class Unscaled(Plain):
+    """W + B A: there is no s. What it is asked for has lora_alpha = r."""
+
+    conventions: ClassVar = {"scaling": "none"}
+    claims = frozenset(
+        "linear conv2d float32 float64 write merge unmerge merged_copy grad disable trainable dropout large_r "
+        "init:True".split()
+    )
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        return super().layer(spec.but(lora_alpha=float(spec.r)))
+
+
+def test_a_library_without_scaling_is_accused_of_nothing() -> None:
+    results = list(run("unscaled", Unscaled(), profile="quick"))
+    assert [(r.id, r.message) for r in results if r.outcome not in ("PASS", "UNSUPPORTED")] == []
+    assert sum(result.outcome == "PASS" for result in results) > 60
+    assert {r.id: r.message for r in results}["SCALE-001"] == "it has no scaling, by convention"
