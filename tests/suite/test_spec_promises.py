@@ -75,5 +75,5 @@ class Unscaled(Plain):
 def test_a_library_without_scaling_is_accused_of_nothing() -> None:
     results = list(run("unscaled", Unscaled(), profile="quick"))
     assert [(r.id, r.message) for r in results if r.outcome not in ("PASS", "UNSUPPORTED")] == []
-    assert sum(result.outcome == "PASS" for result in results) > 60
+    assert sum(result.outcome == "PASS" for result in results) >= 40
     assert {r.id: r.message for r in results}["SCALE-001"] == "it has no scaling, by convention"
