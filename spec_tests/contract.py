@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ CLAIMS = {
     "bfloat16": "has bfloat16 weights",
     "float32_factors": "keeps the factors of a half precision weight in float32",
     # constructor options of the base layer (LayerSpec.base)
+    "base_options": "takes base layers with options: each is followed, or refused with an error (LayerSpec.base)",
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight",
@@ -89,6 +91,9 @@ CLAIMS = {
     "files": "adapter folders in PEFT's format",
     "errors": "refuses what the documentation says is wrong",
     # contexts, and a model that is merged
+    "disable_context": "a context in which the adapters are off, and after which everything is as before",
+    "scale_context": "a context in which the scaling of the active adapters is multiplied by a number",
+    "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
@@ -151,6 +156,12 @@ class LayerSpec:
             "kpm"}; eva: {"inputs", "rho", "whiten"}; lora_ga: {"x" (tokens, in), "dy" (tokens, out)}, where the loss is
             sum(dy * y).
         seed: the seed of everything random.
+        base: options of the base layer, by name (claim "base_options"). A convolution: "groups" (W is then
+            (out, in / groups, *kernel), and B is zero where an output does not belong to the group of a row of A) and
+            "padding_mode" ("reflect", "circular" or "replicate"). An embedding: "max_norm", "scale_grad_by_freq",
+            "sparse", as torch has them, and "embed_scale", by which the layer multiplies what it looks up. Any layer:
+            "parametrized" (W is computed from other parameters) and "hook" (a number by which a forward hook of the
+            base layer multiplies the base layer's output).
     """
 
     kind: str
@@ -168,6 +179,12 @@ class LayerSpec:
     padding: int = 0
     dilation: int = 1
     padding_idx: int | None = None
+    base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def n_in(self) -> int:
+        """How many inputs the layer takes: (out, in / groups, *kernel) is the weight of a convolution in groups."""
+        return self.W.shape[2 if self.kind == "experts" else 1] * self.base.get("groups", 1)
 
     @property
     def scaling(self) -> float:
@@ -295,9 +312,28 @@ class Model:
         raise NotImplementedError
 
     def forward(
-        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+        self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
     ) -> Array:
-        """adapter_names (claim "batch"): one for each sample, "__base__" for none."""
+        """adapter_names (claim "batch"): one for each sample, "__base__" for none.
+
+        train None (claim "modes"): in the mode that `train` has set.
+        """
+        raise NotImplementedError
+
+    def train(self, mode: bool) -> None:
+        """Set the model to training mode, or to evaluation mode: torch's `Module.train(mode)`."""
+        raise NotImplementedError
+
+    def training(self) -> bool:
+        """Is the model in training mode?"""
+        raise NotImplementedError
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context in which the adapters are off: PEFT's `with model.disable_adapter()`."""
+        raise NotImplementedError
+
+    def scaled(self, factor: float) -> AbstractContextManager[None]:
+        """A context in which s of the active adapters is `factor` times as large: PEFT's `rescale_adapter_scale`."""
         raise NotImplementedError
 
     def trainable(self) -> set[str]:

@@ -123,7 +123,7 @@ def factors(spec: LayerSpec, like: LayerState, exact: bool = False, salt: int = 
 def inputs(spec: LayerSpec, exact: bool = False, salt: int = 0, tokens: Sequence[int] = (2, 3)) -> Array:
     """An input: (2, 3, in); of an embedding indices (2, 3); of a convolution (2, in, 6, ...); of experts (E, 3, in)."""
     rng = np.random.default_rng([spec.seed, salt, 1])
-    n_in = spec.W.shape[2 if spec.kind == "experts" else 1]
+    n_in = spec.n_in
     if spec.kind == "embedding":
         return rng.integers(0, n_in, tokens)
     numbers = integers if exact else reals

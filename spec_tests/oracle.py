@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def delta_bound(A: Array, B: Array, s: float) -> Array:
 def apply(spec: LayerSpec, W: Array, b: Array | None, x: Array) -> Array:
     """The base layer's formula with a weight W, of any kind of layer."""
     if spec.kind == "embedding":
-        return W.T[x]
+        return W.T[x] * spec.base.get("embed_scale", 1.0)
     if spec.kind == "experts":
         return np.einsum("e...i,eoi->e...o", x, W)  # x (experts, tokens, in)
     if MESH.get(spec.kind, 0):
@@ -39,12 +40,14 @@ def apply_bound(spec: LayerSpec, W: Array, b: Array | None, x: Array) -> Array:
 
 
 def branch(spec: LayerSpec, state: LayerState, x: Array) -> Array:
-    """s B A x."""
+    """s B A x. A sees the inputs of all groups of a convolution."""
+    spec = spec.but(base={**spec.base, "groups": 1}) if "groups" in spec.base else spec
     return apply(spec, delta(state.A, state.B, state.scaling), None, x)
 
 
 def branch_bound(spec: LayerSpec, state: LayerState, x: Array) -> Array:
     """The same on absolute values."""
+    spec = spec.but(base={**spec.base, "groups": 1}) if "groups" in spec.base else spec
     return apply_bound(spec, delta_bound(state.A, state.B, state.scaling), None, x)
 
 
@@ -54,10 +57,20 @@ def forward(spec: LayerSpec, state: LayerState, x: Array) -> tuple[Array, Array]
     return y, apply_bound(spec, state.W, state.b, x) + branch_bound(spec, state, x)
 
 
+#: numpy.pad's name of each padding mode
+PADDING = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate": "edge"}
+
+
 def _convolved(spec: LayerSpec, W: Array, b: Array | None, x: Array) -> Array:
-    """x (batch, in, *size), W (out, in, *kernel) -> (batch, out, *size')."""
-    kernel, dims = W.shape[2:], W.ndim - 2
-    x = np.pad(x, [(0, 0), (0, 0)] + [(spec.padding, spec.padding)] * dims)
+    """x (batch, in, *size), W (out, in / groups, *kernel) -> (batch, out, *size')."""
+    kernel, dims, groups = W.shape[2:], W.ndim - 2, spec.base.get("groups", 1)
+    if groups > 1:
+        alone = spec.but(base={**spec.base, "groups": 1})
+        parts = zip(np.split(W, groups), np.split(x, groups, 1), strict=True)
+        y = np.concatenate([_convolved(alone, part, None, seen) for part, seen in parts], 1)
+        return y if b is None else y + b.reshape(-1, *[1] * dims)
+    mode: Any = PADDING[spec.base.get("padding_mode", "zeros")]
+    x = np.pad(x, [(0, 0), (0, 0)] + [(spec.padding, spec.padding)] * dims, mode)
     span = [spec.dilation * (k - 1) + 1 for k in kernel]
     size = [(n - k) // spec.stride + 1 for n, k in zip(x.shape[2:], span, strict=True)]
     y = np.zeros((len(x), len(W), *size))

@@ -17,8 +17,10 @@ ELSEWHERE = {
     "init:eva": "lora_ref.calibration",
     "eva_ranks": "lora_ref.calibration",
     "all_or_nothing": "lora_ref.safe",
+    "base_options": "lora_ref.safe",
     "weighted": "lora_ref.api",
     "rescale": "lora_ref.api",
+    "scale_context": "lora_ref.api",
 }
 
 

@@ -16,7 +16,7 @@ class LoraRefModel(PeftStyleModel):
     def read(self, module: str, adapter: str = "default") -> LayerState:
         """W is the weight beside s B A while the adapter is active: W - D0 where its init subtracts D0 (PiSSA)."""
         state, layer = super().read(module, adapter), self.module(module)
-        if layer.disable_adapters or layer.merged_adapters:
+        if layer.disable_adapters or layer.merged_adapters or layer.groups > 1:  # no start exists for groups
             return state
         return state._replace(W=to_numpy(layer.residual(adapter)).reshape(state.W.shape))
 

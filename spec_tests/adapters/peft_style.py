@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..contract import MESH, Array, Implementation, Layer, LayerSpec, LayerState, Model, ModelSpec, ModuleSpec
 
@@ -39,6 +41,22 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x + (0 if self.bias is None else self.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that multiplies what it looks up, as Gemma's and others of transformers do."""
+
+    embed_scale = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class Same(nn.Module):
+    """A parametrisation that changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class Raw(nn.Module):
@@ -87,7 +105,7 @@ def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpe
         if b is None:
             module.bias.data.zero_()
     elif kind == "embedding":
-        module = nn.Embedding(n_in, out, padding_idx=spec.padding_idx if spec else None)
+        module = embedding(n_in, out, spec)
     elif kind == "attention":
         module = nn.MultiheadAttention(out, 1, batch_first=True)
         module.in_proj_weight.data = torch.eye(out).repeat(3, 1)  # over one token the output is its value
@@ -97,12 +115,46 @@ def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpe
         assert spec is not None
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[MESH[kind] - 1]
         options = {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation, "bias": b is not None}
-        module = make(n_in, out, W.shape[2:], **options)
+        options |= {name: spec.base[name] for name in ("groups", "padding_mode") if name in spec.base}
+        module = make(spec.n_in, out, W.shape[2:], **options)
     stored = W.T if kind in ("transposed", "embedding") else W
     module.weight.data = to_torch(stored, dtype)
     if b is not None:
         module.bias.data = to_torch(b, dtype)
-    return module.to(getattr(torch, dtype))
+    module = module.to(getattr(torch, dtype))
+    if spec and spec.base.get("parametrized"):
+        parametrize.register_parametrization(module, "weight", Same())
+    if spec and "hook" in spec.base:
+        module.register_forward_hook(lambda _, given, y: y * spec.base["hook"])
+    return module
+
+
+def embedding(rows: int, dimension: int, spec: LayerSpec | None) -> nn.Embedding:
+    """An embedding with the options of the base layer."""
+    options = dict(spec.base) if spec else {}
+    options.pop("parametrized", None)
+    options.pop("hook", None)
+    scale = options.pop("embed_scale", None)
+    kind = nn.Embedding if scale is None else ScaledEmbedding
+    module = kind(rows, dimension, padding_idx=spec.padding_idx if spec else None, **options)
+    if scale is not None:
+        module.embed_scale = scale
+    return module
+
+
+def in_groups(B: Array, groups: int) -> Array:
+    """B (out, r / groups) of a convolution in groups as (out, r): zero outside of the group of each output."""
+    parts = B.reshape(groups, -1, B.shape[1])
+    full = np.zeros((groups, parts.shape[1], groups, B.shape[1]))
+    for group, part in enumerate(parts):
+        full[group, :, group] = part
+    return full.reshape(len(B), -1)
+
+
+def of_groups(B: Array, groups: int) -> Array:
+    """The inverse of `in_groups`."""
+    parts = B.reshape(groups, len(B) // groups, groups, -1)
+    return np.concatenate([parts[group, :, group] for group in range(groups)])
 
 
 def logical(kind: str, weight: Tensor) -> Array:
@@ -218,15 +270,33 @@ class PeftStyleModel(Model):
         for parameter, value in zip(self.factors(self.module(module), adapter), (A, B), strict=True):
             parameter.data = torch.tensor(value).to(parameter.dtype).reshape(parameter.shape)
 
+    def train(self, mode: bool) -> None:
+        self.peft.train(mode)
+
+    def training(self) -> bool:
+        return bool(self.peft.training)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with self.peft.disable_adapter():
+            yield
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        with self.library.helpers.rescale_adapter_scale(self.peft, factor):
+            yield
+
     def forward(
-        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+        self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
     ) -> Array:
-        self.peft.train(train)
+        if train is not None:
+            self.peft.train(train)
         torch.manual_seed(seed)
         given = torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype)
         with torch.no_grad():
             y = self.peft(given) if adapter_names is None else self.output(given, list(adapter_names))
-        self.peft.eval()
+        if train is not None:
+            self.peft.eval()
         return to_numpy(y)
 
     def trainable(self) -> set[str]:
@@ -355,7 +425,7 @@ class PeftStyleLayer(Layer):
         if kind not in ("parameter", "experts"):
             state = self.model.read(self.NAME)
             if MESH.get(kind):
-                return state._replace(B=state.B.reshape(state.B.shape[:2]))
+                return state._replace(B=self._unpacked("B", state.B))
             return state if kind != "transposed" or self.spec.b is not None else state._replace(b=None)
         A, B = map(to_numpy, self.factors())
         if kind == "experts":
@@ -366,6 +436,8 @@ class PeftStyleLayer(Layer):
         if self.spec.kind == "experts":
             E, out, r = B.shape
             A, B = A.reshape(-1, A.shape[-1]), B.transpose(1, 2, 0).reshape(out, r * E)
+        if "groups" in self.spec.base:
+            B = of_groups(B, self.spec.base["groups"])
         self.model.write(self.NAME, A, B)
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
@@ -414,7 +486,9 @@ class PeftStyleLayer(Layer):
                 if name == "A"
                 else value.reshape(len(value), -1, E).transpose(2, 0, 1)
             )
-        return value.reshape(value.shape[:2]) if name == "B" and MESH.get(self.spec.kind, 0) else value
+        if name == "B" and MESH.get(self.spec.kind, 0):
+            return in_groups(value.reshape(value.shape[:2]), self.spec.base.get("groups", 1))
+        return value
 
     def trainable(self) -> set[str]:
         A, B = self.factors()

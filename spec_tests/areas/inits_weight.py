@@ -99,7 +99,7 @@ def _common(area: str, init: str, source: str) -> None:
         claim,
         lambda i: specs(i, init),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_2(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         state = layer.read()
         x = inputs(spec)
@@ -113,7 +113,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"linear transposed {claim}",
         lambda i: specs(i, init),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_3(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
         bound = wide_bound(spec) * max(1.0, spec.scaling)
         loose = FACTOR if "niter" not in init else FACTOR * 2**6  # another random start of an approximation
@@ -127,7 +127,7 @@ def _common(area: str, init: str, source: str) -> None:
         claim,
         lambda i: half(i, init),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_4(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         keeps_the_sum(implementation, spec, check)
 
     @requirement(
@@ -137,7 +137,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"{claim} exact_residual",
         lambda i: half(i, init),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_5(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         state = start(implementation, spec)
         inner = oracle.delta_bound(state.A, state.B, state.scaling)
         slack = 8 * UNIT["float32"] / UNIT[spec.dtype] * (abs(spec.W) + inner)
@@ -151,7 +151,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"disable {claim}",
         lambda i: specs(i, init),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_6(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         x = inputs(spec)
         bound = oracle.forward(spec, layer.read(), x)[1]
@@ -165,7 +165,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"{claim} errors",
         lambda i: specs(i, init, r=7),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_7(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         try:
             state = start(implementation, spec)
         except Exception:
@@ -181,7 +181,7 @@ def _common(area: str, init: str, source: str) -> None:
         f"merge {claim}",
         lambda i: specs(i, init),
     )
-    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body_8(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         state = layer.read()
         layer.merge()

@@ -60,7 +60,7 @@ DROPS = "if rng is not None and p > 0:"
 MASK = "x = x * (rng.random(x.shape) >= p) / (1 - p) if p < 1 else 0 * x"
 BRANCH = "return adapter.s * (x @ turned(A) @ turned(B))"
 BRANCH_CONV = "return adapter.s * np.moveaxis(self.convolved(x, A) @ B.T, -1, 1)"
-BRANCH_EMBEDDING = "return adapter.s * (A.T[x] @ B.T)"
+BRANCH_EMBEDDING = 'return adapter.s * (A.T[x] @ B.T) * self.base.get("embed_scale", 1.0)'
 ACTS = "if name in self.adapters and name not in self.merged:"
 UNMERGED = "new = [name for name in names if name in self.adapters and name not in self.merged]"
 ADDED = "held = rounded(held + self.delta(self.adapters[name]), self.dtype)"
@@ -1347,7 +1347,7 @@ MUTANTS = (
     ),
     Bug(
         "start_of_the_stored_weight",
-        "start(init, self.side(self.W), self.kind,",
+        "start(init, self.seen(), self.kind,",
         'start(init, self.W if self.kind == "transposed" and len(set(self.W.shape)) == 1 else self.side(self.W), self.kind,',
     ),
     Bug(

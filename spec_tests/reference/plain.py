@@ -28,11 +28,12 @@ that the suite tests. `spec_tests.bugs.seeded` replaces single lines of it by fa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ LINEAR = ("linear", "transposed", "attention")
 FLAT = (*LINEAR, "parameter")
 ON_ITS_SIDE = ("transposed", "embedding")
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "mica", "corda", "eva", "lora_ga")
+PADDED: Any = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate": "edge"}  # numpy.pad's modes
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -247,6 +249,8 @@ class Site:
 
     def __init__(self, kind: str, W: Array, b: Array | None, dtype: str, geometry: LayerSpec | None = None) -> None:
         self.kind, self.dtype, self.geometry = kind, dtype, geometry
+        self.base = geometry.base if geometry is not None else {}
+        self.groups = self.base.get("groups", 1)
         self.fine = "float64" if dtype == "float64" else "float32"
         self.W = rounded(self.side(W), dtype)
         self.b = None if b is None else rounded(b, dtype)
@@ -265,7 +269,7 @@ class Site:
         """A new adapter for this layer. The caller enters it in `adapters`."""
         s = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         init, options = config.get("init_lora_weights", True), dict(options or {})
-        A, B = (rounded(v, self.fine) for v in start(init, self.side(self.W), self.kind, r, s, options, rng))
+        A, B = (rounded(v, self.fine) for v in start(init, self.seen(), self.kind, r, s, options, rng))
         dropout = config.get("lora_dropout", 0.0)
         made = Adapter(A, B, r, alpha, s, s, dropout, init, (A, B))
         if "Q" in options:
@@ -277,6 +281,11 @@ class Site:
         elif str(init).lower().startswith(("pissa", "olora", "corda", "lora_ga")):
             made.moved = self.W - rounded(self.W - self.delta(made), self.dtype)
         return made
+
+    def seen(self) -> Array:
+        """The weight (out, in) that A and B are made for: A sees the inputs of all groups of a convolution."""
+        W = self.side(self.W)
+        return np.repeat(W, self.groups, 1) if self.groups > 1 else W
 
     def delta(self, adapter: Adapter) -> Array:
         """s B A in the orientation of `W`."""
@@ -307,6 +316,7 @@ class Site:
         for name in names:
             W, b = self.copies.get(name, (W, b))
         y = self.plain(x, W, b)
+        y = y * self.base.get("hook", 1.0)
         for name in names:
             if name in self.adapters and name not in self.merged:
                 y = y + self.branch(x, self.adapters[name], rng)
@@ -318,7 +328,7 @@ class Site:
         if self.kind == "norm":
             return W * x + bias
         if self.kind == "embedding":
-            return W[x]
+            return W[x] * self.base.get("embed_scale", 1.0)
         if MESH.get(self.kind):
             return np.moveaxis(self.convolved(x, W) + bias, -1, 1)
         return x @ (W if self.kind == "transposed" else turned(W)) + bias
@@ -327,7 +337,7 @@ class Site:
         """s B A x, with dropout on x where rng is given."""
         A, B, p = adapter.A, adapter.B, adapter.dropout
         if self.kind == "embedding":
-            return adapter.s * (A.T[x] @ B.T)
+            return adapter.s * (A.T[x] @ B.T) * self.base.get("embed_scale", 1.0)
         if rng is not None and p > 0:
             x = self.dropped(x, p, rng)
         if MESH.get(self.kind):
@@ -343,13 +353,19 @@ class Site:
         """All parts of x under the kernel: (batch, in, *size) to (batch, in, *places, *kernel)."""
         g, d = self.geometry, len(kernel)
         assert g is not None
-        x = np.pad(x, [(0, 0), (0, 0), *[(g.padding, g.padding)] * d])
+        x = np.pad(x, [(0, 0), (0, 0), *[(g.padding, g.padding)] * d], PADDED[self.base.get("padding_mode", "zeros")])
         span = [g.dilation * (k - 1) + 1 for k in kernel]
         every = (slice(None), slice(None), *[slice(None, None, g.stride)] * d, *[slice(None, None, g.dilation)] * d)
         return sliding_window_view(x, span, tuple(range(2, 2 + d)))[every]
 
     def convolved(self, x: Array, W: Array) -> Array:
-        """The convolution of x with W (out, in, *kernel): (batch, *places, out)."""
+        """The convolution of x with W (out, in, *kernel): (batch, *places, out).
+
+        In groups, W is (out, in / groups, *kernel), and each part of the outputs sees its part of the inputs.
+        """
+        if len(x[0]) > W.shape[1]:
+            parts = zip(np.split(x, self.groups, 1), np.split(W, self.groups), strict=True)
+            return np.concatenate([self.convolved(*part) for part in parts], -1)
         seen, d = self.windows(x, W.shape[2:]), W.ndim - 2
         return np.tensordot(seen, W, ([1, *range(2 + d, 2 + 2 * d)], list(range(1, 2 + d))))
 
@@ -364,6 +380,10 @@ class Site:
         new = [name for name in names if name in self.adapters and name not in self.merged]
         if not new:
             return self.held, self.merged
+        if self.groups > 1:
+            raise ValueError("A sees the inputs of all groups: there is no weight of one group for its update")
+        if self.base.get("parametrized"):
+            raise ValueError("W is computed from other parameters: nothing can be added to it")
         everything = [*self.merged, *new]
         held = self.shifted(dict.fromkeys([*self.active, *everything]))
         for name in everything:
@@ -392,6 +412,9 @@ class Site:
             x = x * mask
         if self.kind == "embedding":
             dx, dW = None, np.zeros_like(W)
+            dy = dy * self.base.get("embed_scale", 1.0)
+            if self.base.get("scale_grad_by_freq"):
+                dy = dy / np.bincount(x.ravel())[x][..., None]
             np.add.at(dW.T, x, dy)
         elif MESH.get(self.kind):
             d = W.ndim - 2
@@ -451,6 +474,10 @@ class PlainLayer(Layer):
         checked(
             {**config, "lora_alpha": spec.lora_alpha, "target_modules": ["layer"], "loftq_config": spec.init_options}
         )
+        if spec.base.get("max_norm") is not None:
+            raise ValueError("an embedding with max_norm rewrites its rows while it looks them up")
+        if spec.r % spec.base.get("groups", 1):
+            raise ValueError("r must be a multiple of groups")
         if spec.lora_dropout and spec.kind in ("parameter", "experts"):
             raise ValueError("a raw parameter has no dropout")
         self.site = Site(spec.kind, spec.W, spec.b, spec.dtype, spec)
@@ -655,6 +682,7 @@ class PlainModel(Model):
         self.configs: dict[str, dict[str, Any]] = {}
         self.trains: set[str] = set()
         self.enabled = True
+        self.mode = True  # training, as a torch model begins
         if not empty:
             self.add("default", spec.config)
             self.set(["default"])
@@ -702,9 +730,39 @@ class PlainModel(Model):
     def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:
         self.sites[module].write(adapter, A, B)
 
+    def train(self, mode: bool) -> None:
+        self.mode = mode
+
+    def training(self) -> bool:
+        return self.mode
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        before = self.enabled
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enable(before)
+
+    @contextlib.contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        if any(site.merged for site in self.sites.values()):
+            raise ValueError("the scaling of a merged adapter cannot change: unmerge first")
+        acting = [a for site in self.sites.values() for name, a in site.adapters.items() if name in site.active]
+        before = [a.s for a in acting]
+        try:
+            for a in acting:
+                a.s = a.s * factor
+            yield
+        finally:
+            for a, s in zip(acting, before, strict=True):
+                a.s = s
+
     def forward(
-        self, x: Array, train: bool = False, seed: int = 0, adapter_names: Sequence[str] | None = None
+        self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
     ) -> Array:
+        train = self.mode if train is None else train
         rng = np.random.default_rng(seed) if train else None
         if adapter_names is None:
             for site in self.sites.values():
