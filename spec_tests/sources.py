@@ -52,7 +52,7 @@ def listed() -> dict[str, tuple[Source, ...]]:
 def names() -> re.Pattern[str]:
     """What a source that names a document of its own has in it."""
     return re.compile(
-        r"arXiv \d{4}\.\d{5}|PEFT's|microsoft/LoRA|loralib|torch's|torch\.|transformers|safetensors|LoraConfig|https://"
+        r"arXiv \d{4}\.\d{5}|PEFT's|microsoft/LoRA|loralib|torch's|Python's library|torch\.|transformers|safetensors|LoraConfig|https://"
     )
 
 

@@ -363,7 +363,7 @@ class Site:
 
         In groups, W is (out, in / groups, *kernel), and each part of the outputs sees its part of the inputs.
         """
-        if len(x[0]) > W.shape[1]:
+        if x.shape[1] > W.shape[1]:
             parts = zip(np.split(x, self.groups, 1), np.split(W, self.groups), strict=True)
             return np.concatenate([self.convolved(*part) for part in parts], -1)
         seen, d = self.windows(x, W.shape[2:]), W.ndim - 2

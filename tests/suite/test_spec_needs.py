@@ -33,7 +33,13 @@ OF_LAYERS = BOTH | {
     "forward": lambda x, *_, **__: {"unbatched"} if np.ndim(x) == 1 and np.asarray(x).dtype.kind == "f" else set(),
 }
 OF_MODELS = BOTH | {
-    "forward": lambda *_, adapter_names=None, **__: set() if adapter_names is None else {"batch"},
+    "forward": lambda _, train=False, adapter_names=None, **__: (
+        (set() if adapter_names is None else {"batch"}) | (set() if train is not None else {"modes"})
+    ),
+    "train": lambda _: {"modes"},
+    "training": lambda: {"modes"},
+    "disabled": lambda: {"disable_context"},
+    "scaled": lambda _: {"scale_context"},
     "add": lambda _, config: {"adapters"} | options(config),
     "set": lambda names: {"summed" if len(names) > 1 else "adapters"},
     "delete": lambda _: {"delete"},
@@ -56,7 +62,7 @@ OPTIONS = {
 OPERATIONS = (
     {"write", "trainable", "merge", "safe_merge", "unmerge", "merged_copy", "disable", "grad", "rescale", "unbatched"}
     | {"adapters", "summed", "delete", "weighted", "batch", "eva_ranks", "unload", "files", "bias", "alpha"}
-    | {"targets:regex", "all-linear", *OPTIONS.values()}
+    | {"targets:regex", "all-linear", "modes", "disable_context", "scale_context", *OPTIONS.values()}
     | {claim for claim in CLAIMS if claim.startswith("init:")}
 )
 
