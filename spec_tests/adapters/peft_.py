@@ -45,6 +45,8 @@ def claims_of_this_release() -> frozenset[str]:
     layers = getattr(peft.tuners.lora, "layer", peft.tuners.lora)  # one module in early releases
     missing |= {claim for claim, name in CLASS_OF.items() if not hasattr(layers, name)}
     missing |= {claim for claim, first in SINCE.items() if release < first}
+    if not hasattr(getattr(peft, "helpers", None), "rescale_adapter_scale"):
+        missing.add("scale_context")
     return promises.claims("peft") - missing
 
 
