@@ -43,14 +43,13 @@ CLAIMS = {
     "float16": "has float16 weights",
     "bfloat16": "has bfloat16 weights",
     "float32_factors": "keeps the factors of a half precision weight in float32",
-    "float32_branch": "computes the branch of a half precision layer in float32",
     # constructor options of the base layer (LayerSpec.base)
     "base_options": "takes base layers with options: each is followed, or refused with an error (LayerSpec.base)",
     # operations of a layer
     "write": "A and B can be set from outside",
     "merge": "merges the update into the weight",
     "unmerge": "takes a merged update out of the weight again",
-    "exact_unmerge": "unmerging gives the base weight back bit for bit",
+    "merged_copy": "gives a merged copy of a layer, and leaves the layer as it is",
     "safe_merge": "can merge so that NaN and infinite weights are refused",
     "grad": "gives gradients",
     "trainable": "says what trains",
@@ -70,30 +69,26 @@ CLAIMS = {
     "init:eva": "principal components of the inputs (needs data)",
     "init:lora_ga": "directions of the gradient (needs data)",
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
-    "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
     # starts beside everything else
     # a model
-    "model": "adapts a model of named layers by target_modules",
-    "targets:list": "target_modules as a list of names",
+    "model": "adapts the layers of a model that target_modules names, in full or by the ends of their names",
+    "targets:list": "target_modules as a list: whole names, and ends of names that begin after a dot, taken literally",
+    "targets:regex": "target_modules as a string: a regular expression that matches the whole name",
     "patterns": "rank_pattern and alpha_pattern",
     "exclude": "exclude_modules",
     "layers_to_transform": "layers_to_transform and layers_pattern",
     "all-linear": "target_modules='all-linear'",
     "bias": "bias='all' and 'lora_only'",
-    "bias_follows": "which biases train follows the active adapter",
     "modules_to_save": "modules_to_save",
     "target_parameters": "target_parameters",
     "adapters": "several named adapters, of which one is active at a time",
     "summed": "several adapters are active at a time: their updates are summed",
     "delete": "deletes an adapter",
     "partial_merge": "with some of the active adapters merged, the others still act",
-    "strict_files": "refuses files with tensors that are missing, not expected or not finite, or options it ignores",
     "weighted": "add_weighted_adapter: cat, svd, linear",
     "batch": "another adapter for each sample of a batch",
     "unload": "gives the plain model back, merged or not",
     "files": "adapter folders in PEFT's format",
-    "strict_errors": "refuses values of a wrong type, NaN and infinity, when a configuration is made or used",
-    "all_or_nothing": "an operation on a model that is refused has changed no module",
     "errors": "refuses what the documentation says is wrong",
     # contexts, and a model that is merged
     "disable_context": "a context in which the adapters are off, and after which everything is as before",
@@ -106,11 +101,39 @@ CLAIMS = {
     "any_name": "takes modules of any name, also of names that the library uses itself: lora_A, base_layer, weight",
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
+    "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
+    "decision:full_match": "a string of target_modules or exclude_modules must match the whole name, not its start",
+    "decision:letter_case": "'all-linear' may be written in other letters",
+    "decision:layer_indices": "layers_to_transform: [] restricts nothing, -1 is no layer, several layers_pattern count "
+    "in order, parameters are restricted too",
+    "decision:pattern_order": "of several keys of a pattern that match, the first one counts",
+    "decision:no_effect": "refuses a configuration that adapts nothing, and an option that has no effect",
+    "decision:linear_combination": "'linear' combines A and B with the roots of the weights times s",
+    "decision:half_merge": "the update of a half precision weight is computed in float32 and rounded once",
+    "float32_branch": "computes the branch of a half precision layer in float32",
+    "exact_unmerge": "unmerging gives the base weight back bit for bit",
+    "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
+    "bias_follows": "which biases train follows the active adapter",
+    "strict_files": "refuses files with tensors that are missing, not expected or not finite, or options it ignores",
+    "strict_errors": "refuses values of a wrong type, NaN and infinity, when a configuration is made or used",
+    "all_or_nothing": "an operation on a model that is refused has changed no module",
+}
+
+#: The claims to what no document but lora_ref's own asks for. A library claims one where its documentation says so.
+DECISIONS = frozenset(claim for claim in CLAIMS if claim.startswith("decision:")) | {
+    "float32_branch",
+    "exact_unmerge",
+    "exact_residual",
+    "bias_follows",
+    "strict_files",
+    "strict_errors",
+    "all_or_nothing",
 }
 
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",
     "zero_factor_of_embedding": "likewise of an embedding: 'A' (default) or 'B'",
+    "scaling": "how s follows from lora_alpha and r: 'alpha' (default); 'none': there is no s, the update is B A",
     "embedding_dropout": "lora_dropout acts on embeddings too: False by default",
 }
 
@@ -213,6 +236,10 @@ class Layer:
         raise NotImplementedError
 
     def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        """W and b of a plain layer that gives what this one gives; this one stays as it is (claim "merged_copy")."""
         raise NotImplementedError
 
     def enable(self, enabled: bool) -> None:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from . import smoke
 from .check import Broken, Check
-from .contract import Implementation, check_claims
+from .contract import DECISIONS, Implementation, check_claims
 from .registry import Requirement, Unsupported, load
 
 OUTCOMES = ("PASS", "FAIL", "UNSUPPORTED", "KNOWN", "ERROR")
@@ -34,7 +34,7 @@ BUNDLED = {
     "plain": "spec_tests.reference.plain:Plain",
     "peft": "spec_tests.adapters.peft_:Peft",
     "loralib": "spec_tests.adapters.loralib_:Loralib",
-    "minlora": "spec_tests.adapters.parametrized:Parametrized",
+    "parametrized": "spec_tests.adapters.parametrized:Parametrized",
     "litgpt": "spec_tests.adapters.litgpt_:Litgpt",
     "torchtune": "spec_tests.adapters.torchtune_:Torchtune",
     "lycoris": "spec_tests.adapters.lycoris_:Lycoris",
@@ -148,8 +148,11 @@ def examine(
     """Try a requirement on generated cases, and shrink the first that breaks it."""
     result = Result(requirement.id, "PASS", requirement.sentence, requirement.source)
     if not requirement.needs <= implementation.claims:
-        missing = ", ".join(sorted(requirement.needs - implementation.claims))
-        return dataclasses.replace(result, outcome="UNSUPPORTED", message=f"does not claim {missing}")
+        missing = requirement.needs - implementation.claims
+        message = f"does not claim {', '.join(sorted(missing))}"
+        if missing <= DECISIONS:
+            message += " (lora_ref's decision: its documentation does not promise it)"
+        return dataclasses.replace(result, outcome="UNSUPPORTED", message=message)
     check, latest = Check(), list[Any]()
 
     def body(case: Any) -> None:

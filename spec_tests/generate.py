@@ -39,6 +39,22 @@ def claimed(implementation: Implementation, names: Sequence[str]) -> list[str]:
     return found
 
 
+def scales(implementation: Implementation) -> bool:
+    """Does it have an s that follows from lora_alpha?"""
+    return implementation.conventions.get("scaling", "alpha") != "none"
+
+
+def scaled(implementation: Implementation, kinds: Sequence[str], **fixed: Any) -> Any:
+    """As `layers`, of what has an s.
+
+    Raises:
+        Unsupported: its update is B A, by convention.
+    """
+    if not scales(implementation):
+        raise Unsupported("it has no scaling, by convention")
+    return layers(implementation, kinds, **fixed)
+
+
 def integers(rng: np.random.Generator, shape: Sequence[int], largest: int = 4) -> Array:
     """Small integers without zeros, exact in every dtype."""
     return rng.integers(1, largest + 1, shape) * rng.choice([-1.0, 1.0], shape)
@@ -91,7 +107,10 @@ def layers(
     else:
         odd = ODD_ALPHAS if "alpha" in implementation.claims else ()
         options["lora_alpha"] = draw(st.sampled_from([*ALPHAS, *odd]))
-    return LayerSpec(**options | fixed)
+    options |= fixed
+    if not scales(implementation):
+        options |= {"lora_alpha": float(options["r"]), "use_rslora": False}
+    return LayerSpec(**options)
 
 
 def factors(spec: LayerSpec, like: LayerState, exact: bool = False, salt: int = 0) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 ADAPTABLE = ("linear", "transposed", "embedding")
 LINEAR = ("linear", "transposed")
+NOTHING = "nothing is matched"
 
 
 class Refusal(Exception):
@@ -130,5 +131,5 @@ def targets(kinds: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Ta
         if any(ends_at_dot(f"{name}.{p}", item) for p in parameters for item in config.get("target_parameters") or []):
             found[name] = target(f"{name}.weight", config)
     if not found:
-        raise Refusal("nothing is matched")
+        raise Refusal(NOTHING)
     return found

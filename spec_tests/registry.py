@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from . import sources
 from .check import Check
 from .contract import CLAIMS, Implementation
 
@@ -28,7 +29,8 @@ class Requirement:
     Attributes:
         id: permanent; it is never given to another requirement.
         sentence: what must hold.
-        source: where that is said: the paper, or the document, and the statement's number in this project.
+        source: where that is said: the paper, or the document, and the statement's number in this project; or
+            "lora_ref's decision", which needs a claim of `DECISIONS`. See `sources`.
         needs: the claims without which it says nothing about an implementation.
         given: implementation -> a Hypothesis strategy of cases.
         body: (implementation, case, check) -> None; it raises `Broken`.
@@ -61,6 +63,7 @@ def requirement(
 ) -> Callable[[Body], Body]:
     """Register the decorated function as the body of a requirement. `needs`: claims, a set or separated by blanks."""
     claims = frozenset(needs.split() if isinstance(needs, str) else needs)
+    source = sources.expanded(source)
     if unknown := claims - CLAIMS.keys():
         raise TypeError(f"{id} needs claims that do not exist: {', '.join(sorted(unknown))}")
 

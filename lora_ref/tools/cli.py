@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="IMPL",
         default=["lora_ref"],
-        help="package.module:Class, or a bundled one: lora_ref, lora_ref_core, plain, peft, loralib, minlora, ...",
+        help="package.module:Class, or a bundled one: lora_ref, lora_ref_core, plain, peft, loralib, ...",
     )
     check.add_argument("--report", type=Path, metavar="JSON", help="write a report (a list, of several IMPL)")
     check.add_argument("--html", type=Path, metavar="HTML", help="write the matrix as one page")

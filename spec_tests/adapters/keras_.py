@@ -9,6 +9,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 import numpy as np
 
+from .. import promises
 from ..contract import MESH, Array, Implementation, Layer, LayerSpec, LayerState
 
 
@@ -61,7 +62,7 @@ class KerasLayer(Layer):
 
 class Keras(Implementation):
     name = "keras"
-    claims = frozenset(["linear", "embedding", "conv1d", "conv2d", "conv3d", "alpha", "large_r", "float32", "write"])
+    claims = promises.claims("keras")
 
     def version(self) -> str:
         return f"keras {keras.__version__}, {keras.backend.backend()}"

@@ -6,8 +6,10 @@ import os
 
 os.environ["KERAS_BACKEND"] = "torch"
 
+from .. import promises
 from .keras_ import Keras
 
 
 class KerasTorch(Keras):
     name = "keras_torch"
+    claims = promises.claims("keras_torch")

@@ -1,4 +1,4 @@
-"""litgpt's LoRALinear. It merges, and cannot take a merge out again: so merging is not claimed."""
+"""litgpt's LoRALinear. It merges, and cannot take a merge out again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from litgpt.lora import LoRALinear, mark_only_lora_as_trainable
 
+from .. import promises
 from ..contract import Implementation, Layer, LayerSpec
 from .torch_layer import TorchLayer
 
@@ -38,24 +39,13 @@ class LitgptLayer(TorchLayer):
     def scaling(self) -> float:
         return self.module.scaling
 
+    def merge(self, safe: bool = False) -> None:
+        self.module.merge()
+
 
 class Litgpt(Implementation):
     name = "litgpt"
-    claims = frozenset(
-        [
-            "linear",
-            "alpha",
-            "dropout",
-            "large_r",
-            "unbatched",
-            "float64",
-            "float32",
-            "write",
-            "grad",
-            "trainable",
-            "init:True",
-        ]
-    )
+    claims = promises.claims("litgpt")
 
     def version(self) -> str:
         return f"litgpt {importlib.metadata.version('litgpt')}, torch {torch.__version__}"

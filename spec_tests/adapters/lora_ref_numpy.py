@@ -87,6 +87,9 @@ class NumpyLayer(Layer):
         if self.kept is not None:
             self.W, self.kept = self.kept, None
 
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        return (self.W + delta(self.A, self.B, self.s).astype(self.dtype)).astype(np.float64), self.b
+
     def enable(self, enabled: bool) -> None:
         self.on = enabled
 
@@ -109,6 +112,8 @@ class LoraRefNumpy(Implementation):
             "float32",
             "write",
             "merge",
+            "unmerge",
+            "merged_copy",
             "exact_unmerge",
             "safe_merge",
             "disable",

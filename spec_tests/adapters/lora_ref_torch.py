@@ -21,13 +21,16 @@ class LoraRefModel(PeftStyleModel):
         return state._replace(W=to_numpy(layer.residual(adapter)).reshape(state.W.shape))
 
 
+NOT_OFFERED = {"merged_copy"}  # it merges in place: merge_and_unload gives the same layers back
+
+
 class LoraRefTorch(PeftStyle):
-    """Claims everything."""
+    """Claims everything that it offers."""
 
     name = "lora_ref"
     library = lora_ref
     model_class = LoraRefModel
-    claims = frozenset(CLAIMS)
+    claims = frozenset(CLAIMS) - NOT_OFFERED
 
     def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
         if spec.init_lora_weights == "corda":

@@ -8,6 +8,7 @@ from typing import Any
 import loralib
 import torch
 
+from .. import promises
 from ..contract import Array, Implementation, Layer, LayerSpec, LayerState
 from .peft_style import to_numpy, to_torch
 
@@ -85,24 +86,7 @@ class LoralibLayer(Layer):
 
 class Loralib(Implementation):
     name = "loralib"
-    claims = frozenset(
-        [
-            "linear",
-            "transposed",
-            "embedding",
-            "alpha",
-            "dropout",
-            "large_r",
-            "unbatched",
-            "float64",
-            "float32",
-            "write",
-            "merge",
-            "grad",
-            "trainable",
-            "init:True",
-        ]
-    )
+    claims = promises.claims("loralib")
 
     def version(self) -> str:
         return f"loralib {importlib.metadata.version('loralib')}, torch {torch.__version__}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lycoris.modules.locon import LoConModule
 
+from .. import promises
 from ..contract import Implementation, Layer, LayerSpec
 from .peft_style import base_module
 from .torch_layer import TorchLayer
@@ -61,24 +62,7 @@ class LycorisLayer(TorchLayer):
 
 class Lycoris(Implementation):
     name = "lycoris"
-    claims = frozenset(
-        [
-            "linear",
-            "conv1d",
-            "conv2d",
-            "conv3d",
-            "rslora",
-            "large_r",
-            "unbatched",
-            "float32",
-            "float64",
-            "write",
-            "grad",
-            "trainable",
-            "disable",
-            "init:True",
-        ]
-    ) | ({"merge"} if hasattr(LoConModule, "onfly_merge") else set())
+    claims = promises.claims("lycoris") - (set() if hasattr(LoConModule, "onfly_merge") else {"merge", "unmerge"})
 
     def version(self) -> str:
         return f"lycoris-lora {importlib.metadata.version('lycoris_lora')}, torch {torch.__version__}"

@@ -10,6 +10,7 @@ import numpy as np
 from mlx import nn
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
+from .. import promises
 from ..contract import Array, Implementation, Layer, LayerSpec, LayerState
 
 mx.set_default_device(mx.cpu)
@@ -35,10 +36,9 @@ class MlxLayer(Layer):
             if spec.b is not None:
                 base.bias = mx.array(spec.b).astype(self.dtype)
             self.module = LoRALinear.from_base(base, **options)
-        self.fused: Any = None
 
     def base(self) -> Any:
-        return self.fused or (self.module.embedding if self.spec.kind == "embedding" else self.module.linear)
+        return self.module.embedding if self.spec.kind == "embedding" else self.module.linear
 
     def read(self) -> LayerState:
         W = to_numpy(self.base().weight)
@@ -51,35 +51,19 @@ class MlxLayer(Layer):
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
         mx.random.seed(seed)
-        module = self.fused or self.module
-        module.train(train)
+        self.module.train(train)
         given = mx.array(x) if x.dtype.kind == "i" else mx.array(x).astype(self.dtype)
-        return to_numpy(module(given))
+        return to_numpy(self.module(given))
 
-    def merge(self, safe: bool = False) -> None:
-        self.fused = self.fused or self.module.fuse()
-
-    def unmerge(self) -> None:
-        self.fused = None
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        made = self.module.fuse()
+        W = to_numpy(made.weight)
+        return W.T if self.spec.kind == "embedding" else W, None if self.spec.b is None else to_numpy(made.bias)
 
 
 class Mlx(Implementation):
     name = "mlx"
-    claims = frozenset(
-        [
-            "linear",
-            "embedding",
-            "alpha",
-            "dropout",
-            "large_r",
-            "unbatched",
-            "float32",
-            "write",
-            "merge",
-            "exact_unmerge",
-            "init:True",
-        ]
-    )
+    claims = promises.claims("mlx")
     conventions: ClassVar = {"zero_factor_of_embedding": "B", "embedding_dropout": True}
 
     def version(self) -> str:

@@ -1,4 +1,4 @@
-"""LoRA as a parametrization of the weight, in the manner of minLoRA: W + s B A is formed in every forward pass."""
+"""LoRA written with torch's parametrizations, a class of this project: W + s B A is formed in every forward pass."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ParametrizedLayer(Layer):
 
 
 class Parametrized(Implementation):
-    name = "minlora"
+    name = "parametrized"
     claims = frozenset(
         [
             "linear",

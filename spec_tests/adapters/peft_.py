@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import peft
 from torch import nn
 
-from ..contract import CLAIMS, LayerSpec
+from .. import promises
+from ..contract import LayerSpec
 from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
 
 OPTION_OF = {
@@ -37,27 +38,16 @@ SINCE = {
 
 
 def claims_of_this_release() -> frozenset[str]:
-    """All but what needs a GPU or other packages, and what this release does not have yet."""
+    """What the documentation promises, without what this release does not have yet."""
     options = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     release = tuple(int(part) for part in peft.__version__.split(".")[:2])
     missing = {claim for claim, option in OPTION_OF.items() if option not in options}
     layers = getattr(peft.tuners.lora, "layer", peft.tuners.lora)  # one module in early releases
     missing |= {claim for claim, name in CLASS_OF.items() if not hasattr(layers, name)}
     missing |= {claim for claim, first in SINCE.items() if release < first}
-    return (
-        frozenset(CLAIMS)
-        - missing
-        - {
-            "init:loftq",  # needs CUDA and bitsandbytes
-            "exact_unmerge",
-            "exact_residual",
-            "partial_merge",
-            "strict_files",
-            "bias_follows",
-            "strict_errors",
-            "all_or_nothing",
-        }
-    )
+    if not hasattr(getattr(peft, "helpers", None), "rescale_adapter_scale"):
+        missing.add("scale_context")
+    return promises.claims("peft") - missing
 
 
 class PeftModel(PeftStyleModel):

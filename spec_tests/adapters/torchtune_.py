@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 
+from .. import promises
 from ..contract import Implementation, Layer, LayerSpec
 from .torch_layer import TorchLayer
 
@@ -39,22 +40,7 @@ class TorchtuneLayer(TorchLayer):
 
 class Torchtune(Implementation):
     name = "torchtune"
-    claims = frozenset(
-        [
-            "linear",
-            "alpha",
-            "dropout",
-            "large_r",
-            "unbatched",
-            "float64",
-            "float32",
-            "write",
-            "grad",
-            "trainable",
-            "disable",
-            "init:True",
-        ]
-    )
+    claims = promises.claims("torchtune")
 
     def version(self) -> str:
         return f"torchtune {importlib.metadata.version('torchtune')}, torch {torch.__version__}"

@@ -48,7 +48,11 @@ def trained(model: Model, *adapters: str) -> list[str]:
 
 
 @requirement(
-    "ADAPTER-001", "A second adapter is neither active nor trained when it is added.", ADD, "model adapters", pairs
+    "ADAPTER-001",
+    "A second adapter is neither active nor trained when it is added.",
+    ADD,
+    "model adapters trainable write",
+    pairs,
 )
 def adapter_001(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, _name, first, _ = both(implementation, case)
@@ -57,7 +61,9 @@ def adapter_001(implementation: Implementation, case: Any, check: Check) -> None
     gives(check, model, spec, [first], "the output")
 
 
-@requirement("ADAPTER-002", "The adapter that is set acts alone, and trains alone.", SET, "model adapters", pairs)
+@requirement(
+    "ADAPTER-002", "The adapter that is set acts alone, and trains alone.", SET, "model adapters trainable write", pairs
+)
 def adapter_002(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set([name])
@@ -69,7 +75,7 @@ def adapter_002(implementation: Implementation, case: Any, check: Check) -> None
     gives(check, model, spec, [first], "the output, back again")
 
 
-@requirement("ADAPTER-003", "Of several active adapters the updates add up.", SUM, "model adapters", pairs)
+@requirement("ADAPTER-003", "Of several active adapters the updates add up.", SUM, "model adapters summed write", pairs)
 def adapter_003(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     for order in (["default", name], [name, "default"]):
@@ -82,7 +88,7 @@ def adapter_003(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-004",
     "Each adapter has its own r and s.",
     "PEFT: a LoraConfig for each adapter (S1)",
-    "model adapters",
+    "model adapters write",
     pairs,
 )
 def adapter_004(implementation: Implementation, case: Any, check: Check) -> None:
@@ -96,7 +102,7 @@ def adapter_004(implementation: Implementation, case: Any, check: Check) -> None
 
 
 @requirement(
-    "ADAPTER-005", "Setting the factors of one adapter leaves the other's alone.", SUM, "model adapters", pairs
+    "ADAPTER-005", "Setting the factors of one adapter leaves the other's alone.", SUM, "model adapters write", pairs
 )
 def adapter_005(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, _second = both(implementation, case)
@@ -108,7 +114,11 @@ def adapter_005(implementation: Implementation, case: Any, check: Check) -> None
 
 
 @requirement(
-    "ADAPTER-006", "Deleting an adapter that is not active changes nothing else.", "U7", "model adapters", pairs
+    "ADAPTER-006",
+    "Deleting an adapter that is not active changes nothing else.",
+    "U7",
+    "model adapters delete trainable write",
+    pairs,
 )
 def adapter_006(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, _ = both(implementation, case)
@@ -124,7 +134,7 @@ def adapter_006(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-007",
     "After the active adapter is deleted another can be set, and acts alone.",
     "U7",
-    "model adapters",
+    "model adapters delete trainable write",
     pairs,
 )
 def adapter_007(implementation: Implementation, case: Any, check: Check) -> None:
@@ -139,7 +149,7 @@ def adapter_007(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-008",
     "A deleted adapter's name can be used again, for an adapter of another rank.",
     "U7",
-    "model adapters",
+    "model adapters delete write",
     pairs,
 )
 def adapter_008(implementation: Implementation, case: Any, check: Check) -> None:
@@ -158,7 +168,11 @@ def adapter_008(implementation: Implementation, case: Any, check: Check) -> None
 
 
 @requirement(
-    "ADAPTER-009", "Merging merges the active adapter, and not the others.", "U1", "model adapters merge", pairs
+    "ADAPTER-009",
+    "Merging merges the active adapter, and not the others.",
+    "U1",
+    "model adapters merge unmerge write",
+    pairs,
 )
 def adapter_009(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
@@ -171,7 +185,13 @@ def adapter_009(implementation: Implementation, case: Any, check: Check) -> None
     gives(check, model, spec, [first], "the output of the other adapter afterwards")
 
 
-@requirement("ADAPTER-010", "Several active adapters are merged together.", "U1", "model adapters merge", pairs)
+@requirement(
+    "ADAPTER-010",
+    "Several active adapters are merged together.",
+    "U1",
+    "model adapters merge summed unmerge write",
+    pairs,
+)
 def adapter_010(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     model.set(["default", name])
@@ -188,7 +208,7 @@ def adapter_010(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-011",
     "Adapters can be merged by name, one after the other.",
     "PEFT's documentation of merge_adapter (U1)",
-    "model adapters merge",
+    "model adapters merge summed write",
     pairs,
 )
 def adapter_011(implementation: Implementation, case: Any, check: Check) -> None:
@@ -205,7 +225,7 @@ def adapter_011(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-012",
     "Where one of two active adapters is merged, the other still acts.",
     "D1, U1",
-    "model adapters merge partial_merge",
+    "model adapters merge partial_merge summed write",
     pairs,
 )
 def adapter_012(implementation: Implementation, case: Any, check: Check) -> None:
@@ -219,7 +239,7 @@ def adapter_012(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-013",
     "Setting another adapter on a merged model gives that adapter's output alone.",
     "U3",
-    "model adapters merge",
+    "model adapters merge write",
     pairs,
 )
 def adapter_013(implementation: Implementation, case: Any, check: Check) -> None:
@@ -238,7 +258,7 @@ def adapter_013(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-014",
     "Switching off and on again keeps what is active, what trains and what is frozen.",
     "PEFT's documentation of disable_adapter (U2)",
-    "model adapters disable",
+    "model adapters disable trainable write",
     pairs,
 )
 def adapter_014(implementation: Implementation, case: Any, check: Check) -> None:
@@ -256,7 +276,7 @@ def adapter_014(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-015",
     "Unloading with merging merges the active adapters alone.",
     "PEFT's documentation of merge_and_unload (U5)",
-    "model adapters merge unload",
+    "model adapters merge unload write",
     pairs,
 )
 def adapter_015(implementation: Implementation, case: Any, check: Check) -> None:
@@ -265,12 +285,12 @@ def adapter_015(implementation: Implementation, case: Any, check: Check) -> None
     holds(check, model.unload(merge=True), spec, [second], "the merged and unloaded model")
 
 
-def _unknown(id: str, what: str, call: Any) -> None:
+def _unknown(id: str, what: str, call: Any, needs: str = "") -> None:
     @requirement(
         id,
         f"{what} an adapter that does not exist is refused, and nothing changes.",
-        "a typing error must not pass for a result",
-        "model adapters errors",
+        "PEFT's documentation of set_adapter: the adapter must be loaded first; delete_adapter: an existing one (U7)",
+        f"model write adapters errors {needs}",
         pairs,
     )
     def body(implementation: Implementation, case: Any, check: Check) -> None:
@@ -281,14 +301,14 @@ def _unknown(id: str, what: str, call: Any) -> None:
 
 
 _unknown("ADAPTER-016", "Setting", lambda model: model.set(["nobody"]))
-_unknown("ADAPTER-017", "Deleting", lambda model: model.delete("nobody"))
+_unknown("ADAPTER-017", "Deleting", lambda model: model.delete("nobody"), "delete")
 
 
 @requirement(
     "ADAPTER-018",
     "Adding an adapter under a name that is taken is refused, and the first one stays as it is.",
     "PEFT's documentation of add_adapter: the name must be unique",
-    "model adapters errors",
+    "model adapters errors write",
     pairs,
 )
 def adapter_018(implementation: Implementation, case: Any, check: Check) -> None:
@@ -302,7 +322,7 @@ def adapter_018(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-019",
     "Switching a model off and on again, that is loaded to be used, does not make anything train.",
     "PEFT's documentation of disable_adapter, and of is_trainable (U2, X9)",
-    "model adapters disable files",
+    "model disable files trainable write",
     small,
     slow=2,
 )
@@ -325,7 +345,7 @@ def _targets(spec: ModelSpec) -> dict[str, Any]:
     "ADAPTER-020",
     "Deleting a merged adapter is refused, or takes its update out of the weights.",
     "U7, U3: a deleted adapter has no effect",
-    "model adapters merge",
+    "model adapters merge delete write",
     pairs,
 )
 def adapter_020(implementation: Implementation, case: Any, check: Check) -> None:
@@ -347,7 +367,7 @@ def adapter_020(implementation: Implementation, case: Any, check: Check) -> None
     "ADAPTER-021",
     "The adapter that takes over when the active one is deleted trains, as the deleted one did.",
     "U7: what is active is what trains",
-    "model adapters",
+    "model adapters delete trainable write",
     pairs,
 )
 def adapter_021(implementation: Implementation, case: Any, check: Check) -> None:

@@ -26,7 +26,7 @@ def drawn(implementation: Implementation) -> Any:
     "BATCH-001",
     "Each sample gets what its own adapter gives alone; __base__ is none.",
     DOC,
-    "model adapters batch",
+    "model adapters batch write",
     drawn,
 )
 def batch_001(implementation: Implementation, case: Any, check: Check) -> None:
@@ -42,7 +42,11 @@ def batch_001(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "BATCH-002", "Afterwards the model is as before: its own adapter is active.", DOC, "model adapters batch", drawn
+    "BATCH-002",
+    "Afterwards the model is as before: its own adapter is active.",
+    DOC,
+    "model adapters batch write",
+    drawn,
 )
 def batch_002(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, _ = both(implementation, case[0])
@@ -52,7 +56,7 @@ def batch_002(implementation: Implementation, case: Any, check: Check) -> None:
     gives(check, model, spec, [first], "the output without adapter_names")
 
 
-@requirement("BATCH-003", "The order of the samples does not matter.", DOC, "model adapters batch", drawn)
+@requirement("BATCH-003", "The order of the samples does not matter.", DOC, "model adapters batch write", drawn)
 def batch_003(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case[0])
     names = np.array(["default", name, "__base__", name, name])
@@ -65,7 +69,11 @@ def batch_003(implementation: Implementation, case: Any, check: Check) -> None:
 
 def _refused(id: str, what: str, names: Any) -> None:
     @requirement(
-        id, f"{what} is refused, and the model is as before.", DOC, "model adapters batch errors", lambda i: pairs(i)
+        id,
+        f"{what} is refused, and the model is as before.",
+        DOC,
+        "model write adapters batch errors",
+        lambda i: pairs(i),
     )
     def body(implementation: Implementation, case: Any, check: Check) -> None:
         model, spec, name, first, _ = both(implementation, case)
@@ -82,7 +90,7 @@ _refused("BATCH-005", "A list of names that is not as long as the batch", lambda
     "BATCH-006",
     "In a merged model, or in training mode, adapter_names is refused: it would be wrong.",
     DOC + " (U3)",
-    "model adapters batch merge errors",
+    "model adapters batch merge errors write",
     lambda i: pairs(i),
 )
 def batch_006(implementation: Implementation, case: Any, check: Check) -> None:
@@ -94,7 +102,11 @@ def batch_006(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "BATCH-007", "Adapters that adapt different modules can be mixed.", DOC, "model adapters batch", lambda i: pairs(i)
+    "BATCH-007",
+    "Adapters that adapt different modules can be mixed.",
+    DOC,
+    "model adapters batch write",
+    lambda i: pairs(i),
 )
 def batch_007(implementation: Implementation, case: Any, check: Check) -> None:
     spec, name, config = case
@@ -113,7 +125,7 @@ def batch_007(implementation: Implementation, case: Any, check: Check) -> None:
     "BATCH-008",
     "Each sample goes through the copies of modules_to_save of its own adapter; __base__ through the originals.",
     DOC + "; PEFT's documentation of modules_to_save (Z2)",
-    "model linear adapters batch modules_to_save",
+    "model linear adapters batch modules_to_save write",
     lambda i: saving(i).filter(lambda spec: spec.modules["head"].kind == "linear"),
 )
 def batch_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

@@ -135,7 +135,7 @@ def _trains(id: str, sentence: str, mode: str, source: str) -> None:
         id,
         sentence,
         source,
-        "model linear" if mode == "none" else "model linear bias",
+        "model linear trainable" if mode == "none" else "model linear trainable bias",
         lambda i: small(i, bias=mode),
         slow=2,
     )
@@ -155,7 +155,9 @@ _trains(
 )
 
 
-@requirement("BIAS-004", "A and B train whatever the bias mode is.", "B2, B3", "model linear bias", with_bias, slow=2)
+@requirement(
+    "BIAS-004", "A and B train whatever the bias mode is.", "B2, B3", "model linear bias trainable", with_bias, slow=2
+)
 def bias_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     found = {name for name in model.trainable() if ":" in name}
@@ -167,7 +169,7 @@ def bias_004(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-005",
     "Before training, a bias mode changes neither the base model nor, switched off, its output.",
     "B4",
-    "model linear bias",
+    "model linear bias disable write",
     with_bias,
     slow=2,
 )
@@ -183,7 +185,7 @@ def bias_005(implementation: Implementation, spec: ModelSpec, check: Check) -> N
 
 
 @requirement(
-    "BIAS-006", "Biases are trained in place and act in the output.", "B4", "model linear bias", with_bias, slow=2
+    "BIAS-006", "Biases are trained in place and act in the output.", "B4", "model linear bias write", with_bias, slow=2
 )
 def bias_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -196,7 +198,7 @@ def bias_006(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-007",
     "Switching the adapter off leaves trained biases as they are, and on again gives what it gave.",
     "B4",
-    "model linear bias",
+    "model linear bias disable trainable write",
     with_bias,
     slow=2,
 )
@@ -215,7 +217,7 @@ def bias_007(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-008",
     "Merging does not touch trained biases; they act once, merged or not.",
     "B5",
-    "model linear bias merge",
+    "model linear bias merge write",
     with_bias,
     slow=2,
 )
@@ -232,7 +234,7 @@ def bias_008(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-009",
     "Unmerging takes the update out and leaves trained biases in.",
     "B5",
-    "model linear bias merge",
+    "model linear bias merge unmerge write",
     with_bias,
     slow=2,
 )
@@ -254,7 +256,7 @@ def bias_009(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-010",
     "Unloading gives the base weights with the trained biases.",
     "B4, U6",
-    "model linear bias unload",
+    "model linear bias unload write",
     with_bias,
     slow=2,
 )
@@ -268,7 +270,7 @@ def bias_010(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-011",
     "merge_and_unload gives the merged weights with the trained biases.",
     "B5, U5",
-    "model linear bias unload",
+    "model linear bias unload merge write",
     with_bias,
     slow=2,
 )
@@ -287,7 +289,7 @@ def second(spec: ModelSpec, **more: Any) -> dict[str, Any]:
     "BIAS-012",
     "Trained biases stay when another adapter is chosen, and when theirs is deleted.",
     "B4",
-    "model linear bias adapters",
+    "model linear bias adapters delete write",
     with_bias,
     slow=2,
 )
@@ -307,8 +309,8 @@ def bias_012(implementation: Implementation, spec: ModelSpec, check: Check) -> N
 @requirement(
     "BIAS-013",
     "Which biases train follows the active adapter: none with another one, the same again when it is back.",
-    "B6",
-    "model linear bias adapters bias_follows",
+    "lora_ref's decision (B6): PEFT's documentation of set_adapter is about the adapter's own parameters",
+    "model linear bias adapters bias_follows trainable",
     with_bias,
     slow=2,
 )
@@ -328,7 +330,7 @@ def bias_013(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "BIAS-014",
     "A second adapter with a bias mode is refused, and nothing is changed; one without is added.",
     "PEFT's documentation of LoRA: one adapter with bias (B6)",
-    "model linear bias adapters errors",
+    "model linear bias adapters errors trainable write",
     lambda i: st.tuples(with_bias(i), MODES),
     slow=2,
 )
@@ -349,8 +351,8 @@ def bias_014(implementation: Implementation, case: tuple[ModelSpec, str], check:
 @requirement(
     "BIAS-015",
     "A bias adapter may be the second one; its biases train when it is chosen.",
-    "B6",
-    "model linear bias adapters bias_follows",
+    "lora_ref's decision (B6): PEFT's documentation of set_adapter is about the adapter's own parameters",
+    "model linear bias adapters bias_follows trainable",
     lambda i: st.tuples(small(i, bias="none"), MODES),
     slow=2,
 )
@@ -370,7 +372,7 @@ def bias_015(implementation: Implementation, case: tuple[ModelSpec, str], check:
     "BIAS-016",
     "The biases that a mode trains are saved with the adapter, and loaded with it.",
     "PEFT's documentation of its checkpoint format (B4, X2)",
-    "model linear bias files",
+    "model linear bias files write",
     lambda i: small(i, bias=MODES),
     slow=2,
 )

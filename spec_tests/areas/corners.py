@@ -45,7 +45,7 @@ def init_023(implementation: Implementation, case: tuple[LayerSpec, str], check:
     "MODEL-017",
     "fan_in_fan_out that does not fit the storage of a layer is refused or corrected: the output is right, merged too.",
     "PEFT's documentation of fan_in_fan_out: whether the layer stores (in, out) (F2)",
-    "model linear transposed merge",
+    "model linear transposed merge write",
     lambda i: small(i, fan_in_fan_out=st.booleans()),
     slow=2,
 )
@@ -78,7 +78,7 @@ def attentions(draw: Any, implementation: Implementation) -> ModelSpec:
     "A layer whose parent reads its weight without calling it, as an attention's out_proj, is refused, or its adapter "
     "acts.",
     "PEFT's documentation of target_modules: modules that are named get an adapter (D6, D1)",
-    "model linear attention merge",
+    "model linear attention merge write",
     attentions,
     slow=2,
 )
@@ -98,7 +98,7 @@ def target_025(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "ADAPTER-022",
     "An adapter whose name has a dot, or is empty, is refused, or works as any other.",
     "PEFT's documentation of add_adapter: adapters have names (X10)",
-    "model adapters",
+    "model adapters write",
     lambda i: st.tuples(small(i), st.sampled_from(("", "v1.0", ".", "a.proj"))),
     slow=2,
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import MESH, Array, Implementation, LayerSpec, ModelSpec, ModuleSpec
-from ..generate import CONVOLUTIONS, LINEAR, claimed, inputs, layers, seeds
+from ..generate import CONVOLUTIONS, LINEAR, claimed, inputs, layers, scales, seeds
 from ..registry import requirement
 from .forward import made
 
@@ -25,7 +25,7 @@ def transparent(draw: Any, implementation: Implementation, kinds: tuple[str, ...
     """A layer whose branch can be seen through: W = 0 and, once `see` has set A and B to 1, D = s * 1."""
     kind = draw(st.sampled_from(claimed(implementation, kinds)))
     W = np.zeros((N, N, *[1] * MESH[kind]))
-    alpha = draw(st.sampled_from((8.0, 16.0)))
+    alpha = draw(st.sampled_from((8.0, 16.0) if scales(implementation) else (8.0,)))
     return LayerSpec(kind, W, r=N, lora_alpha=alpha, lora_dropout=draw(RATES), seed=draw(seeds))
 
 
@@ -206,7 +206,7 @@ def drop_013(implementation: Implementation, spec: LayerSpec, check: Check) -> N
     "DROP-014",
     "Each active adapter draws a mask of its own.",
     "PEFT: every adapter has its own dropout layer (P2)",
-    "model adapters dropout",
+    "model adapters dropout summed write",
     lambda i: seeds,
     slow=4,
 )
@@ -246,9 +246,10 @@ def drop_015(implementation: Implementation, spec: LayerSpec, check: Check) -> N
     slow=2,
 )
 def drop_016(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
-    layer = implementation.layer(spec.but(r=1))
+    narrow = spec.but(r=1, lora_alpha=spec.lora_alpha / N)
+    layer = implementation.layer(narrow)
     layer.write(2.0 ** np.arange(N)[None], np.ones((N, 1)))  # A x is a number whose binary digits are the mask
-    s, p = spec.but(r=1).scaling, spec.lora_dropout
+    s, p = narrow.scaling, spec.lora_dropout
     y = layer.forward(np.ones((*TOKENS, N)), train=True, seed=spec.seed) * (1 - p) / s
     digits = np.round(y)
     check.close(y, digits, 2.0**N, spec.dtype, "(1 - p) A x, an integer")

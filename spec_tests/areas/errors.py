@@ -30,6 +30,8 @@ def _refused(id: str, what: str, source: str, options: Any, needs: str = "", **f
 
 
 DOC = "PEFT's documentation of "
+EFFECT = "lora_ref's decision: what has no effect is refused"
+STRICT = "lora_ref's decision: values that no formula can use are refused"
 _refused("ERROR-001", "A rank of 0 or less", DOC + "r: a positive rank (D8)", [{"r": 0}, {"r": -1}])
 _refused(
     "ERROR-002",
@@ -69,20 +71,30 @@ _refused(
 _refused(
     "ERROR-007",
     "layers_pattern without layers_to_transform",
-    "N7",
+    EFFECT + " (N7)",
     [{"layers_pattern": ["layers"]}],
-    "layers_to_transform",
+    "layers_to_transform decision:no_effect",
 )
 _refused(
     "ERROR-008",
     "layers_to_transform with a string for target_modules",
     DOC + "layers_to_transform (N7)",
     [{"target_modules": ".*proj", "layers_to_transform": [0]}],
-    "layers_to_transform",
+    "layers_to_transform targets:regex",
 )
-_refused("ERROR-009", "No target at all", "N5", [{"target_modules": []}, {"target_modules": ""}])
 _refused(
-    "ERROR-010", "A target that no module has", "N9", [{"target_modules": ["nothing"]}, {"target_modules": "nothing.*"}]
+    "ERROR-009",
+    "No target at all",
+    EFFECT + " (N5)",
+    [{"target_modules": []}, {"target_modules": ""}],
+    "targets:regex decision:no_effect",
+)
+_refused(
+    "ERROR-010",
+    "A target that no module has",
+    EFFECT + " (N9)",
+    [{"target_modules": ["nothing"]}, {"target_modules": "nothing.*"}],
+    "targets:regex decision:no_effect",
 )
 _refused(
     "ERROR-011", "A module of a type that cannot be adapted, as the only target", "N9", [{"target_modules": ["norm"]}]
@@ -90,18 +102,22 @@ _refused(
 _refused(
     "ERROR-012",
     "A lora_alpha that is no finite number",
-    "S3",
+    STRICT + " (S3)",
     [{"lora_alpha": math.nan}, {"lora_alpha": math.inf}],
     "strict_errors",
 )
 _refused(
-    "ERROR-013", "A dropout probability that is no number", "P4", [{"lora_dropout": math.nan}], "dropout strict_errors"
+    "ERROR-013",
+    "A dropout probability that is no number",
+    STRICT + " (P4)",
+    [{"lora_dropout": math.nan}],
+    "dropout strict_errors",
 )
-_refused("ERROR-014", "A rank that is no integer", "D8", [{"r": 1.5}, {"r": "2"}], "strict_errors")
+_refused("ERROR-014", "A rank that is no integer", STRICT + " (D8)", [{"r": 1.5}, {"r": "2"}], "strict_errors")
 _refused(
     "ERROR-015",
     "A lora_alpha of a pattern that is no finite number",
-    "N8",
+    STRICT + " (N8)",
     [{"alpha_pattern": {"up": math.nan}}],
     "patterns strict_errors",
 )
@@ -115,4 +131,10 @@ _refused(
     init_lora_weights="eva",
     target_modules=["proj", "up"],
 )
-_refused("ERROR-018", "All targets excluded", "N9", [{"exclude_modules": ["proj", "up", "head", "emb"]}], "exclude")
+_refused(
+    "ERROR-018",
+    "All targets excluded",
+    EFFECT + " (N9)",
+    [{"exclude_modules": ["proj", "up", "head", "emb"]}],
+    "exclude decision:no_effect",
+)

@@ -140,7 +140,7 @@ def _unadjusted(implementation: Implementation, case: Any, check: Check) -> None
     "EVA-015",
     "eva: an adapter whose ranks were shared out is the same after saving and loading: ranks, s and output.",
     "PEFT's documentation of initialize_lora_eva_weights: rank_pattern and alpha_pattern are updated (E8)",
-    needs="files",
+    needs="files write",
 )
 def _saved(implementation: Implementation, case: Any, check: Check) -> None:
     spec, x = case

@@ -54,7 +54,12 @@ def plain(spec: ModelSpec) -> dict[str, LayerState]:
 
 
 @requirement(
-    "FILE-001", "An adapter that is saved and loaded again gives the same output.", ROUND, "model files", small, slow=2
+    "FILE-001",
+    "An adapter that is saved and loaded again gives the same output.",
+    ROUND,
+    "model files write",
+    small,
+    slow=2,
 )
 def file_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -74,7 +79,7 @@ def file_001(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "FILE-002",
     "The file holds A and B of every adapted module under PEFT's keys, and nothing else.",
     FORMAT,
-    "model files",
+    "model files write",
     small,
     slow=2,
 )
@@ -183,8 +188,8 @@ def file_010(implementation: Implementation, spec: ModelSpec, check: Check) -> N
 
 @requirement(
     "FILE-029",
-    "Patterns keep their order in the folder: the first key that matches counts after loading, too.",
-    "N8: the first match counts (X2)",
+    "Where two keys of a pattern match a module, it has the same r and s after loading as before saving.",
+    "PEFT's documentation of save_pretrained: what is saved can be reloaded (X2)",
     "model files patterns",
     lambda i: small(
         i, target_modules=["proj", "up"], rank_pattern={"up": 3, ".*": 4}, alpha_pattern={"up": 5, ".*": 6}
@@ -203,7 +208,7 @@ def file_029(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "FILE-011",
     "A loaded adapter is frozen unless training is asked for.",
     "PEFT's documentation of is_trainable (X9)",
-    "model files",
+    "model files trainable",
     small,
     slow=2,
 )
@@ -214,7 +219,7 @@ def file_011(implementation: Implementation, spec: ModelSpec, check: Check) -> N
 
 
 @requirement(
-    "FILE-012", "A merged model saves its factors, and not the merge.", "X9", "model files merge", small, slow=2
+    "FILE-012", "A merged model saves its factors, and not the merge.", "X9", "model files merge write", small, slow=2
 )
 def file_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -230,7 +235,7 @@ def file_012(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     "FILE-013",
     "Saving changes nothing: output, factors, what is active and what trains.",
     ROUND,
-    "model files adapters",
+    "model files adapters trainable write",
     pairs,
     slow=2,
 )
@@ -248,7 +253,7 @@ def file_013(implementation: Implementation, case: Any, check: Check) -> None:
     "FILE-014",
     "The adapter default lies in the folder, another one in a folder of its name in it.",
     "X1",
-    "model files adapters",
+    "model files adapters write",
     pairs,
     slow=2,
 )
@@ -264,7 +269,7 @@ def file_014(implementation: Implementation, case: Any, check: Check) -> None:
     "FILE-015",
     "An adapter can be loaded into an adapted model, under another name, and waits until it is set.",
     "PEFT's documentation of load_adapter",
-    "model files adapters",
+    "model files adapters write",
     pairs,
     slow=2,
 )
@@ -286,7 +291,7 @@ def _starts(id: str, init: str, what: str = "", needs: str = "", **config: Any) 
         id,
         f"{init}{what}: a trained adapter that is saved and loaded on the original base gives the same output.",
         "PEFT's documentation: a saved adapter is loaded on the base model it was made from (V2, V3, V5)",
-        f"model files init:{init} {needs}",
+        f"model write files init:{init} {needs}",
         lambda i: small(
             i, **{"init_lora_weights": init, "r": st.sampled_from((1, 2)), "target_modules": ["proj", "up"]} | config
         ),
@@ -320,12 +325,15 @@ _starts("FILE-019", "pissa", " with patterns", "patterns", rank_pattern={"up": 3
 # -- what must be refused ------------------------------------------------------------------------
 
 
+DECIDED = "lora_ref's decision (X8)"
+
+
 def _refused(id: str, what: str, spoil: Callable[[Path, dict[str, Any], dict[str, Array]], None], strict: bool) -> None:
     @requirement(
         id,
         f"{what}: refused, and the model is as before.",
-        "X8: nothing wrong is loaded silently",
-        "model files adapters errors" + (" strict_files" if strict else ""),
+        f"{DECIDED if strict else FORMAT}: nothing wrong is loaded silently",
+        "model write files adapters errors" + (" strict_files" if strict else ""),
         small,
         slow=2,
     )

@@ -133,7 +133,7 @@ def _common(area: str, init: str, source: str) -> None:
     @requirement(
         f"{area}-005",
         f"{init}: in half precision W_res + s B A is as near to W as the rounding of W_res alone allows.",
-        "T4: the residual is that of the factors as they are stored",
+        "lora_ref's decision (T4): the residual is that of the factors as they are stored",
         f"{claim} exact_residual",
         lambda i: half(i, init),
     )

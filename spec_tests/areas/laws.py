@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import Implementation, LayerSpec, ModelSpec
-from ..generate import LINEAR, MERGEABLE, inputs, layers, model_inputs
+from ..generate import LINEAR, MERGEABLE, inputs, layers, model_inputs, scaled
 from ..registry import requirement
 from .forward import made
 from .operations import fill, gives, holds, output, small
@@ -49,7 +49,7 @@ def law_002(implementation: Implementation, spec: LayerSpec, check: Check) -> No
 
 
 @requirement(
-    "LAW-003", "B / 2 with twice the lora_alpha: the same output.", SAME, "write", lambda i: layers(i, MERGEABLE)
+    "LAW-003", "B / 2 with twice the lora_alpha: the same output.", SAME, "write", lambda i: scaled(i, MERGEABLE)
 )
 def law_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     one, state = made(implementation, spec)
@@ -152,7 +152,7 @@ def law_008(implementation: Implementation, spec: LayerSpec, check: Check) -> No
     "LAW-009",
     "Rank r is the sum of r adapters of rank 1.",
     "B A is the sum of its outer products (D1)",
-    "write",
+    "write alpha",
     lambda i: layers(i, LINEAR, b=None, use_rslora=False),
 )
 def law_009(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
@@ -192,7 +192,7 @@ NAMES = ({"a.proj": "up", "a.up": "proj", "head": "a.head2"}, {"a.proj": "p1", "
     "LAW-011",
     "What modules are called does not matter, names that are parts of one another included.",
     "N2",
-    "model",
+    "model write",
     lambda i: st.tuples(small(i), st.sampled_from(NAMES)),
 )
 def law_011(implementation: Implementation, case: tuple[ModelSpec, dict[str, str]], check: Check) -> None:
@@ -223,7 +223,7 @@ def law_012(implementation: Implementation, spec: ModelSpec, check: Check) -> No
     "LAW-013",
     "An adapter that is added and never set changes nothing: not the output, not merging, not unloading.",
     "U7",
-    "model adapters merge unload",
+    "model adapters merge unload write",
     lambda i: small(i),
 )
 def law_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -241,7 +241,7 @@ def law_013(implementation: Implementation, spec: ModelSpec, check: Check) -> No
     "LAW-014",
     "Two adapters that are active together are the one that cat makes of them with weights 1.",
     "U7, U9",
-    "model adapters weighted",
+    "model adapters weighted summed write",
     lambda i: small(i),
 )
 def law_014(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -262,7 +262,7 @@ def law_014(implementation: Implementation, spec: ModelSpec, check: Check) -> No
     "LAW-015",
     "Merging and unmerging many times leaves the output where it was, within the rounding of so many sums.",
     "T3",
-    "model merge",
+    "model merge unmerge write",
     lambda i: small(i),
     slow=2,
 )

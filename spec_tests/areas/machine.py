@@ -34,10 +34,10 @@ OPERATIONS: dict[str, st.SearchStrategy[Operation]] = {
 NEEDS = {
     "enable": "disable",
     "merge": "merge",
-    "unmerge": "merge",
+    "unmerge": "unmerge",
     "add": "adapters",
     "set": "adapters",
-    "delete": "adapters",
+    "delete": "delete",
     "combine": "weighted",
     "reload": "files",
 }
@@ -146,13 +146,21 @@ def apply(operation: Operation, model: Model, now: Expected, implementation: Imp
 def sequences(implementation: Implementation, *more: str) -> Any:
     """A model, and operations of these names as far as they are claimed."""
     names = [n for n in ("write", *more) if n not in NEEDS or NEEDS[n] in implementation.claims]
-    steps = st.lists(st.one_of([OPERATIONS[name] for name in names]), min_size=2, max_size=12)
+    kinds = {name: OPERATIONS[name] for name in names}
+    if "set" in kinds and "summed" not in implementation.claims:
+        kinds["set"] = st.tuples(st.just("set"), st.tuples(NAMES).map(list))
+    steps = st.lists(st.one_of(list(kinds.values())), min_size=2, max_size=12)
     return st.tuples(small(implementation, lora_alpha=st.sampled_from(ALPHAS)), steps)
 
 
 def _walk(id: str, sentence: str, needs: str, *more: str) -> None:
     @requirement(
-        id, sentence, "the statements on each operation (section 1.10)", needs, lambda i: sequences(i, *more), slow=2
+        id,
+        sentence,
+        "PEFT's documentation of each operation (U1, U2, U7, U9, X2)",
+        needs,
+        lambda i: sequences(i, *more),
+        slow=2,
     )
     def body(implementation: Implementation, case: tuple[ModelSpec, list[Operation]], check: Check) -> None:
         spec, operations = case
@@ -169,7 +177,7 @@ def _walk(id: str, sentence: str, needs: str, *more: str) -> None:
 _walk(
     "STATE-001",
     "Any sequence of setting factors, merging, unmerging and switching keeps the model what it must be.",
-    "model merge disable",
+    "model write trainable merge unmerge disable",
     "merge",
     "unmerge",
     "enable",
@@ -177,7 +185,7 @@ _walk(
 _walk(
     "STATE-002",
     "Any sequence of adding, setting, deleting and switching adapters keeps the model what it must be.",
-    "model adapters disable",
+    "model write trainable adapters disable",
     "add",
     "set",
     "delete",
@@ -186,7 +194,7 @@ _walk(
 _walk(
     "STATE-003",
     "The same with merging.",
-    "model adapters merge disable",
+    "model write trainable adapters merge unmerge disable",
     "add",
     "set",
     "delete",
@@ -197,7 +205,7 @@ _walk(
 _walk(
     "STATE-004",
     "The same with weighted combination.",
-    "model adapters weighted merge",
+    "model write trainable adapters weighted merge unmerge",
     "add",
     "set",
     "delete",
@@ -208,7 +216,7 @@ _walk(
 _walk(
     "STATE-005",
     "The same with saving and loading again in between.",
-    "model files merge",
+    "model write trainable adapters files merge unmerge",
     "reload",
     "merge",
     "unmerge",

@@ -77,7 +77,11 @@ def merge_021(implementation: Implementation, spec: LayerSpec, check: Check) -> 
 
 
 @requirement(
-    "MERGE-022", "Unmerging gives the base weight back, within the rounding of one sum.", "T3", "write merge", layers
+    "MERGE-022",
+    "Unmerging gives the base weight back, within the rounding of one sum.",
+    "T3",
+    "write merge unmerge",
+    layers,
 )
 def merge_022(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
@@ -87,14 +91,14 @@ def merge_022(implementation: Implementation, spec: LayerSpec, check: Check) -> 
     check.close(layer.read().W, spec.W, merged(spec, state)[1], spec.dtype, "the weight after unmerging")
 
 
-@requirement("MERGE-023", "Unmerging without a merge changes nothing.", "U1", "write merge", layers)
+@requirement("MERGE-023", "Unmerging without a merge changes nothing.", "U1", "write merge unmerge", layers)
 def merge_023(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, _ = made(implementation, spec)
     layer.unmerge()
     check.equal(layer.read().W, spec.W, "the weight")
 
 
-@requirement("MERGE-024", "After merging and unmerging the branch acts again.", "U1", "write merge", layers)
+@requirement("MERGE-024", "After merging and unmerging the branch acts again.", "U1", "write merge unmerge", layers)
 def merge_024(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     layer.merge()
@@ -126,8 +130,8 @@ def merge_026(implementation: Implementation, spec: LayerSpec, check: Check) -> 
 @requirement(
     "MERGE-027",
     "In half precision the update is computed in at least float32 and rounded once.",
-    "T3",
-    "write merge",
+    "lora_ref's decision (T3): no document says in which dtype s B A is computed",
+    "write merge decision:half_merge",
     lambda i: layers(i, MERGEABLE, ("float16", "bfloat16")),
 )
 def merge_027(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
@@ -141,7 +145,9 @@ def merge_027(implementation: Implementation, spec: LayerSpec, check: Check) -> 
     check.close(layer.read().W, want, unit, spec.dtype, "the merged weight", factor=1.01)
 
 
-@requirement("MERGE-028", "Merging, unmerging and merging again gives the merged weight.", "U1", "write merge", layers)
+@requirement(
+    "MERGE-028", "Merging, unmerging and merging again gives the merged weight.", "U1", "write merge unmerge", layers
+)
 def merge_028(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     layer, state = made(implementation, spec)
     for _ in range(2):
@@ -155,8 +161,8 @@ def merge_028(implementation: Implementation, spec: LayerSpec, check: Check) -> 
 @requirement(
     "MERGE-029",
     "Unmerging gives the base weight back bit for bit, in every dtype.",
-    "T3",
-    "write merge exact_unmerge",
+    "lora_ref's decision (T3): PEFT's documentation of unmerge_adapter says nothing of rounding",
+    "write merge exact_unmerge unmerge",
     lambda i: layers(i, MERGEABLE, ("float64", "float32", "float16", "bfloat16")),
 )
 def merge_029(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
@@ -190,7 +196,7 @@ def merge_030(implementation: Implementation, case: tuple[LayerSpec, float], che
     "MERGE-031",
     "What is written to A and B after a merge acts after unmerging and merging again, not before.",
     "U1",
-    "write merge",
+    "write merge unmerge",
     layers,
 )
 def merge_031(implementation: Implementation, spec: LayerSpec, check: Check) -> None:

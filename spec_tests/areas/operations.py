@@ -107,7 +107,11 @@ def holds(
 
 
 @requirement(
-    "MODEL-001", "The output is that of the base modules with W + s B A where they are adapted.", "D1", "model", small
+    "MODEL-001",
+    "The output is that of the base modules with W + s B A where they are adapted.",
+    "D1",
+    "model write",
+    small,
 )
 def model_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -116,7 +120,11 @@ def model_001(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
-    "MODEL-002", "Adapting, setting and running leave every base weight bit for bit as it was.", MERGED, "model", small
+    "MODEL-002",
+    "Adapting, setting and running leave every base weight bit for bit as it was.",
+    MERGED,
+    "model write",
+    small,
 )
 def model_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -125,7 +133,7 @@ def model_002(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     holds(check, model.base(), spec, [], "the base model", exact=True)
 
 
-@requirement("MODEL-003", "A and B of the adapted modules train, and nothing else.", "B1", "model", small)
+@requirement("MODEL-003", "A and B of the adapted modules train, and nothing else.", "B1", "model trainable", small)
 def model_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     want = sorted(f"{name}.{letter}:default" for name in model.adapted() for letter in "AB")
@@ -133,7 +141,11 @@ def model_003(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
-    "MODEL-004", "Merging puts W + s B A into every adapted module, and keeps the output.", MERGED, "model merge", small
+    "MODEL-004",
+    "Merging puts W + s B A into every adapted module, and keeps the output.",
+    MERGED,
+    "model merge write",
+    small,
 )
 def model_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -143,7 +155,9 @@ def model_004(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     gives(check, model, spec, [states], "the merged output")
 
 
-@requirement("MODEL-005", "Merging twice is merging once.", "U1: idempotent for each adapter", "model merge", small)
+@requirement(
+    "MODEL-005", "Merging twice is merging once.", "U1: idempotent for each adapter", "model merge unmerge write", small
+)
 def model_005(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
@@ -156,7 +170,9 @@ def model_005(implementation: Implementation, spec: ModelSpec, check: Check) -> 
         check.close(W, spec.modules[name].W, size, spec.dtype, f"{name}.weight, unmerged once", factor=16)
 
 
-@requirement("MODEL-006", "Unmerging takes the update out of every module again.", MERGED, "model merge", small)
+@requirement(
+    "MODEL-006", "Unmerging takes the update out of every module again.", MERGED, "model merge unmerge write", small
+)
 def model_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
@@ -169,7 +185,11 @@ def model_006(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
-    "MODEL-007", "Switched off, the model is the base model; on again, the adapted one.", OFF, "model disable", small
+    "MODEL-007",
+    "Switched off, the model is the base model; on again, the adapted one.",
+    OFF,
+    "model disable trainable write",
+    small,
 )
 def model_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -182,7 +202,9 @@ def model_007(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     check.equal(sorted(model.trainable()), sorted(trained), "what trains, on again")
 
 
-@requirement("MODEL-008", "A merged model that is switched off is the base model.", OFF, "model disable merge", small)
+@requirement(
+    "MODEL-008", "A merged model that is switched off is the base model.", OFF, "model disable merge write", small
+)
 def model_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
@@ -197,7 +219,7 @@ def model_008(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
-    "MODEL-009", "Unloading with merging gives plain modules with W + s B A.", UNLOAD, "model unload merge", small
+    "MODEL-009", "Unloading with merging gives plain modules with W + s B A.", UNLOAD, "model unload merge write", small
 )
 def model_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -206,7 +228,11 @@ def model_009(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
-    "MODEL-010", "Unloading without merging gives the base model back, bit for bit.", UNLOAD, "model unload", small
+    "MODEL-010",
+    "Unloading without merging gives the base model back, bit for bit.",
+    UNLOAD,
+    "model unload write",
+    small,
 )
 def model_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
@@ -218,7 +244,7 @@ def model_010(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "MODEL-011",
     "Unloading a merged model without merging gives the base model back, too.",
     'PEFT\'s documentation of unload: "Gets back the base model by removing all the lora modules without merging" (U6)',
-    "model unload merge",
+    "model unload merge write",
     small,
 )
 def model_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -234,7 +260,7 @@ def model_011(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "MODEL-012",
     "Merging and unloading a model that is merged already adds nothing again.",
     UNLOAD,
-    "model unload merge",
+    "model unload merge write",
     small,
 )
 def model_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -247,8 +273,8 @@ def model_012(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 @requirement(
     "MODEL-013",
     "A safe merge with NaN in one module's factors is refused, and no module is merged.",
-    "PEFT's documentation of safe_merge (U4)",
-    "model merge safe_merge all_or_nothing",
+    "lora_ref's decision (U4): PEFT's documentation of safe_merge is about one layer's weights",
+    "model merge safe_merge all_or_nothing write",
     small,
 )
 def model_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -266,7 +292,7 @@ def model_013(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "MODEL-014",
     "With integers and a scaling that is a power of two the merged model is exact.",
     MERGED,
-    "model merge",
+    "model merge write",
     lambda i: small(i, r=2, lora_alpha=st.sampled_from((1.0, 2.0, 4.0) if "alpha" in i.claims else (2.0, 4.0))),
 )
 def model_014(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -278,7 +304,7 @@ def model_014(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     holds(check, model.base(), spec, [states], "the merged model", exact=True)
 
 
-@requirement("MODEL-015", "Two models made alike do not share their adapters.", "D1", "model", small)
+@requirement("MODEL-015", "Two models made alike do not share their adapters.", "D1", "model write", small)
 def model_015(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     one, two = implementation.model(spec), implementation.model(spec)
     states = fill(two, spec, salt=1)
@@ -290,7 +316,7 @@ def model_015(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "MODEL-016",
     "A batch gives what its samples give alone.",
     "D1",
-    "model",
+    "model write",
     lambda i: small(i, lora_alpha=st.sampled_from(ALPHAS)),
 )
 def model_016(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

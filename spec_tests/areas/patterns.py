@@ -85,7 +85,8 @@ _rule(
 _rule(
     "PATTERN-004",
     "Where several keys match, the first in the dictionary's order decides.",
-    source="N8",
+    "decision:pattern_order decision:whole_segments",
+    source="lora_ref's decision (N8): PEFT's documentation of rank_pattern names no order",
     shapes=BOTH,
     target_modules=["q_proj", "xq_proj"],
     rank_pattern=st.permutations(["q_proj", "layers.1.q_proj", ".*q_proj", r"^layers\.10.*", r"1\.q_proj"]).map(
@@ -175,7 +176,7 @@ def pattern_020(implementation: Implementation, spec: ModelSpec, check: Check) -
 
 
 @requirement(
-    "PATTERN-021", "The output has every module's own s.", "S2, D1", "model linear patterns", patterned, slow=2
+    "PATTERN-021", "The output has every module's own s.", "S2, D1", "model linear patterns write", patterned, slow=2
 )
 def pattern_021(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
@@ -183,7 +184,12 @@ def pattern_021(implementation: Implementation, spec: ModelSpec, check: Check) -
 
 
 @requirement(
-    "PATTERN-022", "Merging adds every module's own s.", "S2, U1", "model linear patterns merge", patterned, slow=2
+    "PATTERN-022",
+    "Merging adds every module's own s.",
+    "S2, U1",
+    "model linear patterns merge write",
+    patterned,
+    slow=2,
 )
 def pattern_022(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = given_factors(implementation.model(spec), spec)
@@ -200,7 +206,7 @@ def pattern_022(implementation: Implementation, spec: ModelSpec, check: Check) -
     "PATTERN-023",
     "merge_and_unload adds every module's own s.",
     "S2, U5",
-    "model linear patterns unload",
+    "model linear patterns unload merge write",
     patterned,
     slow=2,
 )
@@ -217,7 +223,7 @@ def pattern_023(implementation: Implementation, spec: ModelSpec, check: Check) -
     "PATTERN-024",
     "A concatenation of adapters is the weighted sum of their updates, with every module's own s of each.",
     "S2, U9",
-    "model linear patterns adapters weighted",
+    "model linear patterns adapters weighted write",
     lambda i: st.tuples(patterned(i), keys(SMALL, st.sampled_from((1, 2)))),
     slow=2,
 )
@@ -243,7 +249,7 @@ def pattern_024(implementation: Implementation, case: tuple[ModelSpec, dict[str,
     "PATTERN-025",
     "Adapters of one model have patterns of their own.",
     "S2, U7",
-    "model linear patterns adapters",
+    "model linear patterns adapters write",
     lambda i: st.tuples(patterned(i), keys(SMALL, st.sampled_from((1, 2)))),
     slow=2,
 )
@@ -265,7 +271,7 @@ def pattern_025(implementation: Implementation, case: tuple[ModelSpec, dict[str,
     "PATTERN-026",
     "A saved adapter has every module's own r and s when it is loaded again.",
     "S2, X3",
-    "model linear patterns files",
+    "model linear patterns files write",
     patterned,
     slow=2,
 )
@@ -282,7 +288,7 @@ def pattern_026(implementation: Implementation, spec: ModelSpec, check: Check) -
     "PATTERN-027",
     "An embedding follows the patterns as a linear layer does.",
     "S2, D4",
-    "model linear embedding patterns",
+    "model linear embedding patterns write",
     lambda i: cases(
         i,
         {"emb": ("embedding", 4, 6), "h.emb": ("embedding", 4, 6), "h.up": ("linear", 4, 4)},

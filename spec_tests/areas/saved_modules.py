@@ -44,13 +44,15 @@ def untouched(check: Check, model: Model, spec: ModelSpec, what: str) -> None:
     check.equal(b, spec.modules["head"].b, f"the original bias {what}")
 
 
-@requirement("SAVED-001", "The copy starts as the original.", DOC, "model modules_to_save", saving)
+@requirement("SAVED-001", "The copy starts as the original.", DOC, "model modules_to_save write", saving)
 def saved_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     gives(check, model, spec, [fill(model, spec)], "the output")
 
 
-@requirement("SAVED-002", "The copy trains in full, and the original is frozen.", DOC, "model modules_to_save", saving)
+@requirement(
+    "SAVED-002", "The copy trains in full, and the original is frozen.", DOC, "model modules_to_save trainable", saving
+)
 def saved_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     trains = implementation.model(spec).trainable()
     check.that({"head.weight:default", "head.bias:default"} <= trains, f"the copy does not train: {sorted(trains)}")
@@ -61,7 +63,7 @@ def saved_002(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "SAVED-003",
     "Training changes the output through the copy, and not the original.",
     DOC,
-    "model modules_to_save",
+    "model modules_to_save write",
     saving,
 )
 def saved_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -76,7 +78,7 @@ def saved_003(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "SAVED-004",
     "Switched off, the model uses the original; on again, the copy.",
     DOC,
-    "model modules_to_save disable",
+    "model modules_to_save disable write",
     saving,
 )
 def saved_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -102,10 +104,23 @@ def saved_005(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
+    "SAVED-013",
+    "A module of modules_to_save and of exclude_modules is saved whole: excluding is about adapters only.",
+    "PEFT's documentation of modules_to_save: modules apart from adapter layers; exclude_modules: of the adapter (N1)",
+    "model modules_to_save exclude trainable",
+    lambda i: saving(i, target_modules=["proj", "up", "head"], exclude_modules=["head", "up"]),
+)
+def saved_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    check.equal(sorted(model.adapted()), ["a.proj"], "the adapted modules")
+    check.that("head.weight:default" in model.trainable(), "head has no copy that trains")
+
+
+@requirement(
     "SAVED-006",
     "Names match whole, or from a dot on: 'head' is not 'xhead'.",
-    "N10; PEFT's documentation of target_modules",
-    "model modules_to_save",
+    "lora_ref's decision (N10): PEFT's documentation of modules_to_save calls it a list of modules",
+    "model modules_to_save trainable decision:whole_segments",
     lambda i: st.builds(_with_xhead, saving(i)),
 )
 def saved_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -124,7 +139,7 @@ def _with_xhead(spec: ModelSpec) -> ModelSpec:
     "SAVED-007",
     "Each adapter has a copy of its own, and setting an adapter sets its copy.",
     DOC,
-    "model modules_to_save adapters",
+    "model modules_to_save adapters trainable write",
     saving,
 )
 def saved_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -168,7 +183,13 @@ def saved_009(implementation: Implementation, spec: ModelSpec, check: Check) -> 
         check.equal(got, getattr(trained.modules["head"], name), f"{name} of head")
 
 
-@requirement("SAVED-010", "Merging and unmerging leave the copies alone.", "U1", "model modules_to_save merge", saving)
+@requirement(
+    "SAVED-010",
+    "Merging and unmerging leave the copies alone.",
+    "U1",
+    "model modules_to_save merge unmerge write",
+    saving,
+)
 def saved_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)
     states = fill(model, spec)
@@ -186,7 +207,7 @@ def saved_010(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "SAVED-011",
     "The trained copy is saved and loaded with the adapter.",
     DOC,
-    "model modules_to_save files",
+    "model modules_to_save files write",
     saving,
     slow=2,
 )
@@ -205,7 +226,7 @@ def saved_011(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "SAVED-012",
     "Deleting an adapter deletes its copies: under its name a new adapter without copies uses the originals.",
     "U7, Z2",
-    "model modules_to_save adapters",
+    "model modules_to_save adapters delete write",
     saving,
 )
 def saved_012(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import Implementation, LayerSpec
-from ..generate import MERGEABLE, inputs, layers
+from ..generate import MERGEABLE, inputs, layers, scaled
 from ..registry import requirement
 from .forward import made
 
@@ -19,7 +19,7 @@ RSLORA = "rsLoRA, arXiv 2312.03732, theorem 3.2 (S1)"
     "s = lora_alpha / r.",
     "LoRA, arXiv 2106.09685, section 4.1 (S1)",
     (),
-    lambda i: layers(i, use_rslora=False),
+    lambda i: scaled(i, MERGEABLE, use_rslora=False),
 )
 def scale_001(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     s = implementation.layer(spec).read().scaling
@@ -39,7 +39,7 @@ def scale_002(implementation: Implementation, spec: LayerSpec, check: Check) -> 
     "The branch is linear in lora_alpha: twice the alpha gives twice the branch.",
     "S1",
     "write",
-    lambda i: layers(i),
+    lambda i: scaled(i, MERGEABLE),
 )
 def scale_003(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     spec = spec.but(lora_alpha=abs(spec.lora_alpha) + 1)

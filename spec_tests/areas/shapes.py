@@ -122,7 +122,7 @@ def shape_013(implementation: Implementation, spec: LayerSpec, check: Check) -> 
 @requirement(
     "SHAPE-014",
     "The branch of a half precision layer is computed in float32: it is rounded where it joins the output, not before.",
-    "T2: x is cast to the factors' dtype, and the sum back to the output's",
+    "lora_ref's decision (T2): x is cast to the factors' dtype, and the sum back to the output's",
     "write float32_factors float32_branch",
     lambda i: layers(i, (*LINEAR, *CONVOLUTIONS, "embedding"), ("float16", "bfloat16")),
 )

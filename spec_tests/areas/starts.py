@@ -155,7 +155,7 @@ def _seeds(id: str, init: Any, needs: str) -> None:
     @requirement(
         id,
         f"init_lora_weights={init!r}: the same seed starts alike, another seed otherwise.",
-        "experiments can be repeated",
+        "torch.manual_seed: sets the seed for generating random numbers",
         needs,
         lambda i: layers(i, LINEAR, init_lora_weights=init, r=2),
     )

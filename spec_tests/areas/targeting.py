@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,45 @@ def expression(draw: Any, names: Any) -> str:
     )
 
 
+def claimed_targets(implementation: Implementation) -> Any:
+    """target_modules in one of the claimed ways."""
+    ways = {
+        "model": st.just(["up", "down"]),
+        "targets:list": listed(BLOCK),
+        "targets:regex": expression(BLOCK),
+        "all-linear": st.just("all-linear"),
+    }
+    return st.one_of([way for claim, way in ways.items() if claim in implementation.claims])
+
+
+def documented(implementation: Implementation, rule: Any, names: Any) -> Any:
+    """The rule without what documents leave open, and lora_ref decides; unless the decision is claimed.
+
+    Does the end of a name begin after a dot? Does an expression match the whole name, or its start?
+    """
+    if isinstance(rule, str) and rule.lower() != "all-linear" and "decision:full_match" not in implementation.claims:
+        return f"^(?:{rule})$"
+    if isinstance(rule, list) and "decision:whole_segments" not in implementation.claims:
+        everything = [*names, *matching.containers(names), *(f"{name}.weight" for name in names)]
+        kept = [
+            item for item in rule if all(matching.ends_at_dot(name, item) == name.endswith(item) for name in everything)
+        ]
+        return kept or [max(names, key=len)]
+    return rule
+
+
+def apart(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The first keys of which no two match one name."""
+    kept: dict[str, Any] = {}
+    taken: set[str] = set()
+    for key, value in pattern.items():
+        matched = {name for name in names if matching.looked_up({key: True}, name, False)}
+        if not matched & taken:
+            kept[key] = value
+            taken |= matched
+    return kept
+
+
 @st.composite
 def cases(draw: Any, implementation: Implementation, shapes: Any = None, **config: Any) -> ModelSpec:
     """A tree and a configuration: option = a function from the names to a strategy, a strategy, or a value."""
@@ -99,6 +138,13 @@ def cases(draw: Any, implementation: Implementation, shapes: Any = None, **confi
         value = value(made) if callable(value) else value
         chosen[option] = draw(value) if isinstance(value, st.SearchStrategy) else value
     chosen = {option: value for option, value in chosen.items() if value is not ...}
+    for option in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        if option in chosen:
+            chosen[option] = documented(implementation, chosen[option], made)
+    if "decision:pattern_order" not in implementation.claims:
+        for option in ("rank_pattern", "alpha_pattern"):
+            if option in chosen:
+                chosen[option] = apart(chosen[option], [*made, *(f"{name}.weight" for name in made)])
     return ModelSpec(chain(np.random.default_rng(0), made), chosen, seed=draw(seeds))
 
 
@@ -128,7 +174,9 @@ def holds(implementation: Implementation, spec: ModelSpec, check: Check) -> None
     try:
         want = matching.targets(kinds_of(spec), spec.config)
     except matching.Refusal as why:
-        refused(check, lambda: implementation.model(spec), f"{dict(spec.config)} ({why})")
+        claim = "decision:no_effect" if str(why) == matching.NOTHING else "errors"
+        if claim in implementation.claims:
+            refused(check, lambda: implementation.model(spec), f"{dict(spec.config)} ({why})")
         return
     compare(check, implementation.model(spec).adapted(), want)
 
@@ -139,40 +187,45 @@ def _rule(id: str, sentence: str, source: str, needs: str, given: Any, slow: int
 
 _rule(
     "TARGET-001",
-    "A list of targets holds names and ends of names that begin after a dot, taken literally.",
+    "A list of targets holds names and ends of names, taken literally.",
     f"{CONFIG}, target_modules (N2)",
-    "",
+    "targets:list",
     lambda i: cases(i, target_modules=listed),
     1,
 )
 _rule(
     "TARGET-002",
-    "A string as target is a regular expression that must match the whole name.",
+    "A string as target is a regular expression for the name.",
     f"{CONFIG}, target_modules (N3)",
-    "",
+    "targets:regex",
     lambda i: cases(i, target_modules=expression),
     1,
 )
 _rule(
     "TARGET-003",
-    "'all-linear', in any case of letters, adapts every linear layer of a plain model and nothing else.",
+    "'all-linear' adapts every linear layer of a plain model and nothing else.",
     f"{CONFIG}, target_modules (N4)",
     "all-linear",
-    lambda i: cases(i, target_modules=st.sampled_from(("all-linear", "ALL-LINEAR", "All-Linear"))),
+    lambda i: cases(
+        i,
+        target_modules=st.sampled_from(
+            ("all-linear", "ALL-LINEAR", "All-Linear") if "decision:letter_case" in i.claims else ("all-linear",)
+        ),
+    ),
 )
 _rule(
     "TARGET-004",
     "A list of exclude_modules follows the rule of a list of targets, and beats every target.",
     f"{CONFIG}, exclude_modules (N6)",
-    "exclude",
+    "targets:list exclude",
     lambda i: cases(i, target_modules=listed, exclude_modules=listed),
     1,
 )
 _rule(
     "TARGET-005",
-    "A string as exclude_modules is a regular expression that must match the whole name, and beats every target.",
+    "A string as exclude_modules is a regular expression for the name, and beats every target.",
     f"{CONFIG}, exclude_modules (N6)",
-    "exclude",
+    "targets:list exclude",
     lambda i: cases(i, target_modules=lambda n: listed(n, 6), exclude_modules=expression),
     1,
 )
@@ -180,14 +233,14 @@ _rule(
     "TARGET-006",
     "Excluding a module beats even its own full name among the targets.",
     f"{CONFIG}, exclude_modules (N6)",
-    "exclude",
+    "targets:list exclude",
     lambda i: cases(i, BLOCK, target_modules=list(BLOCK), exclude_modules=listed),
 )
 _rule(
     "TARGET-007",
     "Excluding a parent by a list does not exclude what lies in it.",
     "N6",
-    "exclude",
+    "targets:list exclude",
     lambda i: cases(
         i,
         BLOCK,
@@ -206,69 +259,76 @@ _rule(
         i, target_modules="all-linear", exclude_modules=st.one_of(listed(ENDS), st.just(r".*\.(1|10)\..*"))
     ),
 )
-_indices = st.one_of(st.sampled_from((0, 1, 10)), st.lists(st.sampled_from((0, 1, 2, 10, -1)), max_size=2))
+
+
+def indices(implementation: Implementation) -> Any:
+    """layers_to_transform: a number or a list; an empty list and negative numbers where the decision is claimed."""
+    decided = "decision:layer_indices" in implementation.claims
+    numbers = st.sampled_from((0, 1, 2, 10, -1) if decided else (0, 1, 2, 10))
+    return st.one_of(st.sampled_from((0, 1, 10)), st.lists(numbers, min_size=0 if decided else 1, max_size=2))
+
+
+LISTS = ("layers", "experts", "xlayers", ["layers"])
+SEVERAL = (["xlayers", "layers"], ["experts", "layers"], ["h", "layers"])  # the first that is found counts
 _rule(
     "TARGET-010",
-    "layers_to_transform adapts the layers with these numbers only: 1 is not 10, a negative number is no layer, an "
-    "empty list is no restriction.",
+    "layers_to_transform adapts the layers with these numbers only: 1 is not 10.",
     f"{CONFIG}, layers_to_transform (N7)",
-    "layers_to_transform",
-    lambda i: cases(i, target_modules=listed, layers_to_transform=_indices),
+    "targets:list layers_to_transform",
+    lambda i: cases(i, target_modules=listed, layers_to_transform=indices(i)),
     1,
 )
 _rule(
     "TARGET-011",
     "The first number behind a list of layers is the layer's, not that of an expert within it.",
     "N7",
-    "layers_to_transform",
-    lambda i: cases(i, MOE, target_modules=["w1", "q_proj"], layers_to_transform=_indices),
+    "targets:list layers_to_transform",
+    lambda i: cases(i, MOE, target_modules=["w1", "q_proj"], layers_to_transform=indices(i)),
 )
 _rule(
     "TARGET-012",
     "layers_pattern says what the list of layers is called: a whole segment of the name, at the root too.",
     f"{CONFIG}, layers_pattern (N7)",
-    "layers_to_transform",
+    "targets:list layers_to_transform",
     lambda i: cases(
         i,
         MOE,
         target_modules=["w1", "q_proj"],
         layers_to_transform=st.one_of(st.sampled_from((0, 1, 10)), st.lists(st.sampled_from((0, 1, 10)), min_size=1)),
-        layers_pattern=st.sampled_from(
-            ("layers", "experts", "xlayers", ["layers"], ["xlayers", "layers"], ["experts", "layers"], ["h", "layers"])
-        ),
+        layers_pattern=st.sampled_from((*LISTS, *SEVERAL) if "decision:layer_indices" in i.claims else LISTS),
     ),
 )
 _rule(
     "TARGET-013",
     "A target given by its full name is adapted in the layers of layers_to_transform only.",
     f"{CONFIG}, layers_to_transform: only the layer indices that are specified (N7)",
-    "layers_to_transform",
+    "targets:list layers_to_transform",
     lambda i: cases(
         i,
         MOE,
         target_modules=st.tuples(st.sampled_from(sorted(MOE)), st.just("w1")).map(list),
-        layers_to_transform=_indices,
+        layers_to_transform=indices(i),
     ),
 )
 _rule(
     "TARGET-014",
     "All rules of names together: modules_to_save before exclude_modules before target_modules.",
     "N1, N2, N6, N7",
-    "exclude layers_to_transform modules_to_save",
+    "targets:list exclude layers_to_transform modules_to_save",
     lambda i: cases(
         i,
         target_modules=lambda n: listed(n, 6),
         exclude_modules=st.one_of(st.just(...), listed(ENDS)),
         modules_to_save=st.one_of(st.just(...), st.lists(st.sampled_from(("q_proj", "fc", "mlp.q")), min_size=1)),
-        layers_to_transform=st.one_of(st.just(...), _indices),
+        layers_to_transform=st.one_of(st.just(...), indices(i)),
     ),
     1,
 )
 _rule(
     "TARGET-015",
     "An end of a name compares whole segments: '1.q_proj' is in layer 1, not in layer 11 or 10.1.",
-    "N2",
-    "",
+    "lora_ref's decision (N2): PEFT's documentation of target_modules says that the name ends with the item",
+    "targets:list decision:whole_segments",
     lambda i: cases(
         i,
         {f"layers.{n}.attn.q_proj": ("linear", 2, 2) for n in (0, 1, 10, 11)},
@@ -280,8 +340,8 @@ _rule(
 _rule(
     "TARGET-016",
     "A bare name as a string finds a module at the root only.",
-    "N3",
-    "",
+    "lora_ref's decision (N3): PEFT's documentation of target_modules says that a regex match is performed",
+    "targets:regex decision:full_match",
     lambda i: cases(
         i,
         {"q_proj": ("linear", 2, 2), "attn.q_proj": ("linear", 2, 2), "fc": ("linear", 2, 2), "h.v": ("linear", 2, 2)},
@@ -291,14 +351,16 @@ _rule(
 _rule(
     "TARGET-040",
     "exclude_modules and layers_to_transform restrict target_parameters, too.",
-    f"{CONFIG}, exclude_modules: the modules that are not adapted; layers_to_transform: the layers that are (N1, N7)",
+    f"{CONFIG}, exclude_modules: the modules that are not adapted; target_parameters: as target_modules (N1, N7)",
     "target_parameters exclude layers_to_transform",
     lambda i: cases(
         i,
         BLOCK,
         target_parameters=st.just([f"{name}.weight" for name in BLOCK]),
         exclude_modules=st.one_of(st.just(...), listed(BLOCK)),
-        layers_to_transform=st.one_of(st.just(...), _indices),
+        layers_to_transform=(
+            st.one_of(st.just(...), indices(i)) if "decision:layer_indices" in i.claims else st.just(...)
+        ),
     ),
 )
 _rule(
@@ -320,7 +382,7 @@ _rule(
     "TARGET-020",
     "The order of a list of targets, and items given twice, do not matter.",
     "N2",
-    "model linear",
+    "model linear targets:list",
     lambda i: cases(i, BLOCK, target_modules=listed),
     slow=2,
 )
@@ -341,12 +403,7 @@ def target_020(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "A further adapter is put where its own configuration says, as if the first were not there.",
     "N2, N3, N4, U7",
     "model linear adapters",
-    lambda i: st.tuples(
-        cases(i, BLOCK, target_modules=["up", "head"]),
-        st.one_of(
-            listed(BLOCK), expression(BLOCK), st.just("all-linear" if "all-linear" in i.claims else ["up", "down"])
-        ),
-    ),
+    lambda i: st.tuples(cases(i, BLOCK, target_modules=["up", "head"]), claimed_targets(i)),
     slow=2,
 )
 def target_021(implementation: Implementation, case: tuple[ModelSpec, Any], check: Check) -> None:
@@ -366,7 +423,7 @@ def target_021(implementation: Implementation, case: tuple[ModelSpec, Any], chec
     "TARGET-022",
     "What trains is A and B of the targeted modules, and nothing else.",
     "LoRA, arXiv 2106.09685, section 4.1 (B1)",
-    "model linear",
+    "model linear trainable targets:list",
     lambda i: cases(i, target_modules=listed),
     slow=2,
 )
@@ -386,7 +443,7 @@ def target_022(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "TARGET-023",
     "Adapting a model changes no weight of it, and no output before training.",
     "D1, I6",
-    "model linear init:True",
+    "model linear init:True write",
     lambda i: models(
         i, target_modules=st.sampled_from((["q_proj"], ["up", "down"], ["head", "layers.10.attn.q_proj"]))
     ),

@@ -57,7 +57,7 @@ def size(state: LayerState) -> Array:
     "WEIGHT-001",
     "cat: the update is the sum of the weighted updates, of any ranks.",
     DOC,
-    "model adapters weighted",
+    "model adapters weighted write",
     combined,
 )
 def weight_001(implementation: Implementation, case: Any, check: Check) -> None:
@@ -68,7 +68,7 @@ def weight_001(implementation: Implementation, case: Any, check: Check) -> None:
         check.close(update(model.read(name, "new")), want, bound, spec.dtype, f"the combined update of {name}", 16)
 
 
-@requirement("WEIGHT-002", "cat: the rank is the sum of the ranks.", DOC, "model adapters weighted", combined)
+@requirement("WEIGHT-002", "cat: the rank is the sum of the ranks.", DOC, "model adapters weighted write", combined)
 def weight_002(implementation: Implementation, case: Any, check: Check) -> None:
     model, _spec, weights, states = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
@@ -81,7 +81,7 @@ def _identity(id: str, how: str) -> None:
         id,
         f"{how}: combining one adapter with the weight 1 gives the same update.",
         DOC + ": the identity",
-        "model adapters weighted",
+        "model write adapters weighted",
         combined,
     )
     def body(implementation: Implementation, case: Any, check: Check) -> None:
@@ -103,7 +103,7 @@ _identity("WEIGHT-005", "svd")
     "WEIGHT-006",
     "svd: where the rank suffices the update is the sum of the weighted updates.",
     DOC,
-    "model adapters weighted",
+    "model adapters weighted write",
     lambda i: combined(i, same_rank=True),
 )
 def weight_006(implementation: Implementation, case: Any, check: Check) -> None:
@@ -127,8 +127,8 @@ def weight_006(implementation: Implementation, case: Any, check: Check) -> None:
 @requirement(
     "WEIGHT-007",
     "linear: A is the sum of sqrt(w s) A_i, B the sum of sqrt(w s) B_i.",
-    "PEFT's blog on merging adapters, and its code (U9)",
-    "model adapters weighted",
+    "lora_ref's decision (U9): PEFT's documentation of add_weighted_adapter calls it a rough approximation",
+    "model adapters weighted write decision:linear_combination",
     lambda i: combined(i, same_rank=True),
 )
 def weight_007(implementation: Implementation, case: Any, check: Check) -> None:
@@ -150,7 +150,7 @@ def _negative(id: str, how: str) -> None:
         id,
         f"{how}: a negative weight takes an adapter's update away.",
         "PEFT's documentation of add_weighted_adapter: negative weights (U9)",
-        "model adapters weighted",
+        "model write adapters weighted",
         lambda i: st.tuples(combined(i, same_rank=True), st.sampled_from((-1.0, -0.5))),
     )
     def body(implementation: Implementation, case: Any, check: Check) -> None:
@@ -171,7 +171,7 @@ _negative("WEIGHT-010", "svd")
     "WEIGHT-011",
     "Combining changes neither its parents nor the base, nor what is active.",
     DOC,
-    "model adapters weighted",
+    "model adapters weighted write",
     combined,
 )
 def weight_011(implementation: Implementation, case: Any, check: Check) -> None:
@@ -187,7 +187,9 @@ def weight_011(implementation: Implementation, case: Any, check: Check) -> None:
                 check.equal(getattr(again, letter), getattr(state[name], letter), f"{letter} of {adapter} in {name}")
 
 
-@requirement("WEIGHT-012", "The combined adapter can be set, and acts.", DOC, "model adapters weighted", combined)
+@requirement(
+    "WEIGHT-012", "The combined adapter can be set, and acts.", DOC, "model adapters weighted trainable write", combined
+)
 def weight_012(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, weights, _ = parents(implementation, case)
     model.combine(["default", "second"], weights, "new", "cat")
@@ -202,7 +204,7 @@ def weight_012(implementation: Implementation, case: Any, check: Check) -> None:
     "WEIGHT-013",
     "As many weights as adapters are needed: others are refused.",
     DOC,
-    "model adapters weighted errors",
+    "model adapters weighted errors write",
     combined,
 )
 def weight_013(implementation: Implementation, case: Any, check: Check) -> None:
@@ -216,7 +218,7 @@ def weight_013(implementation: Implementation, case: Any, check: Check) -> None:
     "WEIGHT-014",
     "linear needs equal ranks: others are refused.",
     DOC,
-    "model adapters weighted errors",
+    "model adapters weighted errors write",
     lambda i: combined(i, same_rank=True),
 )
 def weight_014(implementation: Implementation, case: Any, check: Check) -> None:
@@ -228,7 +230,7 @@ def weight_014(implementation: Implementation, case: Any, check: Check) -> None:
     "WEIGHT-015",
     "An adapter that does not exist, or an unknown combination, is refused.",
     DOC,
-    "model adapters weighted errors",
+    "model adapters weighted errors write",
     combined,
 )
 def weight_015(implementation: Implementation, case: Any, check: Check) -> None:
@@ -242,7 +244,7 @@ def _parents(id: str, what: str, patterns: dict[str, Any]) -> None:
         id,
         f"Parents with {what}: cat, linear and svd of one of them with the weight 1 change nothing.",
         DOC + ": the identity, per module",
-        "model adapters weighted patterns",
+        "model write adapters weighted patterns",
         lambda i: combined(i, **patterns),
     )
     def body(implementation: Implementation, case: Any, check: Check) -> None:
@@ -263,7 +265,7 @@ _parents("WEIGHT-017", "rank_pattern", {"rank_pattern": {"up": 3, "head": 1}})
     "WEIGHT-018",
     "Parents with use_rslora, or one with and one without: the update of cat is the sum of the weighted updates.",
     DOC + ": s of each parent counts, whatever its formula",
-    "model adapters weighted rslora",
+    "model adapters weighted rslora write",
     lambda i: combined(i, rslora=True),
 )
 def weight_018(implementation: Implementation, case: Any, check: Check) -> None:

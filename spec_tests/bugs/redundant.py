@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 REASONS = {
     "FORWARD SHAPE": "a library has a class for each kind of layer and a path for each dtype, `plain` has one for all",
     "SCALE": "a library computes s when an adapter is made, when it is loaded and when it is changed; `plain` once",
+    "COPY": "a library copies each kind of layer in code of its own, `plain` all of them in one line",
     "MERGE": "a library merges each kind of layer and each dtype in code of its own, `plain` all of them in one line",
     "OFF": "a library switches off in each kind of layer, merged or not, `plain` in one line",
     "DROP": "a library has a dropout for each kind of layer and adapter, `plain` one line",

@@ -363,7 +363,7 @@ class Site:
 
         In groups, W is (out, in / groups, *kernel), and each part of the outputs sees its part of the inputs.
         """
-        if len(x[0]) > W.shape[1]:
+        if x.shape[1] > W.shape[1]:
             parts = zip(np.split(x, self.groups, 1), np.split(W, self.groups), strict=True)
             return np.concatenate([self.convolved(*part) for part in parts], -1)
         seen, d = self.windows(x, W.shape[2:]), W.ndim - 2
@@ -503,6 +503,10 @@ class PlainLayer(Layer):
 
     def unmerge(self) -> None:
         self.site.unmerge()
+
+    def merged_copy(self) -> tuple[Array, Array | None]:
+        W, _ = self.site.merge(["default"], False)
+        return self.site.side(W), self.site.b
 
     def enable(self, enabled: bool) -> None:
         self.site.enabled = enabled

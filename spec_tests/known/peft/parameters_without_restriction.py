@@ -1,4 +1,4 @@
-"""exclude_modules and layers_to_transform do not restrict target_parameters."""
+"""exclude_modules does not restrict target_parameters."""
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 net = nn.ModuleDict(
     {"model": nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2)}) for _ in range(2))})}
 )
-options = {"target_parameters": ["q.weight"], "exclude_modules": ["layers.0.q"], "layers_to_transform": [0]}
+options = {"target_parameters": ["q.weight"], "exclude_modules": ["layers.0.q"]}
 model = get_peft_model(net, LoraConfig(r=1, target_modules=[], **options))
 adapted = [name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")]
 print("adapted:", adapted)
