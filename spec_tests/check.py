@@ -8,7 +8,7 @@ small integers and powers of two every dtype is exact, and `equal` is asked for.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ class Check:
     def equal(self, got: Any, want: Any, what: str) -> None:
         """Exactly equal: shape and every number."""
         self.that(got is not None, f"{what}: there is none")
+        if _are_names(got) and _are_names(want):
+            more, less = sorted(set(got) - set(want)), sorted(set(want) - set(got))
+            words = [f"has {', '.join(more)} in excess" if more else "", f"lacks {', '.join(less)}" if less else ""]
+            self.that(not more and not less, f"{what}: {' and '.join(filter(None, words))}")
+        if isinstance(got, Mapping) or isinstance(want, Mapping):
+            self.that(got == want, f"{what}: {got!r}, must be {want!r}")
+            return
         got, want = np.asarray(got), np.asarray(want)
         self.that(got.shape == want.shape, f"{what}: has the shape {got.shape}, must have {want.shape}")
         if not np.array_equal(got, want):
@@ -80,6 +87,10 @@ class Check:
                 raise
             return error
         raise Broken(f"{what}: must be refused with an error, but was accepted")
+
+
+def _are_names(x: Any) -> bool:
+    return isinstance(x, list | tuple | set | frozenset) and all(isinstance(each, str) for each in x)
 
 
 def _raised_in(error: Exception) -> str:

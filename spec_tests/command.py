@@ -5,6 +5,7 @@ Exit codes: 0 all that is claimed holds or is a known deviation, 1 something fai
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import page, report
+from . import page, parallel, report
 from .contract import Implementation
 from .engine import Result, find, run
 from .registry import Requirement, load
@@ -35,6 +36,7 @@ class Options:
     profile: str = "default"
     seed: int | None = None
     list: bool = False
+    jobs: int | None = None  # processes; None: as many as there are cores
 
 
 def check(options: Options) -> int:
@@ -66,7 +68,7 @@ def check(options: Options) -> int:
     for name, implementation in found:
         watched = report.Watched(implementation)
         try:
-            results = _examined(name, watched, options, chosen, len(picked), err)
+            results = _examined(name, watched, options, [requirement.id for requirement in picked], err)
         except (TypeError, ValueError) as error:  # the adapter class or the list of known deviations is wrong
             _say(str(error))
             broken = True
@@ -84,14 +86,21 @@ def check(options: Options) -> int:
 
 
 def _examined(
-    name: str, watched: report.Watched, options: Options, chosen: object, total: int, err: Console
-) -> list[Result]:
+    name: str, watched: report.Watched, options: Options, ids: Sequence[str], err: Console
+) -> builtins.list[Result]:
     """All results of one implementation, with a bar on standard error if that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(name, total=total)
-        for result in run(name, watched, chosen, options.profile, options.seed):  # type: ignore[arg-type]
+        task = progress.add_task(name, total=len(ids))
+        jobs = options.jobs or parallel.cores()
+        if min(jobs, len(ids)) < 2:
+            each = run(name, watched, lambda requirement: requirement.id in ids, options.profile, options.seed)
+            found = ((result, watched.covered) for result in each)
+        else:
+            found = parallel.run(name, watched, ids, options.profile, options.seed, jobs)
+        for result, covered in found:
+            watched.covered |= covered
             results.append(result)
             progress.update(task, advance=1, description=f"{name} {result.id}")
     return results

@@ -26,7 +26,7 @@ def install(
 
     def test_of(requirement: Requirement) -> Callable[[], None]:
         def test() -> None:
-            result = with_known(examine(name, made, requirement, profile), listed.get(requirement.id))
+            result = with_known(examine(name, made, requirement, profile), listed.get(requirement.id), profile)
             if result.outcome == "UNSUPPORTED":
                 pytest.skip(result.message)
             if result.outcome == "KNOWN":

@@ -73,7 +73,7 @@ class Suite:
 
         watched = Watched(self.implementation)
         result = examine(self.name, watched, self.requirements[id], self.profile)
-        result = with_known(result, self.known.get(id))
+        result = with_known(result, self.known.get(id), self.profile)
         # properties of a test are what pytest-xdist brings back from its workers
         node.user_properties += [("lora_result", dataclasses.asdict(result)), ("lora_covered", sorted(watched.covered))]
         judge(result)

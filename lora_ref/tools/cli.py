@@ -111,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--only", nargs="+", default=[], metavar="AREA", help="only these areas, or requirements")
     check.add_argument("--profile", choices=("quick", "default", "deep"), default="default", help="how many examples")
     check.add_argument("--seed", type=seed, metavar="N", help="other cases than the usual, the same for the same N")
+    check.add_argument(
+        "--jobs", type=number(int, 1, 1024), metavar="N", help="processes (default: as many as there are cores)"
+    )
     check.add_argument("--list", action="store_true", help="list the requirements, and try nothing")
     check.set_defaults(action=run_check)
 

@@ -17,11 +17,12 @@ LISTS = sorted(KNOWN.glob("*.toml"))
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
 def test_every_deviation_has_a_reason_and_a_script(path: Path) -> None:
-    entries = tomllib.loads(path.read_text())["deviation"]
-    ids = [entry["id"] for entry in entries]
-    assert ids == sorted(set(ids))
-    assert set(ids) <= spec_tests.load().keys()
-    named = {entry["script"] for entry in entries}
+    causes = tomllib.loads(path.read_text())["cause"]
+    for cause in causes:
+        assert cause["ids"] == sorted(set(cause["ids"])) and cause["says"] and all(map(str.strip, cause["says"])), cause
+    assert {id for cause in causes for id in cause["ids"]} <= spec_tests.load().keys()
+    assert len({(cause["reason"], cause["script"]) for cause in causes}) == len(causes)
+    named = {cause["script"] for cause in causes}
     assert named == {f"{path.stem}/{script.name}" for script in (KNOWN / path.stem).glob("*.py")}
 
 

@@ -178,10 +178,24 @@ def test_known_deviations_are_strict(tmp_path: Path) -> None:
     assert with_known(failing, known["SCALE-001"]).outcome == "KNOWN"
     stale = with_known(passing, known["SCALE-001"])
     assert stale.outcome == "ERROR" and "take it off the list" in stale.message
+    assert with_known(passing, known["SCALE-001"], "quick").outcome == "PASS"  # few examples may miss it
     with pytest.raises(ValueError, match="no requirement 'SCALE-999'"):
         known_deviations(listed(tmp_path, good.replace("001", "999")), requirements)
     with pytest.raises(ValueError, match="SCALE-001 has no reason"):
         known_deviations(listed(tmp_path, good.replace("doubled", "")), requirements)
+
+
+def test_a_listed_requirement_that_fails_by_another_cause_fails(tmp_path: Path) -> None:
+    requirements = load()
+    failing = examine("x", Doubled(), requirements["SCALE-001"], "quick")
+    causes = '[[cause]]\nreason = "one"\nids = ["SCALE-001"]\nsays = ["{}"]\n[[cause]]\nreason = "two"\nids = ["SCALE-001"]\nsays = ["{}"]\n'
+    begins = failing.message[:6]
+    assert begins
+    known = known_deviations(listed(tmp_path, causes.format("what no message says", begins)), requirements)
+    assert with_known(failing, known["SCALE-001"]).reason == "two"
+    known = known_deviations(listed(tmp_path, causes.format("a", "b")), requirements)
+    other = with_known(failing, known["SCALE-001"])
+    assert other.outcome == "FAIL" and "another failure than what is listed: one; two" in other.message
 
 
 # -- the command -------------------------------------------------------------------------------
@@ -204,6 +218,19 @@ def test_the_command_shows_and_writes_what_it_found(found: tuple[int, Path, str]
     assert first["footer"]["covered"]["options"] >= 4
     assert set(first["results"][0]) >= {"id", "outcome", "sentence", "examples", "max_error_u", "message", "repro"}
     assert first["footer"]["headline"] in said
+
+
+def test_several_processes_find_what_one_finds_in_the_same_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for jobs in ("1", "3"):
+        arguments = [IMPL, f"{__name__}:Doubled", "--only", "SCALE", "FORWARD", "--profile", "quick", "--jobs", jobs]
+        assert main(["check", *arguments, "--report", str(tmp_path / jobs)]) == 1
+        texts.append((tmp_path / jobs).read_text())
+    assert texts[0] == texts[1] and "SCALE-001" in texts[0]
+    assert main(["check", f"{__name__}:Transposing", "--jobs", "2"]) == 1  # refused before any process begins
+    assert "adapter class" in capsys.readouterr().err
 
 
 def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
