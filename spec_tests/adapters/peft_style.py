@@ -166,19 +166,19 @@ class Chain(nn.Module):
 
     def __init__(self, modules: Mapping[str, nn.Module], calls: Sequence[str] = ()) -> None:
         super().__init__()
-        places = {}
+        called = {}
         for name, module in modules.items():
             *path, last = name.split(".")
-            if isinstance(module, nn.MultiheadAttention):  # what is named is its out_proj
+            if isinstance(module, nn.MultiheadAttention):  # what is named is its out_proj, and it is what is called
                 *path, last = path
-            places[name] = ".".join([*path, last])
+            called[name] = ".".join([*path, last])
             parent: nn.Module = self
             for part in path:
                 if part not in parent._modules:
                     parent.add_module(part, nn.Module())
                 parent = parent._modules[part]  # type: ignore[assignment]
             parent.add_module(last, module)
-        self.order = [places[name] for name in calls or modules]
+        self.order = [called[name] for name in calls or modules]
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.order:
