@@ -95,10 +95,6 @@ CLAIMS = {
     "scale_context": "a context in which the scaling of the active adapters is multiplied by a number",
     "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
-    "used_twice": "has models that call a module more than once (ModelSpec.calls)",
-    "tied": "has models in which two modules hold one parameter (ModelSpec.tied)",
-    "encoder": "has models with torch's TransformerEncoderLayer (ModelSpec.encoders)",
-    "any_name": "takes modules of any name, also of names that the library uses itself: lora_A, base_layer, weight",
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
     "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
@@ -282,27 +278,12 @@ class ModelSpec:
     Attributes:
         modules: {dotted name: module}; the model's output is the last module's of that of the one before ... of x.
         config: LoraConfig's options by name.
-        calls: the names in the order in which the model calls them; a name may come twice. Empty: each once, in order.
-        tied: {name: other}: the weight of this module is the very parameter of the other (W or W^T as stored).
-        encoders: names of encoder layers, each with a "linear1" and a "linear2" in `modules`. An encoder layer is
-            called by its name: h = norm(x), then norm(h + linear2(relu(linear1(h)))), where norm(v) is
-            (v - mean) / sqrt(variance + 1e-5). It is torch's TransformerEncoderLayer with attention weights of zero.
     """
 
     modules: Mapping[str, ModuleSpec]
     config: Mapping[str, Any]
     dtype: str = "float32"
     seed: int = 0
-    calls: Sequence[str] = ()
-    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    encoders: Sequence[str] = ()
-
-    def order(self) -> list[str]:
-        """What is called, in order: modules, and encoder layers in the place of their two modules."""
-        if self.calls:
-            return list(self.calls)
-        inside = {f"{name}.linear1": name for name in self.encoders} | {f"{n}.linear2": "" for n in self.encoders}
-        return [inside.get(name, name) for name in self.modules if inside.get(name, name)]
 
     def __repr__(self) -> str:
         changed = "".join(

@@ -164,14 +164,14 @@ def logical(kind: str, weight: Tensor) -> Array:
 class Chain(nn.Module):
     """Modules of dotted names, one after the other."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], calls: Sequence[str] = ()) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        called = {}
+        self.order = []
         for name, module in modules.items():
             *path, last = name.split(".")
             if isinstance(module, nn.MultiheadAttention):  # what is named is its out_proj, and it is what is called
                 *path, last = path
-            called[name] = ".".join([*path, last])
+            self.order.append(".".join([*path, last]))
             parent: nn.Module = self
             for part in path:
                 if part not in parent._modules:
@@ -185,27 +185,9 @@ class Chain(nn.Module):
             module = self.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):
                 x = module(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]  # one token a sample
-            elif isinstance(module, nn.TransformerEncoderLayer):
-                x = module(x[:, None])[:, 0]
             else:
                 x = module(x)
         return x
-
-
-def chain(spec: ModelSpec) -> Chain:
-    """The network of a model."""
-    made = {n: base_module(m.kind, m.W, m.b, spec.dtype) for n, m in spec.modules.items()}
-    for name, other in spec.tied.items():
-        made[name].weight = made[other].weight
-    for name in spec.encoders:
-        first, second = made.pop(f"{name}.linear1"), made.pop(f"{name}.linear2")
-        layer = nn.TransformerEncoderLayer(first.in_features, 1, first.out_features, 0.0, batch_first=True)
-        layer = layer.to(getattr(torch, spec.dtype))
-        for value in layer.self_attn.parameters():
-            nn.init.zeros_(value)
-        layer.linear1, layer.linear2 = first, second
-        made[name] = layer
-    return Chain(made, spec.order())
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -238,7 +220,7 @@ class PeftStyleModel(Model):
     ) -> None:
         self.library, self.spec = library, spec
         self.kinds = {name: module.kind for name, module in spec.modules.items()}
-        self.net = net or chain(spec)
+        self.net = net or Chain({n: base_module(m.kind, m.W, m.b, spec.dtype) for n, m in spec.modules.items()})
         torch.manual_seed(spec.seed)
         self.peft = self.adapted_net(folder)
 

@@ -54,8 +54,7 @@ def fill(model: Model, spec: ModelSpec, adapter: str = "default", salt: int = 0,
 def output(spec: ModelSpec, states: Sequence[Mapping[str, LayerState]], x: Array) -> tuple[Array, Array]:
     """The output of the chain with the sum of these adapters, and its bound."""
     y, size = x, abs(x)
-    for name in spec.order():
-        module = spec.modules[name]
+    for name, module in spec.modules.items():
         W, bound = weight(spec, name, states)
         b = 0.0 if module.b is None else module.b
         if module.kind == "norm":

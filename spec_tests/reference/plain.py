@@ -667,11 +667,6 @@ def targets(kinds: Mapping[str, str], c: Mapping[str, Any]) -> dict[str, tuple[i
 # -- a model -----------------------------------------------------------------------------------
 
 
-def normed(x: Array) -> Array:
-    """Each row with mean 0 and variance 1: (x - mean) / sqrt(variance + 1e-5)."""
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-
-
 class PlainModel(Model):
     """A chain of layers with named adapters: the output of each is the input of the next.
 
@@ -684,7 +679,6 @@ class PlainModel(Model):
     def __init__(self, spec: ModelSpec, empty: bool = False) -> None:
         self.dtype, self.rng = spec.dtype, np.random.default_rng(spec.seed)
         self.sites = {name: Site(m.kind, m.W, m.b, spec.dtype) for name, m in spec.modules.items()}
-        self.order, self.encoders, self.tied = spec.order(), spec.encoders, spec.tied
         self.configs: dict[str, dict[str, Any]] = {}
         self.trains: set[str] = set()
         self.enabled = True
@@ -771,26 +765,20 @@ class PlainModel(Model):
         train = self.mode if train is None else train
         rng = np.random.default_rng(seed) if train else None
         if adapter_names is None:
-            return self.through(x, None, rng)
+            for site in self.sites.values():
+                x = site.forward(x, None, rng)
+            return x
         names = list(adapter_names)
         self.known(name for name in names if name != "__base__")
         if len(names) != len(x) or train or not self.enabled or any(site.merged for site in self.sites.values()):
             raise ValueError("adapter_names: one for each sample, in evaluation, switched on and not merged")
         rows = []
         for name, row in zip(names, x, strict=True):
-            rows.append(self.through(row[None], [] if name == "__base__" else [name]))
+            row = row[None]
+            for site in self.sites.values():
+                row = site.forward(row, [] if name == "__base__" else [name])
+            rows.append(row)
         return np.concatenate(rows)
-
-    def through(self, x: Array, names: Sequence[str] | None, rng: Any = None) -> Array:
-        """x through all that the model calls, in order."""
-        for called in self.order:
-            if called in self.encoders:
-                h = normed(x)
-                inner = np.maximum(self.sites[f"{called}.linear1"].forward(h, names, rng), 0)
-                x = normed(h + self.sites[f"{called}.linear2"].forward(inner, names, rng))
-            else:
-                x = self.sites[called].forward(x, names, rng)
-        return x
 
     def biased(self, adapter: str) -> list[str]:
         """The modules whose bias trains with this adapter: none, all, or those that it adapts."""
@@ -831,9 +819,6 @@ class PlainModel(Model):
 
     def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
         names = self.active() if adapters is None else self.known(adapters)
-        for name, other in self.tied.items():
-            if any(adapter in self.sites[n].adapters for n in (name, other) for adapter in names):
-                raise ValueError(f"{name} and {other} hold one weight: a merge would change both")
         made = {name: site.merge(names, safe) for name, site in self.sites.items()}
         for name, (held, merged) in made.items():
             self.sites[name].held, self.sites[name].merged = held, merged
