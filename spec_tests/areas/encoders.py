@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from ..check import Check
 from ..contract import Implementation, ModelSpec, ModuleSpec
-from ..generate import reals, seeds
+from ..generate import model_inputs, reals, seeds
 from ..registry import requirement
 from .operations import fill, holds
-from .structures import ACTS, FILES, NAMED, OFF, SAME, gives, loaded, options
+from .structures import ACTS, FILES, NAMED, OFF, SAME, expected, gives, loaded, options
 
 FAST = "torch.nn.TransformerEncoderLayer: a fast path of evaluation gives what forward gives in training mode"
 TARGETS: tuple[Any, ...] = (["linear1"], ["linear2"], ["linear1", "linear2"], r".*\.linear\d", ["first", "linear2"])
@@ -105,3 +105,22 @@ def encoder_006(implementation: Implementation, spec: ModelSpec, check: Check) -
     model = implementation.model(spec)
     states = fill(model, spec)
     gives(check, loaded(implementation, spec, model), spec, [states], "the output of the loaded adapter")
+
+
+@requirement(
+    "ENCODER-007",
+    "In a batch with an adapter for each sample, each sample's adapter acts in an encoder.",
+    "PEFT, developer guide of LoRA: inference with different LoRA adapters in the same batch, adapter_names (U8)",
+    "model linear model:encoder adapters batch",
+    encoders,
+)
+def encoder_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    states = {"default": [fill(model, spec)], "__base__": []}
+    model.add("other", spec.config)
+    states["other"] = [fill(model, spec, "other", salt=1)]
+    x, names = model_inputs(spec), ["other", "__base__", "default"]
+    y = model.forward(x, adapter_names=names)
+    for row, name in enumerate(names):
+        want, size = expected(spec, states[name], x[row : row + 1])
+        check.close(y[row : row + 1], want, size, spec.dtype, f"the output of {name!r}", 8.0 * 7)

@@ -273,3 +273,19 @@ def struct_010(implementation: Implementation, spec: ModelSpec, check: Check) ->
     weights = check.tried(lambda: model.unload(merge=True))
     if weights is not None:
         holds(check, weights, spec, [states], "the plain model")
+
+
+@requirement(
+    "STRUCT-011",
+    "Several active adapters of a module that is called twice act in both calls.",
+    f"{ACTS}; PEFT, LoraModel.set_adapter: several adapters are active at a time (U7)",
+    "model linear model:used_twice adapters summed",
+    twice,
+)
+def struct_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    first = fill(model, spec)
+    model.add("other", spec.config)
+    second = fill(model, spec, "other", salt=1)
+    model.set(["default", "other"])
+    gives(check, model, spec, [first, second], "the output of both")

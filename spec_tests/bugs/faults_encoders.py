@@ -32,6 +32,7 @@ BUGS = (
 )
 MUTANTS = (
     Bug("an_encoder_in_training_has_no_adapter", BEGIN, BEGIN + "\n        names = names if rng is None else []"),
+    Bug("an_encoder_in_a_batch_has_the_active_adapter", BEGIN, BEGIN + "\n        names = None"),
     Bug(
         "an_encoder_is_not_switched_off",
         FIRST,

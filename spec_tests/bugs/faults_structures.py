@@ -62,6 +62,12 @@ MUTANTS = (
         + "\n            names = [] if step in self.order[:at] else names",
     ),
     Bug(
+        "the_second_call_has_the_first_adapter_alone",
+        STEP,
+        STEP.replace("step in self", "at, step in enumerate(self").replace("order:", "order):")
+        + "\n            names = self.sites[name].active[:1] if step in self.order[:at] and self.sites[name].active[1:] else names",
+    ),
+    Bug(
         "merging_adds_an_update_for_each_call",
         ENTER,
         ENTER.replace("= held", "= held + (held - self.sites[name].W) * max(0, self.order.count(name) - 1)"),
