@@ -167,7 +167,7 @@ def logical(kind: str, weight: Tensor) -> Array:
     return to_numpy(weight.T if kind in ("transposed", "embedding") else weight)
 
 
-def encoder(linear1: nn.Module) -> nn.TransformerEncoderLayer:
+def encoder(linear1: Any) -> nn.TransformerEncoderLayer:
     """A TransformerEncoderLayer for this first linear layer; over one token its attention gives back its input.
 
     torch has a fast path for an even number of heads alone.

@@ -17,9 +17,9 @@ from ..registry import requirement
 from .operations import fill, gives, holds
 from .structures import FILES, NAMED, SAME, loaded, options
 
-FROZEN = "LoRA, arXiv 2106.09685, section 4.1: W_0 is frozen and receives no gradient updates, A and B train (G1)"
+FROZEN = "LoRA, arXiv 2106.09685, section 4.1: W_0 is frozen and receives no gradient updates, A and B train (B1)"
 COPIES = "PEFT, LoraConfig.modules_to_save: modules to be set as trainable and saved in the checkpoint (Z2)"
-APART = "PEFT, PeftModel.save_pretrained: selected_adapters is the list of the adapters to be saved (V1)"
+APART = "PEFT, PeftModel.save_pretrained: selected_adapters is the list of the adapters to be saved (X1)"
 
 #: parts of a library's own keys, an adapter's name, numbers, and names that differ by "." and "_" alone
 POOL = (

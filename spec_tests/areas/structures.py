@@ -21,7 +21,7 @@ ACTS = "LoRA, arXiv 2106.09685, section 4.1, eq. (3): h = W x + B A x, wherever 
 SAME = "LoRA, arXiv 2106.09685, section 4.1: merged, a model gives what it gave, and W can be recovered (U1, U3)"
 TIED = "PEFT, LoraConfig.ensure_weight_tying: without it, the adapters of tied layers are apart (N13, U1)"
 NAMED = "PEFT, LoraConfig.target_modules: the names of the modules to apply the adapter to (N1)"
-FILES = "PEFT, PeftModel.save_pretrained and from_pretrained: the adapter can be loaded again (V1)"
+FILES = "PEFT, PeftModel.save_pretrained and from_pretrained: the adapter can be loaded again (X1, X2)"
 OFF = 'PEFT, disable_adapter: "Use this to run inference on the base model" (U2)'
 
 States = Sequence[Mapping[str, LayerState]]
