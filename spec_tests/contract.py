@@ -95,6 +95,12 @@ CLAIMS = {
     "scale_context": "a context in which the scaling of the active adapters is multiplied by a number",
     "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
+    "model:convolutions": "adapts the convolutions of a model (conv1d, conv2d, conv3d)",
+    "model:used_twice": "adapts a module that the model calls more than once",
+    "model:held_twice": "adapts a module that the model holds under two names, or refuses it",
+    "model:tied": "adapts one of two modules that share a weight without the other, or refuses it",
+    "model:encoder": "adapts the linear layers of torch's TransformerEncoderLayer",
+    "any_name": "modules may have any names: also those with lora_, weight, base_layer or an adapter's name in them",
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
     "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
@@ -259,6 +265,8 @@ class Layer:
 class ModuleSpec:
     """A module of a model: "linear", "transposed", "embedding" or "norm" (elementwise y = W * x + b, W (n,)).
 
+    "conv1d", "conv2d" and "conv3d" (claim "model:convolutions") have stride 1 and no padding.
+
     "attention" (claim "attention"): the out_proj of an attention over one token with identical values, so y = W x + b;
     the attention's forward reads W and b, and never calls the module that holds them.
     """
@@ -278,12 +286,24 @@ class ModelSpec:
     Attributes:
         modules: {dotted name: module}; the model's output is the last module's of that of the one before ... of x.
         config: LoraConfig's options by name.
+        order: the names of the modules in the order in which they are called, where it is another: a name may be
+            there twice (claim "model:used_twice"), or be one of `same` or of `encoders`. Empty: each module once.
+        same: {further name: module}: the same module under another name (claim "model:held_twice").
+        tied: {module: module}: a linear layer and the embedding whose parameter is its weight, too; the embedding's W
+            is the transpose of the layer's (claim "model:tied").
+        encoders: names of layers like torch's TransformerEncoderLayer (claim "model:encoder"), over one token, with
+            y = N(h + W2 relu(W1 h + b1) + b2), h = N(2 x). N subtracts the mean, and divides by the root of the
+            variance plus 1e-5. W1 and W2 are the modules <name>.linear1 and <name>.linear2.
     """
 
     modules: Mapping[str, ModuleSpec]
     config: Mapping[str, Any]
     dtype: str = "float32"
     seed: int = 0
+    order: Sequence[str] = ()
+    same: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    encoders: Sequence[str] = ()
 
     def __repr__(self) -> str:
         changed = "".join(
@@ -299,7 +319,8 @@ class ModelSpec:
 
 
 class Model:
-    """An adapted model. `x`: (batch, in), or integers (batch,) where the first module is an embedding."""
+    """An adapted model. `x`: (batch, in), or integers (batch,) where the first module is an embedding, or (batch, in,
+    *size) where it is a convolution."""
 
     def adapted(self, adapter: str = "default") -> dict[str, tuple[int, float]]:
         """{module: (r, s)}."""

@@ -180,4 +180,6 @@ def model_inputs(spec: ModelSpec, batch: int = 3, salt: int = 0) -> Array:
     rng = np.random.default_rng([spec.seed, salt, 2])
     if first.kind == "embedding":
         return rng.integers(0, first.W.shape[1], (batch,))
+    if dims := MESH.get(first.kind, 0):
+        return reals(rng, (batch, first.W.shape[1], *[6] * dims))
     return reals(rng, (batch, first.W.shape[-1]))

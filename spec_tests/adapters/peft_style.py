@@ -129,6 +129,12 @@ def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpe
     return module
 
 
+def of_model(module: ModuleSpec, dtype: str) -> nn.Module:
+    """A module of a model."""
+    spec = LayerSpec(module.kind, module.W, module.b) if MESH.get(module.kind) else None
+    return base_module(module.kind, module.W, module.b, dtype, spec)
+
+
 def embedding(rows: int, dimension: int, spec: LayerSpec | None) -> nn.Embedding:
     """An embedding with the options of the base layer."""
     options = dict(spec.base) if spec else {}
@@ -161,30 +167,57 @@ def logical(kind: str, weight: Tensor) -> Array:
     return to_numpy(weight.T if kind in ("transposed", "embedding") else weight)
 
 
+def encoder(linear1: Any) -> nn.TransformerEncoderLayer:
+    """A TransformerEncoderLayer for this first linear layer; over one token its attention gives back its input.
+
+    torch has a fast path for an even number of heads alone.
+    """
+    hidden, width = linear1.weight.shape
+    made = nn.TransformerEncoderLayer(width, 2, hidden, 0.0, batch_first=True, dtype=linear1.weight.dtype)
+    made.self_attn.in_proj_weight.data = torch.eye(width, dtype=linear1.weight.dtype).repeat(3, 1)
+    made.self_attn.out_proj.weight.data = torch.eye(width, dtype=linear1.weight.dtype)
+    return made
+
+
 class Chain(nn.Module):
     """Modules of dotted names, one after the other."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], spec: ModelSpec | None = None) -> None:
         super().__init__()
-        self.order = []
+        self.order: list[str] = []
+        for name in spec.encoders if spec else ():
+            self.add_module(name, encoder(modules[f"{name}.linear1"]))
         for name, module in modules.items():
             *path, last = name.split(".")
             if isinstance(module, nn.MultiheadAttention):  # what is named is its out_proj, and it is what is called
                 *path, last = path
             self.order.append(".".join([*path, last]))
-            parent: nn.Module = self
-            for part in path:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.Module())
-                parent = parent._modules[part]  # type: ignore[assignment]
-            parent.add_module(last, module)
-        self.order = [called[name] for name in calls or modules]
+            self.put(path, last, module)
+        if spec is None:
+            return
+        self.order = list(spec.order) or self.order
+        for name, other in spec.same.items():
+            *path, last = name.split(".")
+            self.put(path, last, self.get_submodule(other))
+        for name, other in spec.tied.items():
+            self.get_submodule(name).weight = self.get_submodule(other).weight
+
+    def put(self, path: list[str], last: str, module: nn.Module) -> None:
+        """Hold the module under its name, in modules without a forward."""
+        parent: nn.Module = self
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]  # type: ignore[assignment]
+        parent.add_module(last, module)
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.order:
             module = self.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):
                 x = module(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]  # one token a sample
+            elif isinstance(module, nn.TransformerEncoderLayer):
+                x = module(x[:, None])[:, 0]
             else:
                 x = module(x)
         return x
@@ -220,7 +253,7 @@ class PeftStyleModel(Model):
     ) -> None:
         self.library, self.spec = library, spec
         self.kinds = {name: module.kind for name, module in spec.modules.items()}
-        self.net = net or Chain({n: base_module(m.kind, m.W, m.b, spec.dtype) for n, m in spec.modules.items()})
+        self.net = net or Chain({n: of_model(m, spec.dtype) for n, m in spec.modules.items()}, spec)
         torch.manual_seed(spec.seed)
         self.peft = self.adapted_net(folder)
 
@@ -263,6 +296,8 @@ class PeftStyleModel(Model):
         layer = self.module(module)
         base = bare(layer)
         A, B = map(to_numpy, self.factors(layer, adapter))
+        if MESH.get(self.kinds[module]):
+            B = B.reshape(B.shape[:2])
         b = getattr(base, "bias", None)
         W = logical(self.kinds[module], base.weight)
         return LayerState(W, None if b is None else to_numpy(b), A, B, float(layer.scaling[adapter]))

@@ -77,7 +77,7 @@ LAYER = "if wanted is None or wanted == []:"
 NUMBER = "return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)"
 BIASED = 'return [name for name in there if mode == "all" or adapter in self.sites[name].adapters]'
 READ = "config = {k: v for k, v in given.items() if k in OPTIONS and (v is not None or OPTIONS[k] is None)}"
-ROW = 'row = site.forward(row, [] if name == "__base__" else [name])'
+ROW = 'self.called(row[None], [] if name == "__base__" else [name])'
 COMBINED = "return Adapter(A, B, len(A), len(A), 1.0, 1.0, 0.0, True, (A, B), np.sum(moved, 0) if moved else None)"
 UNLOADED = "W, b = site.held if merge and site.merged else site.W, site.b"
 PLAIN_OUTPUT = "y = self.plain(x, W, b)"
@@ -377,13 +377,13 @@ BUGS = (
     Bug(
         "batch_of_the_active_copies",
         ROW,
-        'row = site.forward(row, None if site.copies else [] if name == "__base__" else [name])',
+        'self.called(row[None], None if any(site.copies for site in self.sites.values()) else [] if name == "__base__" else [name])',
         PEFT + "issues/1960",
     ),
     Bug(
         "batch_base_is_the_active",
         ROW,
-        'row = site.forward(row, None if name == "__base__" else [name])',
+        'self.called(row[None], None if name == "__base__" else [name])',
         "sgl-project/sglang/pull/18208",
     ),
     Bug(

@@ -645,7 +645,7 @@ def targets(kinds: Mapping[str, str], c: Mapping[str, Any]) -> dict[str, tuple[i
             wanted = kind in LINEAR
         else:
             wanted = named(name, rule) and in_layer(name, c)
-        if wanted and kind not in (*LINEAR, "embedding"):
+        if wanted and kind not in (*LINEAR, "embedding", "conv1d", "conv2d", "conv3d"):
             raise ValueError(f"{name} is a {kind}, which cannot be adapted")
         if wanted:
             found.append(name)
@@ -678,7 +678,13 @@ class PlainModel(Model):
 
     def __init__(self, spec: ModelSpec, empty: bool = False) -> None:
         self.dtype, self.rng = spec.dtype, np.random.default_rng(spec.seed)
-        self.sites = {name: Site(m.kind, m.W, m.b, spec.dtype) for name, m in spec.modules.items()}
+        self.sites: dict[str, Site] = {}
+        for name, m in spec.modules.items():
+            geometry = LayerSpec(m.kind, m.W) if MESH.get(m.kind) else None
+            self.sites[name] = Site(m.kind, m.W, m.b, spec.dtype, geometry)
+        self.order, self.same, self.encoders = list(spec.order or spec.modules), dict(spec.same), spec.encoders
+        for name, other in spec.tied.items():
+            self.sites[name].W = self.sites[name].held = self.sites[other].W
         self.configs: dict[str, dict[str, Any]] = {}
         self.trains: set[str] = set()
         self.enabled = True
@@ -765,20 +771,28 @@ class PlainModel(Model):
         train = self.mode if train is None else train
         rng = np.random.default_rng(seed) if train else None
         if adapter_names is None:
-            for site in self.sites.values():
-                x = site.forward(x, None, rng)
-            return x
+            return self.called(x, None, rng)
         names = list(adapter_names)
         self.known(name for name in names if name != "__base__")
         if len(names) != len(x) or train or not self.enabled or any(site.merged for site in self.sites.values()):
             raise ValueError("adapter_names: one for each sample, in evaluation, switched on and not merged")
         rows = []
         for name, row in zip(names, x, strict=True):
-            row = row[None]
-            for site in self.sites.values():
-                row = site.forward(row, [] if name == "__base__" else [name])
-            rows.append(row)
+            rows.append(self.called(row[None], [] if name == "__base__" else [name]))
         return np.concatenate(rows)
+
+    def called(self, x: Array, names: Sequence[str] | None, rng: Any = None) -> Array:
+        """The output of the modules, in the order in which the model calls them, each by one of its names."""
+        for step in self.order:
+            name = self.same.get(step, step)
+            x = self.encoded(step, x, names, rng) if step in self.encoders else self.sites[name].forward(x, names, rng)
+        return x
+
+    def encoded(self, encoder: str, x: Array, names: Sequence[str] | None, rng: Any) -> Array:
+        """The output of a TransformerEncoderLayer over one token, whose attention gives back its input."""
+        h = rounded(normalised(2 * x), self.dtype)
+        inner = np.maximum(self.sites[f"{encoder}.linear1"].forward(h, names, rng), 0)
+        return rounded(normalised(h + self.sites[f"{encoder}.linear2"].forward(inner, names, rng)), self.dtype)
 
     def biased(self, adapter: str) -> list[str]:
         """The modules whose bias trains with this adapter: none, all, or those that it adapts."""
@@ -969,6 +983,7 @@ class PlainModel(Model):
                 A, B = a.A, a.B
                 if a.moved is not None:
                     A, B = np.concatenate([A, a.started[0]]), np.concatenate([B, -a.started[1]], 1)
+                B = B.reshape(*B.shape, *[1] * MESH.get(site.kind, 0))  # of a convolution: (out, r, 1, ...)
                 if site.kind == "embedding":
                     found |= {f"{place}.lora_embedding_A": A, f"{place}.lora_embedding_B": B}
                 else:
@@ -1038,7 +1053,8 @@ class PlainModel(Model):
             place = f"base_model.model.{name}"
             letters = ("embedding_A", "embedding_B") if site.kind == "embedding" else ("A.weight", "B.weight")
             if adapter in site.adapters:
-                site.write(adapter, *(tensors[f"{place}.lora_{letter}"] for letter in letters))
+                A, B = (tensors[f"{place}.lora_{letter}"] for letter in letters)
+                site.write(adapter, A, B.reshape(B.shape[:2]))
                 site.adapters[adapter].started = site.adapters[adapter].A, site.adapters[adapter].B
             if f"{place}.base_layer.weight" in tensors:
                 site.W = rounded(tensors[f"{place}.base_layer.weight"], self.dtype)
@@ -1049,6 +1065,11 @@ class PlainModel(Model):
             for key in (f"{place}.base_layer.bias", f"{place}.bias"):
                 if key in tensors and adapter not in site.copies:
                     site.b = rounded(tensors[key], self.dtype)
+
+
+def normalised(x: Array) -> Array:
+    """(x - mean) / sqrt(variance + 1e-5) over the last dimension."""
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
 
 def combined(site: Site, pairs: Sequence[tuple[float, Adapter]], how: str) -> Adapter:
