@@ -21,7 +21,7 @@ from .operations import fill, output, small, weight
 
 MERGED = "LoRA, arXiv 2106.09685, section 4.1: W + B A is stored, and W is recovered by subtracting B A (U1, U3)"
 ADD = "PEFT, PeftModel.add_adapter: the new adapter is not set as the active one (U7)"
-SAVE = "PEFT, PeftModel.save_pretrained: the files of the adapter hold its parameters (V1)"
+SAVE = "PEFT, PeftModel.save_pretrained: the files of the adapter hold its parameters (X9)"
 
 States = list[dict[str, LayerState]]
 
