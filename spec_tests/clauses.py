@@ -30,7 +30,7 @@ D4 | the gradient of that column is zero | GRAD-015
 D5 | in one, two and three dimensions | FORWARD-004 FORWARD-005 FORWARD-006
 D5 | A has the base's kernel | SHAPE-004 SHAPE-005 SHAPE-006 LAYEROPT-005
 D5 | A has the base's stride and padding, the same number along every axis | FORWARD-004 FORWARD-005 FORWARD-006
-D5 | stride, padding and dilation may differ from axis to axis | - LayerSpec has one number for all axes
+D5 | stride, padding and dilation may differ from axis to axis | LAYEROPT-018
 D5 | padding may be "same" or "valid" | - LayerSpec has padding as a number
 D5 | A has the base's dilation | FORWARD-020 FORWARD-021 FORWARD-022 GRAD-019
 D5 | A has the base's padding_mode | LAYEROPT-003 LAYEROPT-004

@@ -121,7 +121,7 @@ def test_every_clause_of_a_statement_has_a_requirement_or_a_reason_for_none():
 def test_the_statements_about_embeddings_and_convolutions_are_counted_by_clause():
     counted = {number: [c for c in clauses.clauses() if c.statement == number] for number in ("D4", "D5")}
     assert all(clause.ids for clause in counted["D4"])
-    assert [c.text for c in counted["D5"] if not c.ids and "axis" in c.text], "one number serves all axes"
+    assert sum(bool(clause.ids) for clause in counted["D5"]) > len(counted["D5"]) / 2
     assert not clauses.statements_of_one_clause() & {"D4", "D5"}
 
 
