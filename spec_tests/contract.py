@@ -164,7 +164,8 @@ class LayerSpec:
         seed: the seed of everything random.
         base: options of the base layer, by name (claim "base_options"). A convolution: "groups" (W is then
             (out, in / groups, *kernel), and B is zero where an output does not belong to the group of a row of A) and
-            "padding_mode" ("reflect", "circular" or "replicate"). An embedding: "max_norm", "scale_grad_by_freq",
+            "padding_mode" ("reflect", "circular" or "replicate"), and "stride", "padding" and "dilation" as one number
+            for each axis, which replace those of this class. An embedding: "max_norm", "scale_grad_by_freq",
             "sparse", as torch has them, and "embed_scale", by which the layer multiplies what it looks up. Any layer:
             "parametrized" (W is computed from other parameters) and "hook" (a number by which a forward hook of the
             base layer multiplies the base layer's output).
@@ -191,6 +192,10 @@ class LayerSpec:
     def n_in(self) -> int:
         """How many inputs the layer takes: (out, in / groups, *kernel) is the weight of a convolution in groups."""
         return self.W.shape[2 if self.kind == "experts" else 1] * self.base.get("groups", 1)
+
+    def along(self, name: str) -> tuple[int, ...]:
+        """The stride, padding or dilation of a convolution: one number for each axis."""
+        return tuple(self.base.get(name, (getattr(self, name),) * MESH[self.kind]))
 
     @property
     def scaling(self) -> float:

@@ -70,14 +70,15 @@ def _convolved(spec: LayerSpec, W: Array, b: Array | None, x: Array) -> Array:
         y = np.concatenate([_convolved(alone, part, None, seen) for part, seen in parts], 1)
         return y if b is None else y + b.reshape(-1, *[1] * dims)
     mode: Any = PADDING[spec.base.get("padding_mode", "zeros")]
-    x = np.pad(x, [(0, 0), (0, 0)] + [(spec.padding, spec.padding)] * dims, mode)
-    span = [spec.dilation * (k - 1) + 1 for k in kernel]
-    size = [(n - k) // spec.stride + 1 for n, k in zip(x.shape[2:], span, strict=True)]
+    stride, padding, dilation = (spec.along(name) for name in ("stride", "padding", "dilation"))
+    x = np.pad(x, [(0, 0), (0, 0)] + [(p, p) for p in padding], mode)
+    span = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = [(n - k) // step + 1 for n, k, step in zip(x.shape[2:], span, stride, strict=True)]
     y = np.zeros((len(x), len(W), *size))
     for at in itertools.product(*(range(k) for k in kernel)):
         window = tuple(
-            slice(a * spec.dilation, a * spec.dilation + spec.stride * (n - 1) + 1, spec.stride)
-            for a, n in zip(at, size, strict=True)
+            slice(a * d, a * d + step * (n - 1) + 1, step)
+            for a, n, d, step in zip(at, size, dilation, stride, strict=True)
         )
         y += np.einsum("bi...,oi->bo...", x[(..., *window)], W[(..., *at)])
     return y if b is None else y + b.reshape(-1, *[1] * dims)

@@ -12,7 +12,7 @@ from ..core import layer_types
 from ..core.layer import LoraLayer
 from ..fast import linear, merging
 from ..safe import quantized
-from ..safe.plain import check_plain
+from ..safe.plain import check_plain, warn_of_forward_hooks
 from ..safe.recomputed import checked
 from ..safe.strict import levels_to_the_caller
 
@@ -93,6 +93,7 @@ class PeftLayer(LoraLayer):
         if again := [name for name in names if name in self.merged_adapters]:
             warnings.warn(f"{', '.join(again)} is merged already: nothing is added", stacklevel=levels_to_the_caller())
         check_plain({type(self).__name__: self}, names)
+        warn_of_forward_hooks({type(self).__name__: self})
         merging.merge({type(self).__name__: self}, names)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -27,7 +27,7 @@ from ..core.names import HEADS, Match, Targeting, resolve
 from ..fast import merging
 from ..files.adapter_folder import allocate_nothing
 from ..safe import atomic, progress, refusals
-from ..safe.plain import check_merged, check_not_sharded, check_plain
+from ..safe.plain import check_merged, check_not_sharded, check_plain, warn_of_forward_hooks
 from ..safe.quantized import PLAIN, is_quantized
 from ..safe.recomputed import checked
 from ..safe.strict import did_you_mean, levels_to_the_caller
@@ -176,7 +176,9 @@ class LoraModel(core.LoraModel):
         layers, names = self.lora_layers(), self._names_or_active(adapter_names)
         if adapter_names is not None and not names:
             raise ValueError(f"adapter_names={adapter_names!r}: name an adapter, or None for the active ones")
-        check_plain({where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}, names)
+        to_merge = {where: layer for where, layer in layers.items() if set(names) & layer.r.keys()}
+        check_plain(to_merge, names)
+        warn_of_forward_hooks(to_merge)
         return layers, names
 
     def unmerge_adapter(self) -> None:

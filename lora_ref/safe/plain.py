@@ -8,6 +8,7 @@ model trains as it is then, and is gathered for a file. But the engine holds ref
 sharded. So adapters are added, loaded and merged before the model is sharded.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,6 +18,7 @@ from ..core.layer import LoraLayer, is_observed
 from ..core.model import LoraModel
 from .atomic import tree
 from .quantized import WAY, is_quantized
+from .strict import levels_to_the_caller
 
 
 def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: bool = True, calls: bool = True) -> None:
@@ -37,6 +39,22 @@ def check_plain(layers: Mapping[str, LoraLayer], names: Iterable[str], base: boo
         if len(devices) > 1:
             both = ", ".join(f"{part} is on {device}" for device, part in devices.items())
             raise ValueError(f"{where}: {both}: move the model to one device first")
+
+
+def warn_of_forward_hooks(layers: Mapping[str, LoraLayer]) -> None:
+    """Warn of layers whose base has forward hooks: unmerged these see W x alone, merged the update too.
+
+    A hook that scales the output then scales the update as well. A hook that only looks does no harm, so the merge is
+    allowed.
+    """
+    bases = {where: layer.get_base_layer() for where, layer in layers.items()}
+    hooked = [where for where, base in bases.items() if base._forward_hooks or base._forward_pre_hooks]
+    if hooked:
+        warnings.warn(
+            f"{', '.join(hooked)}: the base layer has forward hooks; once the adapter is merged they act on its update "
+            "as well, so that the output changes if they change what they see",
+            stacklevel=levels_to_the_caller(),
+        )
 
 
 def _stored(module: nn.Module, attribute: str, calls: bool) -> Tensor | str:

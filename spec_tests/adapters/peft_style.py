@@ -91,6 +91,10 @@ def transposed() -> type[nn.Module]:
     return Theirs
 
 
+#: the options of a convolution that are given as torch has them
+CONVOLVED = ("groups", "padding_mode", "stride", "padding", "dilation")
+
+
 def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpec | None = None) -> nn.Module:
     """A layer of torch (or transformers' Conv1D) with these logical weights."""
     if kind == "norm":
@@ -115,7 +119,7 @@ def base_module(kind: str, W: Array, b: Array | None, dtype: str, spec: LayerSpe
         assert spec is not None
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[MESH[kind] - 1]
         options = {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation, "bias": b is not None}
-        options |= {name: spec.base[name] for name in ("groups", "padding_mode") if name in spec.base}
+        options |= {name: spec.base[name] for name in CONVOLVED if name in spec.base}
         module = make(spec.n_in, out, W.shape[2:], **options)
     stored = W.T if kind in ("transposed", "embedding") else W
     module.weight.data = to_torch(stored, dtype)

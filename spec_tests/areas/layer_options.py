@@ -74,6 +74,16 @@ def of_any_kernel(draw: Any, implementation: Implementation) -> LayerSpec:
     return spec.but(W=reals(np.random.default_rng(draw(seeds)), (*spec.W.shape[:2], *kernel)))
 
 
+@st.composite
+def of_several_axes(draw: Any, implementation: Implementation) -> LayerSpec:
+    """A convolution with a stride, a padding and a dilation of its own along each axis."""
+    spec = draw(layers(implementation, ("conv2d", "conv3d")))
+    options = {"stride": (2, 1, 1), "padding": (0, 1, 2), "dilation": (1, 2, 1)}
+    turned = draw(st.integers(0, 1))
+    base = {name: (v[: MESH[spec.kind]])[:: 1 - 2 * turned] for name, v in options.items()}
+    return spec.but(stride=1, padding=0, base=base)
+
+
 def embeddings(implementation: Implementation, **base: Any) -> Any:
     return layers(implementation, ("embedding",), base=base)
 
@@ -350,6 +360,20 @@ def layeropt_016(implementation: Implementation, spec: LayerSpec, check: Check) 
 )
 def layeropt_017(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
     merged_keeps(implementation, spec, check)
+
+
+@requirement(
+    "LAYEROPT-018",
+    "The branch of a convolution has the base's stride, padding and dilation along each axis, or is refused.",
+    f"{CONV}, stride, padding, dilation: a number, or a tuple of one for each axis; {PAPER} (D5)",
+    "base_options write",
+    of_several_axes,
+)
+def layeropt_018(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    if (found := sound(implementation, spec, check)) is not None:
+        layer, state = found
+        x = inputs(spec)
+        check.close(layer.forward(x), *expected(spec, state, x), spec.dtype, "the output")
 
 
 def gradients(spec: LayerSpec, state: LayerState, layer: Any, x: Array) -> tuple[dict[str, Array | None], Array, Array]:

@@ -37,6 +37,11 @@ BUGS: tuple[Bug, ...] = (
 )
 MUTANTS: tuple[Bug, ...] = (
     Bug(
+        "every_axis_of_a_branch_has_the_first_stride",
+        "x = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]], PADDED",
+        "stride = (stride[0],) * d\n        x = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]], PADDED",
+    ),
+    Bug(
         "a_merged_convolution_pads_with_zeros",
         "everything = [*self.merged, *new]",
         'everything = [*self.merged, *new]\n        self.base = {**self.base, "padding_mode": "zeros"}',

@@ -872,8 +872,8 @@ MUTANTS = (
     ),
     Bug(
         "gradient_is_not_dilated",
-        "a * g.dilation + (n - 1) * g.stride + 1, g.stride)\n                for a, n in zip(at, dy",
-        "a + (n - 1) * g.stride + 1, g.stride)\n                for a, n in zip(at, dy",
+        "slice(a * d, a * d + (n - 1) * step + 1, step)",
+        "slice(a, a + (n - 1) * step + 1, step)",
     ),
     # starts that look at data
     Bug(

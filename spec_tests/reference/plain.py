@@ -353,9 +353,10 @@ class Site:
         """All parts of x under the kernel: (batch, in, *size) to (batch, in, *places, *kernel)."""
         g, d = self.geometry, len(kernel)
         assert g is not None
-        x = np.pad(x, [(0, 0), (0, 0), *[(g.padding, g.padding)] * d], PADDED[self.base.get("padding_mode", "zeros")])
-        span = [g.dilation * (k - 1) + 1 for k in kernel]
-        every = (slice(None), slice(None), *[slice(None, None, g.stride)] * d, *[slice(None, None, g.dilation)] * d)
+        stride, padding, dilation = (g.along(name) for name in ("stride", "padding", "dilation"))
+        x = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]], PADDED[self.base.get("padding_mode", "zeros")])
+        span = [step * (k - 1) + 1 for k, step in zip(kernel, dilation, strict=True)]
+        every = (slice(None), slice(None), *[slice(None, None, step) for step in (*stride, *dilation)])
         return sliding_window_view(x, span, tuple(range(2, 2 + d)))[every]
 
     def convolved(self, x: Array, W: Array) -> Array:
@@ -443,14 +444,15 @@ class Site:
         """dL/dx of a convolution."""
         g, kernel = self.geometry, W.shape[2:]
         assert g is not None
-        dx = np.pad(np.zeros_like(x), [(0, 0), (0, 0), *[(g.padding, g.padding)] * len(kernel)])
+        stride, padding, dilation = (g.along(name) for name in ("stride", "padding", "dilation"))
+        dx = np.pad(np.zeros_like(x), [(0, 0), (0, 0), *[(p, p) for p in padding]])
         for at in np.ndindex(*kernel):
             place = [
-                slice(a * g.dilation, a * g.dilation + (n - 1) * g.stride + 1, g.stride)
-                for a, n in zip(at, dy.shape[2:], strict=True)
+                slice(a * d, a * d + (n - 1) * step + 1, step)
+                for a, n, d, step in zip(at, dy.shape[2:], dilation, stride, strict=True)
             ]
             dx[:, :, *place] += np.einsum("bo...,oi->bi...", dy, W[:, :, *at])
-        return dx[:, :, *[slice(g.padding, n - g.padding) for n in dx.shape[2:]]]
+        return dx[:, :, *[slice(p, n - p) for n, p in zip(dx.shape[2:], padding, strict=True)]]
 
     def state(self, name: str) -> LayerState:
         """The weight, bias, factors and scaling, in logical orientation."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import spec_tests
-from spec_tests import coverage, markdown, peers, report
+from spec_tests import clauses, coverage, markdown, peers, report
 from spec_tests.adapters.lora_ref_core import ELSEWHERE
 from spec_tests.adapters.lora_ref_torch import NOT_OFFERED
 from spec_tests.contract import CLAIMS
@@ -109,6 +109,21 @@ def test_every_statement_has_a_requirement_or_a_reason_for_none():
     found = coverage.cited()
     without = {number for numbers in coverage.WITHOUT for number in numbers.split()}
     assert {number for number, ids in found.items() if not ids} == without
+
+
+def test_every_clause_of_a_statement_has_a_requirement_or_a_reason_for_none():
+    found = list(clauses.clauses())
+    assert {id for clause in found for id in clause.ids} <= REQUIREMENTS.keys()
+    assert {clause.statement for clause in found} <= set(coverage.statements())
+    assert all(bool(clause.ids) != bool(clause.reason) for clause in found)
+    assert len({(clause.statement, clause.text) for clause in found}) == len(found)
+
+
+def test_the_statements_about_embeddings_and_convolutions_are_counted_by_clause():
+    counted = {number: [c for c in clauses.clauses() if c.statement == number] for number in ("D4", "D5")}
+    assert all(clause.ids for clause in counted["D4"])
+    assert sum(bool(clause.ids) for clause in counted["D5"]) > len(counted["D5"]) / 2
+    assert not clauses.statements_of_one_clause() & {"D4", "D5"}
 
 
 def test_a_source_may_name_a_range_of_statements():
