@@ -70,6 +70,7 @@ CLAIMS = {
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
     "exact_residual": "where a start changes W, what it subtracts is the update of the factors as they are stored",
     # starts beside everything else
+    "converts": "saves an adapter whose start changes W as plain LoRA that fits the original base",
     # a model
     "model": "adapts a model of named layers by target_modules",
     "patterns": "rank_pattern and alpha_pattern",
@@ -96,6 +97,7 @@ CLAIMS = {
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
+    "decision:own_residual": "what a start subtracts from W acts with its own adapter only: other adapters keep W",
 }
 
 CONVENTIONS = {
@@ -321,6 +323,14 @@ class Model:
         raise NotImplementedError
 
     def save(self, folder: Path, **options: Any) -> None:
+        raise NotImplementedError
+
+    def save_start(self, folder: Path) -> None:
+        """Save what `save_converted` needs to know of the adapter "default" before its factors change (claim
+        "converts"). Nothing to do where the model remembers its start."""
+
+    def save_converted(self, folder: Path, start: Path) -> None:
+        """Save the adapter "default" as plain LoRA for the original base. `start`: the folder of `save_start`."""
         raise NotImplementedError
 
     def load(self, folder: Path, adapter: str) -> None:
