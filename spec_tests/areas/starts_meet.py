@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from .. import oracle
 from ..check import Check
 from ..contract import Array, Implementation, LayerState, Model, ModelSpec
 from ..generate import ALPHAS, claimed, model_inputs, models, reals
@@ -285,3 +286,34 @@ def meet_009(implementation: Implementation, case: Any, check: Check) -> None:
 )
 def meet_010(implementation: Implementation, case: Any, check: Check) -> None:
     deleted(implementation, case, check)
+
+
+@st.composite
+def exact(draw: Any, implementation: Implementation) -> Any:
+    """A model with any start, and a second adapter whose start is computed from W alone, without random numbers."""
+    first = (*STAYS, *MOVES) if OWN in implementation.claims else STAYS
+    second = ("pissa", "olora", "loftq", "mica") if OWN in implementation.claims else ("mica",)
+    return draw(chained(implementation, first)), draw(started(implementation, second))
+
+
+def spans(state: LayerState, bare: bool) -> Array:
+    """s B A, or the projector on B where A is zero."""
+    return state.B @ state.B.T if bare else oracle.delta(state.A, state.B, state.scaling)
+
+
+@requirement(
+    "MEET-011",
+    "The start of a second adapter is computed from W, and not from what another start left of it.",
+    OURS,
+    f"model adapters init:mica {OWN}",
+    exact,
+)
+def meet_011(implementation: Implementation, case: Any, check: Check) -> None:
+    spec, second = case
+    model, single = implementation.model(spec), implementation.model(spec.but(**{"loftq_config": {}, **second}))
+    model.add("other", second)
+    bare = second["init_lora_weights"] == "mica"
+    for name in single.adapted():
+        got, want = (spans(state, bare) for state in (model.read(name, "other"), single.read(name)))
+        # W has the singular values 8, 4, 2, ... and r is at most 3: the gap below the r-th is at least 1/2
+        check.close(got, want, 128.0, spec.dtype, f"the start of {name}", 32.0)
