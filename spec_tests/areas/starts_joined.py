@@ -118,24 +118,30 @@ HOW = st.sampled_from(("cat", "cat", "svd", "linear"))
 BOTH = st.tuples(st.booleans(), st.booleans())
 
 
-def with_orthogonal(implementation: Implementation) -> Any:
-    """A model with any start that leaves W alone, and a second adapter with init_lora_weights="orthogonal"."""
-    pair = st.tuples(chained(implementation, STAYS), started(implementation, ("orthogonal",)), BOTH)
-    return st.tuples(pair, HOW)
+RESTRICTED = ("orthogonal", "mica")  # they start not with every rank
+FREE = ("True", "False", "gaussian")
 
 
-def without_orthogonal(implementation: Implementation) -> Any:
-    """Two of the other starts that leave W alone."""
-    others = [name for name in STAYS if name != "orthogonal"]
-    return st.tuples(st.tuples(chained(implementation, others), started(implementation, others), BOTH), HOW)
+def free(implementation: Implementation) -> Any:
+    """A model and a second adapter, whose starts take every rank."""
+    return st.tuples(st.tuples(chained(implementation, FREE), started(implementation, FREE), BOTH), HOW)
+
+
+def restricted(implementation: Implementation) -> Any:
+    """The same; at least one of the two starts does not take every rank."""
+    pairs = [(RESTRICTED, STAYS), (STAYS, RESTRICTED)]
+    drawn = st.sampled_from(pairs).flatmap(
+        lambda pair: st.tuples(chained(implementation, pair[0]), started(implementation, pair[1]), BOTH)
+    )
+    return st.tuples(drawn, HOW)
 
 
 @requirement(
     "MEETJOIN-005",
-    "Whatever the starts, a combination does what its parents do, each times its weight.",
+    "Of random starts, a combination does what its parents do, each times its weight.",
     "PEFT's documentation of add_weighted_adapter (U9)",
     "model write adapters weighted init:True",
-    without_orthogonal,
+    free,
 )
 def meetjoin_005(implementation: Implementation, case: Any, check: Check) -> None:
     combined(implementation, case, check)
@@ -143,10 +149,10 @@ def meetjoin_005(implementation: Implementation, case: Any, check: Check) -> Non
 
 @requirement(
     "MEETJOIN-010",
-    "An adapter that started orthogonal is combined with any other, whatever the rank of the result.",
+    "Adapters that started orthogonal or mica are combined with others, whatever the rank of the result.",
     "PEFT's documentation of add_weighted_adapter: the rank of cat is the sum of all ranks (U9)",
-    "model write adapters weighted init:True init:orthogonal",
-    with_orthogonal,
+    "model write adapters weighted init:True init:orthogonal init:mica",
+    restricted,
 )
 def meetjoin_010(implementation: Implementation, case: Any, check: Check) -> None:
     combined(implementation, case, check)
@@ -253,3 +259,21 @@ def meetjoin_009(implementation: Implementation, case: Any, check: Check) -> Non
 )
 def meetjoin_011(implementation: Implementation, case: Any, check: Check) -> None:
     converted(implementation, case, check)
+
+
+@requirement(
+    "MEETJOIN-012",
+    "Whatever the starts, deleting an inactive adapter leaves two active others as they were.",
+    "PEFT's documentation of delete_adapter, and of using several adapters at the same time (U7)",
+    "model write adapters summed delete init:True",
+    lambda i: st.tuples(stay(i), started(i, STAYS)),
+)
+def meetjoin_012(implementation: Implementation, case: Any, check: Check) -> None:
+    pair, third = case
+    model, spec, _, second = both(implementation, pair)
+    model.add("third", third)
+    states = second + acting(model, spec, "third", third["init_lora_weights"], True, salt=2)
+    model.set(["other", "third"])
+    model.delete("default")
+    x = model_inputs(spec)
+    runs(check, model.forward(x), spec, states, x, "the output of the two active adapters")

@@ -140,7 +140,11 @@ def switched(implementation: Implementation, case: Any, check: Check) -> None:
 
 
 @requirement(
-    "MEET-001", "Whatever their starts, the adapter that is set acts alone.", DOC, "model write adapters init:True", stay
+    "MEET-001",
+    "Whatever their starts, the adapter that is set acts alone.",
+    DOC,
+    "model write adapters init:True",
+    stay,
 )
 def meet_001(implementation: Implementation, case: Any, check: Check) -> None:
     switched(implementation, case, check)

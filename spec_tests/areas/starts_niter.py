@@ -71,12 +71,16 @@ def refused(implementation: Implementation, case: Case) -> bool:
 
 def near(implementation: Implementation, case: Case, check: Check) -> None:
     found = distance(implementation, case)
-    check.that(found < MOST, f"the angle to the leading triple is {found:.3g} t^(2 n + 1), more than n iterations leave")
+    check.that(
+        found < MOST, f"the angle to the leading triple is {found:.3g} t^(2 n + 1), more than n iterations leave"
+    )
 
 
 def far(implementation: Implementation, case: Case, check: Check) -> None:
     found = distance(implementation, case)
-    check.that(found > LEAST, f"the angle to the leading triple is {found:.3g} t^(2 n + 1), less than n iterations leave")
+    check.that(
+        found > LEAST, f"the angle to the leading triple is {found:.3g} t^(2 n + 1), less than n iterations leave"
+    )
 
 
 @requirement(

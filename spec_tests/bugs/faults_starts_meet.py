@@ -10,6 +10,7 @@ TAKEN = "moved = [m for n in names if n in self.adapters and (m := self.adapters
 SUM = "return rounded(self.W - np.sum(moved, 0), self.dtype) if moved else self.W"
 ROW = 'row = site.forward(row, [] if name == "__base__" else [name])'
 POP = "            site.adapters.pop(adapter, None)\n            site.copies.pop(adapter, None)\n            site.active = left"
+ACTS = "if name in self.adapters and name not in self.merged:"
 HELD = "held = self.shifted(dict.fromkeys([*self.active, *everything]))"
 INTO = "held = rounded(held + self.delta(self.adapters[name]), self.dtype)"
 UNLOAD = "W, b = site.held if merge and site.merged else site.W, site.b"
@@ -65,7 +66,7 @@ MUTANTS = (
         ROW,
         'row = site.forward(row, [name]) if name != "__base__" else rounded(site.plain(row, site.shifted(site.active), site.b), site.dtype)',
     ),
-    Bug("rows_of_mica_are_of_the_base", ROW, ROW.replace('"__base__"', '"__base__" or (name in site.adapters and site.adapters[name].init == "mica")')),
+    Bug("rows_of_named_starts_are_of_the_base", ROW, ROW.replace('"__base__"', '"__base__" or (name in site.adapters and isinstance(site.adapters[name].init, str))')),
     Bug("deleting_keeps_the_residual", POP, "            site.W = site.shifted([adapter])\n" + POP),
     Bug("deleting_the_second_keeps_the_residual", POP, '            site.W = site.W if adapter == "default" else site.shifted([adapter])\n' + POP),
     Bug(
@@ -74,9 +75,9 @@ MUTANTS = (
         '            if adapter != "default" and adapter in site.adapters and site.adapters[adapter].init is False:\n                site.W = site.W + site.delta(site.adapters[adapter])\n' + POP,
     ),
     Bug(
-        "deleting_the_first_keeps_the_update_of_mica",
+        "deleting_the_first_keeps_the_update_of_a_named_start",
         POP,
-        '            if adapter == "default" and adapter in site.adapters and site.adapters[adapter].init == "mica":\n                site.W = site.W + site.delta(site.adapters[adapter])\n' + POP,
+        '            if adapter == "default" and adapter in site.adapters and isinstance(site.adapters[adapter].init, str):\n                site.W = site.W + site.delta(site.adapters[adapter])\n' + POP,
     ),
     Bug("merging_forgets_the_residual", HELD, "held = self.W"),
     Bug(
@@ -101,11 +102,18 @@ MUTANTS = (
         MOVES,
         'if len(A) % 2 and any(a.init == "orthogonal" for _, a in pairs):\n        raise ValueError("orthogonal needs an even r")\n    ' + MOVES,
     ),
-    Bug("combination_forgets_mica", 'pairs = [(w, site.adapters[n]) for n, w in zip(adapters, weights, strict=True) if n in site.adapters]', 'pairs = [((0 if site.adapters[n].init == "mica" else w), site.adapters[n]) for n, w in zip(adapters, weights, strict=True) if n in site.adapters]'),
+    Bug("combination_forgets_a_random_start", 'pairs = [(w, site.adapters[n]) for n, w in zip(adapters, weights, strict=True) if n in site.adapters]', 'pairs = [((0 if site.adapters[n].init is False else w), site.adapters[n]) for n, w in zip(adapters, weights, strict=True) if n in site.adapters]'),
     Bug("b_of_mica_trains_in_a_model", 'if site.adapters[adapter].init != "mica" else set()', "if True else set()"),
     Bug("mica_cannot_be_switched_off", "            site.enabled = enabled", '            site.enabled = enabled or any(a.init == "mica" for a in site.adapters.values())'),
     Bug("what_is_off_stays_off", "            site.enabled = enabled", "            site.enabled = enabled and site.enabled"),
-    Bug("mica_is_saved_as_it_started", "A, B = a.A, a.B\n", 'A, B = a.A, a.started[1] if a.init == "mica" else a.B\n'),
+    Bug("a_named_start_is_saved_as_it_started", "A, B = a.A, a.B\n", 'A, B = a.A, a.started[1] if isinstance(a.init, str) else a.B\n'),
     Bug("loading_rescales_the_adapters_that_are_there", STARTED, STARTED + "\n                for each in site.adapters.values():\n                    each.s = site.adapters[adapter].s"),
-    Bug("of_two_random_starts_one_acts", TAKEN, 'names = [n for n in names if n == names[0] or n not in self.adapters or self.adapters[n].init is not False]\n        ' + TAKEN),
+    Bug("beside_another_a_named_start_does_not_act", ACTS, ACTS[:-1] + " and (name == names[0] or self.adapters[name].init is True):"),
+    Bug(
+        "a_named_start_stays_active",
+        "            site.active = list(names)",
+        "            site.active = list(names) + [n for n, a in site.adapters.items() if isinstance(a.init, str) and n not in names]",
+    ),
+    Bug("what_trained_trains_on", "self.trains = set(names)", "self.trains |= set(names)"),
+    Bug("the_weight_is_never_shown_merged", "{n: (s.side(s.weight()).copy()", "{n: (s.side(s.W).copy()"),
 )  # fmt: skip
