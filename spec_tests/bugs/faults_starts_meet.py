@@ -105,6 +105,7 @@ MUTANTS = (
     Bug("combination_forgets_a_random_start", 'pairs = [(w, site.adapters[n]) for n, w in zip(adapters, weights, strict=True) if n in site.adapters]', 'pairs = [((0 if site.adapters[n].init is False else w), site.adapters[n]) for n, w in zip(adapters, weights, strict=True) if n in site.adapters]'),
     Bug("b_of_mica_trains_in_a_model", 'if site.adapters[adapter].init != "mica" else set()', "if True else set()"),
     Bug("mica_cannot_be_switched_off", "            site.enabled = enabled", '            site.enabled = enabled or any(a.init == "mica" for a in site.adapters.values())'),
+    Bug("eva_cannot_be_switched_off", "            site.enabled = enabled", '            site.enabled = enabled or any(c["eva_config"] for c in self.configs.values())'),
     Bug("what_is_off_stays_off", "            site.enabled = enabled", "            site.enabled = enabled and site.enabled"),
     Bug("a_named_start_is_saved_as_it_started", "A, B = a.A, a.B\n", 'A, B = a.A, a.started[1] if isinstance(a.init, str) else a.B\n'),
     Bug("loading_rescales_the_adapters_that_are_there", STARTED, STARTED + "\n                for each in site.adapters.values():\n                    each.s = site.adapters[adapter].s"),
