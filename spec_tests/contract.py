@@ -70,6 +70,7 @@ CLAIMS = {
     "init:lora_ga": "directions of the gradient (needs data)",
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
     # starts beside everything else
+    "converts": "saves an adapter whose start changes W as plain LoRA that fits the original base",
     # a model
     "model": "adapts the layers of a model that target_modules names, in full or by the ends of their names",
     "targets:list": "target_modules as a list: whole names, and ends of names that begin after a dot, taken literally",
@@ -103,6 +104,7 @@ CLAIMS = {
     "any_name": "modules may have any names: also those with lora_, weight, base_layer or an adapter's name in them",
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
+    "decision:own_residual": "what a start subtracts from W acts with its own adapter only: other adapters keep W",
     "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
     "decision:full_match": "a string of target_modules or exclude_modules must match the whole name, not its start",
     "decision:letter_case": "'all-linear' may be written in other letters",
@@ -411,6 +413,14 @@ class Model:
         raise NotImplementedError
 
     def save(self, folder: Path, **options: Any) -> None:
+        raise NotImplementedError
+
+    def save_start(self, folder: Path) -> None:
+        """Save what `save_converted` needs to know of the adapter "default" before its factors change (claim
+        "converts"). Nothing to do where the model remembers its start."""
+
+    def save_converted(self, folder: Path, start: Path) -> None:
+        """Save the adapter "default" as plain LoRA for the original base. `start`: the folder of `save_start`."""
         raise NotImplementedError
 
     def load(self, folder: Path, adapter: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
@@ -34,6 +35,7 @@ SINCE = {
     "batch": (0, 11),
     "init:orthogonal": (0, 17),
     "init:mica": (0, 20),
+    "converts": (0, 12),
 }  # claim: the release whose notes announce it
 
 
@@ -57,6 +59,16 @@ class PeftModel(PeftStyleModel):
         "prepare_layer_inputs_fn": lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
         "show_progress_bar": False,
     }
+
+    def save_start(self, folder: Path) -> None:
+        """As the README of PEFT's PiSSA example has it: the start is saved as that of an ordinary adapter."""
+        config = self.peft.peft_config["default"]
+        init, config.init_lora_weights = config.init_lora_weights, True
+        self.save(folder)
+        config.init_lora_weights = init
+
+    def save_converted(self, folder: Path, start: Path) -> None:
+        self.save(folder, path_initial_model_for_weight_conversion=str(start))
 
 
 class Peft(PeftStyle):

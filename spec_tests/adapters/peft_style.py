@@ -419,6 +419,9 @@ class PeftStyleModel(Model):
     def save(self, folder: Path, **options: Any) -> None:
         self.peft.save_pretrained(str(folder), **options)
 
+    def save_converted(self, folder: Path, start: Path) -> None:
+        self.save(folder)
+
     def load(self, folder: Path, adapter: str) -> None:
         self.peft.load_adapter(str(folder), adapter)
 
