@@ -351,7 +351,7 @@ def context_017(implementation: Implementation, case: Any, check: Check) -> None
 def context_018(implementation: Implementation, case: Any, check: Check) -> None:
     model, spec, name, first, second = both(implementation, case)
     with model.disabled():
-        check.tried(lambda: model.set([name]) or True)
+        check.tried(lambda: model.set([name]))
         gives(check, model, spec, [], "the output inside, after setting another adapter")
     acts = {"default": first, name: second}
     gives(check, model, spec, [acts[model.active()[0]]], "the output after the context")
@@ -420,7 +420,7 @@ def context_022(implementation: Implementation, case: Any, check: Check) -> None
     spec, name, config = case
     model = implementation.model(spec)
     with model.scaled(0.5):
-        if check.tried(lambda: model.add(name, config) or True) is None:
+        if not check.accepted(lambda: model.add(name, config)):
             return
         inside = sorted(model.adapted(name))
     check.equal(sorted(model.adapted(name)), inside, "the modules that have the added adapter, after the context")
