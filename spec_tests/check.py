@@ -78,6 +78,15 @@ class Check:
                 raise
             return None
 
+    def accepted(self, action: Callable[[], object]) -> bool:
+        """Whether the action is done; False if it is refused with an error, as in `tried`."""
+
+        def done() -> bool:
+            action()
+            return True
+
+        return self.tried(done) is not None
+
     def refused(self, action: Callable[[], object], what: str) -> Exception:
         """An error must be raised: any kind, but the NotImplementedError of a method that the adapter class lacks."""
         try:

@@ -361,7 +361,10 @@ class Model:
         raise NotImplementedError
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
-        """A context in which s of the active adapters is `factor` times as large: PEFT's `rescale_adapter_scale`."""
+        """A context in which s of the active adapters is `factor` times as large: PEFT's `rescale_adapter_scale`.
+
+        Whether s of adapters that are not active changes, too, is left open.
+        """
         raise NotImplementedError
 
     def trainable(self) -> set[str]:

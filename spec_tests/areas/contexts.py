@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -320,3 +322,108 @@ def context_016(implementation: Implementation, spec: ModelSpec, check: Check) -
     model.merge()
     holds(check, model.base(), spec, [states], "the merged model")
     check.that(model.training(), "merging has set the model to evaluation")
+
+
+@requirement(
+    "CONTEXT-017",
+    "Combining inside a context of scaling takes the scaling of now into the new adapter.",
+    f"{SCALED}; PEFT, LoraModel.add_weighted_adapter: the weighted sum of the adapters' updates (S4, U9)",
+    "model write adapters summed weighted scale_context",
+    pairs,
+    slow=2,
+)
+def context_017(implementation: Implementation, case: Any, check: Check) -> None:
+    model, spec, name, first, second = both(implementation, case)
+    model.set(["default", name])
+    with model.scaled(0.25):
+        model.combine(["default", name], [1.0, 1.0], "sum", "cat")
+        model.set(["sum"])
+        gives(check, model, spec, [times(first, 0.25), times(second, 0.25)], "the output of the combined adapter")
+
+
+@requirement(
+    "CONTEXT-018",
+    "Setting another adapter inside the context that disables is refused, or what is active afterwards acts alone.",
+    f"{OFF}; PEFT, PeftModel.set_adapter: only the given adapter is active (U2, U7)",
+    "model write adapters disable_context",
+    pairs,
+)
+def context_018(implementation: Implementation, case: Any, check: Check) -> None:
+    model, spec, name, first, second = both(implementation, case)
+    with model.disabled():
+        check.tried(lambda: model.set([name]))
+        gives(check, model, spec, [], "the output inside, after setting another adapter")
+    acts = {"default": first, name: second}
+    gives(check, model, spec, [acts[model.active()[0]]], "the output after the context")
+
+
+@requirement(
+    "CONTEXT-019",
+    "A model that was loaded to be used trains nothing after a context that disables its adapter.",
+    f"{OFF}; PEFT, PeftModel.from_pretrained: is_trainable=False freezes the adapter (U2, X9)",
+    "model write files trainable disable_context",
+    small,
+    slow=2,
+)
+def context_019(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model = implementation.model(spec)
+    fill(model, spec)
+    with tempfile.TemporaryDirectory() as place:
+        model.save(Path(place))
+        loaded = implementation.load(spec, Path(place))
+    with loaded.disabled():
+        check.equal(sorted(loaded.trainable()), [], "what trains inside")
+    check.equal(sorted(loaded.trainable()), [], "what trains after the context")
+
+
+@requirement(
+    "CONTEXT-020",
+    "A context of scaling that an exception leaves keeps what is active, and what trains.",
+    f"{SCALED}; {RESTORED}",
+    "model adapters trainable scale_context",
+    pairs,
+)
+def context_020(implementation: Implementation, case: Any, check: Check) -> None:
+    model, _spec, name, _, _ = both(implementation, case)
+    model.set([name])
+    with swallowed(), model.scaled(2.0):
+        raise Left
+    check.equal(model.active(), [name], "the active adapters after the context")
+    check.equal(sorted(model.trainable()), trained(model, name), "what trains after the context")
+
+
+@requirement(
+    "CONTEXT-021",
+    "An exception that leaves the context leaves what trains, and the mode, as they were.",
+    f"{OFF}; {RESTORED} (U2)",
+    "model write adapters trainable modes disable_context",
+    pairs,
+)
+def context_021(implementation: Implementation, case: Any, check: Check) -> None:
+    model, _spec, name, _, _ = both(implementation, case)
+    model.set([name])
+    model.train(True)
+    with swallowed(), model.disabled():
+        raise Left
+    check.equal(sorted(model.trainable()), trained(model, name), "what trains after an exception")
+    check.that(model.training(), "the mode after an exception: training has ended")
+
+
+@requirement(
+    "CONTEXT-022",
+    "Adding an adapter in a context of scaling is refused, or it has its configuration's scaling afterwards.",
+    f"{SCALED}; PEFT, PeftModel.add_adapter: it adds an adapter by its configuration (S1)",
+    "model adapters scale_context",
+    pairs,
+)
+def context_022(implementation: Implementation, case: Any, check: Check) -> None:
+    spec, name, config = case
+    model = implementation.model(spec)
+    with model.scaled(0.5):
+        if not check.accepted(lambda: model.add(name, config)):
+            return
+        inside = sorted(model.adapted(name))
+    check.equal(sorted(model.adapted(name)), inside, "the modules that have the added adapter, after the context")
+    root = 0.5 if config.get("use_rslora") else 1.0
+    for module, (r, s) in model.adapted(name).items():
+        check.close(s, config["lora_alpha"] / r**root, config["lora_alpha"], "float64", f"s of {name} in {module}")

@@ -34,6 +34,12 @@ BUGS: tuple[Bug, ...] = (
         PEFT + "issues/3447",
     ),
     Bug(
+        "a_context_makes_a_loaded_adapter_train",
+        OFF,
+        left("self.enable(before)\n            self.trains = set(self.active())"),
+        PEFT + "issues/3447",
+    ),
+    Bug(
         "an_adapter_added_in_evaluation_drops",
         MODE,
         "train = self.mode or len(self.configs) > 1 if train is None else train",
@@ -44,6 +50,12 @@ BUGS: tuple[Bug, ...] = (
         "self.configs[adapter] = c\n\n    def known",
         "self.configs[adapter] = c\n        self.mode = True\n\n    def known",
         "huggingface/transformers/issues/34469",
+    ),
+    Bug(
+        "combining_forgets_the_scaling_of_now",
+        "A, B = np.concatenate([w * a.s * a.A for w, a in pairs])",
+        "A, B = np.concatenate([w * a.first_s * a.A for w, a in pairs])",
+        "huggingface/diffusers/issues/5414",
     ),
 )
 MUTANTS: tuple[Bug, ...] = (
@@ -115,4 +127,53 @@ MUTANTS: tuple[Bug, ...] = (
         + "\n        for a in (a for site in self.sites.values() for a in site.adapters.values() if self.mode and a.dropout):\n            a.B = a.B * a.dropout",
     ),
     Bug("merging_ends_the_training", MERGES, MERGES + "\n        self.mode = False"),
+    Bug(
+        "setting_an_adapter_switches_on",
+        "site.active = list(names)",
+        "site.active, site.enabled = list(names), True",
+    ),
+    Bug(
+        "what_was_active_before_a_context_is_added_after_it",
+        OFF,
+        left(
+            "self.enable(before)\n            for site in self.sites.values():\n                site.active = list(dict.fromkeys([*kept, *site.active]))"
+        ).replace("before = self.enabled", "before, kept = self.enabled, self.active()"),
+    ),
+    Bug(
+        "inside_a_context_all_trains",
+        "for adapter in self.trains if self.enabled else ():",
+        "for adapter in self.trains if self.enabled else self.configs:",
+    ),
+    Bug(
+        "a_context_of_scaling_sets_the_first_adapter",
+        UNSCALES,
+        "for site in self.sites.values():\n                site.active = ['default']\n            " + UNSCALES,
+    ),
+    Bug("a_context_of_scaling_freezes_all", UNSCALES, "self.trains = set()\n            " + UNSCALES),
+    Bug(
+        "an_exception_in_a_context_freezes_all",
+        OFF,
+        OFF.replace(
+            "finally:", "except BaseException:\n            self.trains = set()\n            raise\n        finally:"
+        ),
+    ),
+    Bug(
+        "an_exception_in_a_context_ends_the_training",
+        OFF,
+        OFF.replace(
+            "finally:", "except BaseException:\n            self.mode = False\n            raise\n        finally:"
+        ),
+    ),
+    Bug(
+        "a_context_of_scaling_forgets_what_was_added",
+        UNSCALES,
+        "for site in self.sites.values():\n                site.adapters = {n: a for n, a in site.adapters.items() if any(a is b for b in acting)}\n            "
+        + UNSCALES,
+    ),
+    Bug(
+        "a_context_of_scaling_divides_what_was_added",
+        UNSCALES,
+        "for a in (a for site in self.sites.values() for a in site.adapters.values()):\n                a.s = a.s / factor if factor else a.s\n            "
+        + UNSCALES,
+    ),
 )

@@ -19,7 +19,14 @@ OF_ALL = "for site in self.sites.values():"
 LOSES = "[setattr(site, 'held', site.W) for site in self.sites.values()]"
 KEEPS = "[setattr(site, 'W', site.held) for site in self.sites.values() if site.merged]"
 
-BUGS: tuple[Bug, ...] = ()
+BUGS: tuple[Bug, ...] = (
+    Bug(
+        "unmerging_takes_out_the_last_alone",
+        UNMERGE,
+        UNMERGE.replace("[]", "self.merged[:-1]"),
+        "huggingface/diffusers/issues/5032",
+    ),
+)
 MUTANTS: tuple[Bug, ...] = (
     Bug(
         "unmerging_subtracts_the_update_of_now",
@@ -55,7 +62,6 @@ MUTANTS: tuple[Bug, ...] = (
         LOSES + "\n            c = self.converted(adapter) | ",
     ),
     Bug("the_second_merge_forgets_the_first", EVERY, EVERY.replace("everything", "new")),
-    Bug("unmerging_takes_out_the_last_alone", UNMERGE, UNMERGE.replace("[]", "self.merged[:-1]")),
     Bug(
         "writing_another_adapter_changes_the_merge",
         WRITE,

@@ -35,6 +35,10 @@ REASONS = {
         "each looks at one operation on adapters of different starts; a library keeps what a start took out of W in "
         "every layer and file, `plain` in one place"
     ),
+    "MERGED SEVERAL CONTEXT": (
+        "each looks at one operation in one state of a model, merged, partly merged, off or scaled; a library keeps "
+        "that state in every layer"
+    ),
     "MODEL": "each looks at one operation on a whole model, which a library writes by itself and `plain` as a loop",
     "FILE": "each looks at one property of a folder; a fault in writing or reading breaks several of them at once",
     "ERROR": "each looks at one bad value, which a library refuses in code of its own, and `plain` in one condition",

@@ -1,6 +1,5 @@
 """A and B change while the adapter is merged: unmerging subtracts another update than was added."""
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
