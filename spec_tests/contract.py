@@ -101,6 +101,7 @@ CLAIMS = {
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
     # what lora_ref decides, and no document says
+    "decision:rounded_once": "the updates of one merge into a half precision weight are summed and rounded once",
 }
 
 CONVENTIONS = {

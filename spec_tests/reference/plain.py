@@ -386,8 +386,7 @@ class Site:
             raise ValueError("W is computed from other parameters: nothing can be added to it")
         everything = [*self.merged, *new]
         held = self.shifted(dict.fromkeys([*self.active, *everything]))
-        for name in everything:
-            held = rounded(held + self.delta(self.adapters[name]), self.dtype)
+        held = rounded(sum((self.delta(self.adapters[name]) for name in everything), held), self.dtype)
         if safe and not np.isfinite(held).all():
             raise ValueError("the merged weight would not be finite")
         return held, everything
