@@ -100,6 +100,7 @@ CLAIMS = {
     "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
+    "model_grad": "gives the gradient of every parameter of a model that trains",
     # what lora_ref decides, and no document says
     "decision:rounded_once": "the updates of one merge into a half precision weight are summed and rounded once",
 }
@@ -312,6 +313,12 @@ class Model:
     def trainable(self) -> set[str]:
         """What trains: "module.weight", "module.bias" of the base, "module.A:adapter", "module.B:adapter",
         and "module.weight:adapter", "module.bias:adapter" of a copy that modules_to_save made."""
+        raise NotImplementedError
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        """The gradients of sum(dy * forward(x)), in evaluation mode, of all parameters that have one.
+
+        The keys are those of `trainable`; a weight's gradient is (out, in), as the weight."""
         raise NotImplementedError
 
     def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:

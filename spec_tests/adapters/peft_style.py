@@ -299,19 +299,36 @@ class PeftStyleModel(Model):
             self.peft.eval()
         return to_numpy(y)
 
-    def trainable(self) -> set[str]:
-        found = set()
+    def parameters(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every parameter that could train, as "module.what", and what it is."""
         for name in self.spec.modules:
             module = self.module(name)
             if hasattr(module, "modules_to_save"):
                 for adapter, copy in module.modules_to_save.items():
-                    found |= {f"{name}.{p}:{adapter}" for p, v in copy.named_parameters() if v.requires_grad}
+                    for what, value in copy.named_parameters():
+                        yield f"{name}.{what}:{adapter}", what, value
                 module = module.original_module
-            base = bare(module)
-            found |= {f"{name}.{p}" for p, v in base._parameters.items() if v is not None and v.requires_grad}
+            for what, parameter in bare(module)._parameters.items():
+                if parameter is not None:
+                    yield f"{name}.{what}", what, parameter
             for adapter in getattr(module, "scaling", {}):
                 for letter, value in zip("AB", self.factors(module, adapter), strict=True):
-                    found |= {f"{name}.{letter}:{adapter}"} if value.requires_grad else set()
+                    yield f"{name}.{letter}:{adapter}", letter, value
+
+    def trainable(self) -> set[str]:
+        return {key for key, _, value in self.parameters() if value.requires_grad}
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        self.peft.zero_grad()
+        self.peft.eval()
+        y = self.peft(torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype))
+        if y.requires_grad:  # nothing trains where the adapters are off
+            (y * to_torch(dy, self.spec.dtype)).sum().backward()
+        found = {}
+        for key, what, value in self.parameters():
+            if value.grad is not None:
+                kind = self.kinds[key.rpartition(".")[0]] if what == "weight" else ""
+                found[key] = logical(kind, value.grad)
         return found
 
     def _written(self, name: str) -> nn.Module:

@@ -438,6 +438,30 @@ class Site:
         frozen = adapter.init == "mica"
         return {"x": dx, "A": adapter.s * dA, "B": None if frozen else adapter.s * dB, "W": None, "b": None}
 
+    def pulled(self, x: Array, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """dL/dx and the gradients of all that acts in a module of a model, from dy = dL/dy; x (batch, in).
+
+        The keys: "A:adapter" and "B:adapter", "weight" and "bias", with ":adapter" where a copy acts instead.
+        """
+        names = list(self.active) if self.enabled else []
+        W, owner = self.held if self.merged and self.enabled else self.shifted(names), ""
+        for name in names:
+            if name in self.copies:
+                W, owner = self.copies[name][0], f":{name}"
+        W = self.side(W)
+        acting = {name: self.adapters[name] for name in names if name in self.adapters and name not in self.merged}
+        if self.kind == "norm":
+            dx, dW = dy * W, (dy * x).sum(0)
+        elif self.kind == "embedding":
+            dx, dW = dy, np.zeros_like(W)
+            np.add.at(dW, (slice(None), x), dy.T)
+        else:
+            dx, dW = dy @ sum((self.side(self.delta(a)) for a in acting.values()), W), dy.T @ x
+        found = {f"weight{owner}": dW, f"bias{owner}": dy.sum(0)}
+        for name, a in acting.items():
+            found |= {f"A:{name}": a.s * a.B.T @ dW, f"B:{name}": a.s * dW @ a.A.T}
+        return dx, found
+
     def back(self, x: Array, dy: Array, W: Array) -> Array:
         """dL/dx of a convolution."""
         g, kernel = self.geometry, W.shape[2:]
@@ -793,6 +817,17 @@ class PlainModel(Model):
                     found |= {f"{name}.weight:{adapter}"}
                     found |= {f"{name}.bias:{adapter}"} if site.b is not None else set()
         return found
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        seen = []
+        for site in self.sites.values():
+            seen.append(x)
+            x = site.forward(x)
+        found: dict[str, Array] = {}
+        for (name, site), x in reversed(list(zip(self.sites.items(), seen, strict=True))):
+            dy, here = site.pulled(x, dy)
+            found |= {f"{name}.{key}": value for key, value in here.items()}
+        return {key: found[key] for key in self.trainable() & found.keys()}
 
     def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:
         site = self.sites[module]
