@@ -100,6 +100,7 @@ CLAIMS = {
     "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
+    "fused": "adapts some of the equal parts of a layer's outputs, each with an A and B of its own (LayerSpec.parts)",
     "model_grad": "gives the gradient of every parameter of a model that trains",
     # what lora_ref decides, and no document says
     "decision:rounded_once": "the updates of one merge into a half precision weight are summed and rounded once",
@@ -140,6 +141,9 @@ class LayerSpec:
             "sparse", as torch has them, and "embed_scale", by which the layer multiplies what it looks up. Any layer:
             "parametrized" (W is computed from other parameters) and "hook" (a number by which a forward hook of the
             base layer multiplies the base layer's output).
+        parts: of a fused layer, such as one for q, k and v (claim "fused"): which of the equal parts of its outputs are
+            adapted. A is (n r, in) for n adapted parts, r rows for each in their order; B is (out, n r), and zero where
+            an output does not belong to the part of a row of A. (): the layer has no parts.
     """
 
     kind: str
@@ -158,6 +162,7 @@ class LayerSpec:
     dilation: int = 1
     padding_idx: int | None = None
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[bool, ...] = ()
 
     @property
     def n_in(self) -> int:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lora_ref.core.model import LoraModel
 
-from ..contract import CLAIMS
 from .lora_ref_torch import LoraRefModel, LoraRefTorch
 
 #: {claim: the room that has it}.
@@ -51,4 +50,4 @@ class LoraRefCore(LoraRefTorch):
 
     name = "lora_ref_core"
     model_class = CoreModel
-    claims = frozenset(CLAIMS) - ELSEWHERE.keys()
+    claims = LoraRefTorch.claims - ELSEWHERE.keys()

@@ -22,12 +22,12 @@ class LoraRefModel(PeftStyleModel):
 
 
 class LoraRefTorch(PeftStyle):
-    """Claims everything."""
+    """Claims everything, but layers that it does not have: fused ones, of which parts are adapted."""
 
     name = "lora_ref"
     library = lora_ref
     model_class = LoraRefModel
-    claims = frozenset(CLAIMS)
+    claims = frozenset(CLAIMS) - {"fused"}
 
     def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:
         if spec.init_lora_weights == "corda":

@@ -1,4 +1,6 @@
-"""microsoft/LoRA's loralib. Its convolutions factorise the weight another way, kernel by kernel: not claimed."""
+"""microsoft/LoRA's loralib: Linear, Embedding, and MergedLinear for fused layers.
+
+Its convolutions factorise the weight another way, kernel by kernel: not claimed."""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import importlib.metadata
 from typing import Any
 
 import loralib
+import numpy as np
 import torch
 
 from ..contract import Array, Implementation, Layer, LayerSpec, LayerState
@@ -24,7 +27,11 @@ class LoralibLayer(Layer):
             made = loralib.Embedding(n_in, out, **options, padding_idx=spec.padding_idx)
         else:
             options |= {"lora_dropout": spec.lora_dropout, "fan_in_fan_out": spec.kind == "transposed"}
-            made = loralib.Linear(n_in, out, **options, bias=spec.b is not None)
+            options |= {"bias": spec.b is not None}
+            if spec.parts:
+                made = loralib.MergedLinear(n_in, out, **options, enable_lora=list(spec.parts))
+            else:
+                made = loralib.Linear(n_in, out, **options)
         self.module = made.to(dtype)
         loralib.mark_only_lora_as_trainable(self.module)
         with torch.no_grad():
@@ -40,10 +47,30 @@ class LoralibLayer(Layer):
         m = self.module
         W = to_numpy(m.weight.T if self.turned else m.weight)
         b = to_numpy(m.bias) if self.spec.b is not None else None
-        return LayerState(W, b, to_numpy(m.lora_A), to_numpy(m.lora_B), float(m.scaling))
+        return LayerState(W, b, to_numpy(m.lora_A), self.padded(to_numpy(m.lora_B)), float(m.scaling))
+
+    def parts(self) -> list[tuple[slice, slice, slice]]:
+        """Of each adapted part of a fused layer: its rows in loralib's B, those in the contract's, and its columns."""
+        size, r = len(self.spec.W) // len(self.spec.parts), self.spec.r
+        adapted = [part for part, here in enumerate(self.spec.parts) if here]
+        return [
+            (slice(i * size, (i + 1) * size), slice(part * size, (part + 1) * size), slice(i * r, (i + 1) * r))
+            for i, part in enumerate(adapted)
+        ]
+
+    def padded(self, B: Array) -> Array:
+        """loralib's B of a fused layer, (out of the adapted parts, r), as the contract has it."""
+        if not self.spec.parts:
+            return B
+        full = np.zeros((len(self.spec.W), self.spec.r * sum(self.spec.parts)))
+        for theirs, rows, columns in self.parts():
+            full[rows, columns] = B[theirs]
+        return full
 
     def write(self, A: Array, B: Array) -> None:
         self.module.lora_A.data = to_torch(A, self.spec.dtype)
+        if self.spec.parts:
+            B = np.concatenate([B[rows, columns] for _, rows, columns in self.parts()])
         self.module.lora_B.data = to_torch(B, self.spec.dtype)
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
@@ -75,7 +102,8 @@ class LoralibLayer(Layer):
             given.requires_grad_()
         (m(given) * to_torch(dy, self.spec.dtype)).sum().backward()
         found = {"x": given, "A": m.lora_A, "B": m.lora_B, "W": m.weight, "b": getattr(m, "bias", None)}
-        return {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
+        grads = {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
+        return {k: self.padded(v) if k == "B" and v is not None else v for k, v in grads.items()}
 
     def trainable(self) -> set[str]:
         m = self.module
@@ -90,6 +118,7 @@ class Loralib(Implementation):
             "linear",
             "transposed",
             "embedding",
+            "fused",
             "alpha",
             "dropout",
             "large_r",

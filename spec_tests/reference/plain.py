@@ -251,6 +251,7 @@ class Site:
         self.kind, self.dtype, self.geometry = kind, dtype, geometry
         self.base = geometry.base if geometry is not None else {}
         self.groups = self.base.get("groups", 1)
+        self.parts = geometry.parts if geometry is not None else ()
         self.fine = "float64" if dtype == "float64" else "float32"
         self.W = rounded(self.side(W), dtype)
         self.b = None if b is None else rounded(b, dtype)
@@ -269,7 +270,8 @@ class Site:
         """A new adapter for this layer. The caller enters it in `adapters`."""
         s = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         init, options = config.get("init_lora_weights", True), dict(options or {})
-        A, B = (rounded(v, self.fine) for v in start(init, self.seen(), self.kind, r, s, options, rng))
+        A, B = start(init, self.seen(), self.kind, r * sum(self.parts) or r, s, options, rng)
+        A, B = rounded(A, self.fine), rounded(B * self.owned(r), self.fine)
         dropout = config.get("lora_dropout", 0.0)
         made = Adapter(A, B, r, alpha, s, s, dropout, init, (A, B))
         if "Q" in options:
@@ -286,6 +288,16 @@ class Site:
         """The weight (out, in) that A and B are made for: A sees the inputs of all groups of a convolution."""
         W = self.side(self.W)
         return np.repeat(W, self.groups, 1) if self.groups > 1 else W
+
+    def owned(self, r: int) -> Any:
+        """Where B may differ from 0: at the outputs of the part that a column of B belongs to; 1.0: everywhere."""
+        if not self.parts:
+            return 1.0
+        here = np.zeros((len(self.side(self.W)), r * sum(self.parts)))
+        size = len(here) // len(self.parts)
+        for column, part in enumerate(part for part, adapted in enumerate(self.parts) if adapted):
+            here[part * size : (part + 1) * size, column * r : (column + 1) * r] = 1
+        return here
 
     def delta(self, adapter: Adapter) -> Array:
         """s B A in the orientation of `W`."""
@@ -436,6 +448,7 @@ class Site:
             around = self.back(x, dy, W) if MESH.get(self.kind) else dy @ W
             dx = around + mask * (dx - around)
         frozen = adapter.init == "mica"
+        dB = dB * self.owned(adapter.r)
         return {"x": dx, "A": adapter.s * dA, "B": None if frozen else adapter.s * dB, "W": None, "b": None}
 
     def pulled(self, x: Array, dy: Array) -> tuple[Array, dict[str, Array]]:
@@ -486,6 +499,7 @@ class Site:
         adapter = self.adapters[name]
         if A.shape != adapter.A.shape or B.shape != adapter.B.shape:
             raise ValueError(f"A and B are {adapter.A.shape} and {adapter.B.shape}")
+        B = B * self.owned(adapter.r)
         adapter.A, adapter.B = rounded(A, self.fine), rounded(B, self.fine)
 
 

@@ -61,7 +61,8 @@ def test_the_core_runs_without_the_rooms_around_it() -> None:
 
 
 def test_lora_ref_claims_everything() -> None:
-    assert find("lora_ref")[1].claims == CLAIMS.keys()
+    missing = CLAIMS.keys() - find("lora_ref")[1].claims
+    assert missing == {"fused"}  # it has no layer of which parts are adapted, as loralib's MergedLinear
     assert not (peers.HERE / "known" / "lora_ref.toml").exists()
 
 
