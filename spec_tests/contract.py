@@ -100,6 +100,10 @@ CLAIMS = {
     "modes": "the model stays in training or in evaluation mode until it is told otherwise",
     # models that are more than chains
     # whole models: half precision, gradients, folders of one's own, fused layers
+    "update": "gives its update D itself, in the shape of W, whatever the factors are",
+    "update:conv1d": "adapts a 1-dimensional convolution, with factors of any kind",
+    "update:conv2d": "adapts a 2-dimensional convolution, with factors of any kind",
+    "update:conv3d": "adapts a 3-dimensional convolution, with factors of any kind",
     "fused": "adapts some of the equal parts of a layer's outputs, each with an A and B of its own (LayerSpec.parts)",
     "model_grad": "gives the gradient of every parameter of a model that trains",
     # what lora_ref decides, and no document says
@@ -209,6 +213,19 @@ class Layer:
 
     def write(self, A: Array, B: Array) -> None:
         raise NotImplementedError
+
+    def update(self) -> Array:
+        """D in the shape of W (claim "update"): what the layer adds to W, as the library itself computes it."""
+        raise NotImplementedError
+
+    def base_weight(self) -> Array:
+        """W as the base uses it now: all that claim "update" needs of `read`."""
+        return self.read().W
+
+    def scatter(self, seed: int) -> None:
+        """Set all factors, of whatever shape, to random numbers of about 1 (claim "update")."""
+        state, rng = self.read(), np.random.default_rng(seed)
+        self.write(rng.standard_normal(state.A.shape), rng.standard_normal(state.B.shape))
 
     def merge(self, safe: bool = False) -> None:
         """safe (claim "safe_merge"): refuse to write NaN or infinite weights."""

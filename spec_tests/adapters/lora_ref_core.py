@@ -18,6 +18,7 @@ ELSEWHERE = {
     "eva_ranks": "lora_ref.calibration",
     "all_or_nothing": "lora_ref.safe",
     "base_options": "lora_ref.safe",
+    "update": "lora_ref.api",
     "weighted": "lora_ref.api",
     "rescale": "lora_ref.api",
     "scale_context": "lora_ref.api",

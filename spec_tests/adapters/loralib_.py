@@ -1,6 +1,8 @@
 """microsoft/LoRA's loralib: Linear, Embedding, and MergedLinear for fused layers.
 
-Its convolutions factorise the weight another way, kernel by kernel: not claimed."""
+Its Conv2d factorises the weight another way, kernel by kernel, and is judged by its update. Its Conv1d and Conv3d are
+not claimed: its README does not name them.
+"""
 
 from __future__ import annotations
 
@@ -111,6 +113,34 @@ class LoralibLayer(Layer):
         return {name for name, value in found.items() if value is not None and value.requires_grad}
 
 
+class LoralibConv2d(LoralibLayer):
+    """loralib.Conv2d: A (r k, in k) and B (out k, r k) for a kernel of k x k, so it is judged by its update alone."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, (out, n_in, kernel, _) = spec, spec.W.shape
+        torch.manual_seed(spec.seed)
+        options: dict[str, Any] = {"r": spec.r, "lora_alpha": spec.lora_alpha, "merge_weights": False}
+        options |= {"stride": spec.stride, "padding": spec.padding, "bias": spec.b is not None}
+        self.module = loralib.Conv2d(n_in, out, kernel, **options)
+        loralib.mark_only_lora_as_trainable(self.module)
+        with torch.no_grad():
+            self.module.conv.weight.copy_(to_torch(spec.W, spec.dtype))
+            if spec.b is not None:
+                self.module.conv.bias.copy_(to_torch(spec.b, spec.dtype))
+
+    def base_weight(self) -> Array:
+        return to_numpy(self.module.conv.weight)
+
+    def update(self) -> Array:
+        m = self.module
+        return to_numpy((m.lora_B @ m.lora_A).view(m.conv.weight.shape) * m.scaling)
+
+    def scatter(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        for factor in (self.module.lora_A, self.module.lora_B):
+            torch.nn.init.normal_(factor)
+
+
 class Loralib(Implementation):
     name = "loralib"
     claims = frozenset(
@@ -119,6 +149,8 @@ class Loralib(Implementation):
             "transposed",
             "embedding",
             "fused",
+            "update",
+            "update:conv2d",
             "alpha",
             "dropout",
             "large_r",
@@ -137,4 +169,4 @@ class Loralib(Implementation):
         return f"loralib {importlib.metadata.version('loralib')}, torch {torch.__version__}"
 
     def layer(self, spec: LayerSpec) -> Layer:
-        return LoralibLayer(spec)
+        return LoralibConv2d(spec) if spec.kind == "conv2d" else LoralibLayer(spec)

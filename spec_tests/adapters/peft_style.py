@@ -461,6 +461,9 @@ class PeftStyleLayer(Layer):
         y = self.model.forward(self._oriented(x), train, seed)
         return y
 
+    def update(self) -> Array:
+        return logical(self.spec.kind, self.wrapper.get_delta_weight("default"))
+
     def _oriented(self, x: Array) -> Array:
         return x
 

@@ -528,6 +528,9 @@ class PlainLayer(Layer):
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
         return self.site.forward(x, rng=self.drawn(seed) if train else None)
 
+    def update(self) -> Array:
+        return self.site.side(self.site.delta(self.site.adapters["default"]))
+
     def drawn(self, seed: int) -> np.random.Generator:
         """The generator of a dropout mask."""
         return np.random.default_rng(seed)
