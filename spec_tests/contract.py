@@ -105,6 +105,8 @@ CLAIMS = {
     "update:conv2d": "adapts a 2-dimensional convolution, with factors of any kind",
     "update:conv3d": "adapts a 3-dimensional convolution, with factors of any kind",
     "fused": "adapts some of the equal parts of a layer's outputs, each with an A and B of its own (LayerSpec.parts)",
+    "own_files": "saves an adapter in a format of its own, and loads it again where the configuration is given",
+    "reads_peft": "reads adapter folders in PEFT's format that another program wrote",
     "model_grad": "gives the gradient of every parameter of a model that trains",
     # what lora_ref decides, and no document says
     "decision:rounded_once": "the updates of one merge into a half precision weight are summed and rounded once",
@@ -389,6 +391,10 @@ class Model:
     def save(self, folder: Path, **options: Any) -> None:
         raise NotImplementedError
 
+    def save_own(self, folder: Path) -> None:
+        """Write the adapter into an empty folder, in the library's own format (claim "own_files")."""
+        raise NotImplementedError
+
     def load(self, folder: Path, adapter: str) -> None:
         """Load an adapter folder as a further adapter, not active."""
         raise NotImplementedError
@@ -418,7 +424,13 @@ class Implementation:
         raise NotImplementedError
 
     def load(self, spec: ModelSpec, folder: Path) -> Model:
-        """The base model of `spec` (its config is not used) with the adapter of a folder, active (claim "files")."""
+        """The base model of `spec` (its config is not used) with the adapter of a folder, active.
+
+        Claims "files" and "reads_peft"."""
+        raise NotImplementedError
+
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        """The model of `spec`, with its config, and what `Model.save_own` has written into the folder, active."""
         raise NotImplementedError
 
 

@@ -14,6 +14,8 @@ from .lora_ref_torch import LoraRefModel, LoraRefTorch
 ELSEWHERE = {
     "files": "lora_ref.files",
     "strict_files": "lora_ref.files",
+    "own_files": "lora_ref.files",
+    "reads_peft": "lora_ref.files",
     "init:eva": "lora_ref.calibration",
     "eva_ranks": "lora_ref.calibration",
     "all_or_nothing": "lora_ref.safe",

@@ -396,6 +396,9 @@ class PeftStyleModel(Model):
     def save(self, folder: Path, **options: Any) -> None:
         self.peft.save_pretrained(str(folder), **options)
 
+    def save_own(self, folder: Path) -> None:
+        self.save(folder)
+
     def load(self, folder: Path, adapter: str) -> None:
         self.peft.load_adapter(str(folder), adapter)
 
@@ -535,6 +538,9 @@ class PeftStyle(Implementation):
 
     def load(self, spec: ModelSpec, folder: Path) -> Model:
         return self.model_class(self.library, dataclasses.replace(spec, config={}), folder=folder)
+
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        return self.load(spec, folder)
 
     def layer_options(self, spec: LayerSpec) -> dict[str, Any]:
         """More options of the configuration, for the initialisation."""

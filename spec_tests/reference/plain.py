@@ -1045,6 +1045,9 @@ class PlainModel(Model):
             (place / "adapter_config.json").write_text(json.dumps(c, indent=2), encoding="utf-8")
             write_tensors(place / "adapter_model.safetensors", tensors, "F64" if self.dtype == "float64" else "F32")
 
+    def save_own(self, folder: Path) -> None:
+        self.save(folder)
+
     def load(self, folder: Path, adapter: str) -> None:
         given = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         strange = {
@@ -1179,3 +1182,6 @@ class Plain(Implementation):
         model.set(["default"])
         model.trains = set()  # loaded for inference
         return model
+
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        return self.load(spec, folder)
