@@ -83,7 +83,7 @@ MUTANTS: tuple[Bug, ...] = (
     Bug("a_norm_passes_the_gradient_unchanged", NORM, NORM.replace("dy * W", "dy")),
     Bug(
         "an_embedding_s_row_has_the_last_gradient",
-        "np.add.at(dW, (slice(None), x), dy.T)",
+        "np.add.at(turned(dW), x, dy)",
         "dW[:, x] = dy.T",
     ),
     Bug(

@@ -467,7 +467,7 @@ class Site:
             dx, dW = dy * W, (dy * x).sum(0)
         elif self.kind == "embedding":
             dx, dW = dy, np.zeros_like(W)
-            np.add.at(dW, (slice(None), x), dy.T)
+            np.add.at(turned(dW), x, dy)
         else:
             dx, dW = dy @ sum((self.side(self.delta(a)) for a in acting.values()), W), dy.T @ x
         found = {f"weight{owner}": dW, f"bias{owner}": dy.sum(0)}
