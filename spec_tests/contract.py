@@ -103,8 +103,17 @@ CLAIMS = {
     "model:encoder": "adapts the linear layers of torch's TransformerEncoderLayer",
     "any_name": "modules may have any names: also those with lora_, weight, base_layer or an adapter's name in them",
     # whole models: half precision, gradients, folders of one's own, fused layers
+    "update": "gives its update D itself, in the shape of W, whatever the factors are",
+    "update:conv1d": "adapts a 1-dimensional convolution, with factors of any kind",
+    "update:conv2d": "adapts a 2-dimensional convolution, with factors of any kind",
+    "update:conv3d": "adapts a 3-dimensional convolution, with factors of any kind",
+    "fused": "adapts some of the equal parts of a layer's outputs, each with an A and B of its own (LayerSpec.parts)",
+    "own_files": "saves an adapter in a format of its own, and loads it again where the configuration is given",
+    "reads_peft": "reads adapter folders in PEFT's format that another program wrote",
+    "model_grad": "gives the gradient of every parameter of a model that trains",
     # what lora_ref decides, and no document says
     "decision:own_residual": "what a start subtracts from W acts with its own adapter only: other adapters keep W",
+    "decision:rounded_once": "the updates of one merge into a half precision weight are summed and rounded once",
     "decision:whole_segments": "an item of a list of names matches from a dot on: 'head' is not 'xhead'",
     "decision:full_match": "a string of target_modules or exclude_modules must match the whole name, not its start",
     "decision:letter_case": "'all-linear' may be written in other letters",
@@ -171,6 +180,9 @@ class LayerSpec:
             "sparse", as torch has them, and "embed_scale", by which the layer multiplies what it looks up. Any layer:
             "parametrized" (W is computed from other parameters) and "hook" (a number by which a forward hook of the
             base layer multiplies the base layer's output).
+        parts: of a fused layer, such as one for q, k and v (claim "fused"): which of the equal parts of its outputs are
+            adapted. A is (n r, in) for n adapted parts, r rows for each in their order; B is (out, n r), and zero where
+            an output does not belong to the part of a row of A. (): the layer has no parts.
     """
 
     kind: str
@@ -189,6 +201,7 @@ class LayerSpec:
     dilation: int = 1
     padding_idx: int | None = None
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[bool, ...] = ()
 
     @property
     def n_in(self) -> int:
@@ -239,6 +252,19 @@ class Layer:
 
     def write(self, A: Array, B: Array) -> None:
         raise NotImplementedError
+
+    def update(self) -> Array:
+        """D in the shape of W (claim "update"): what the layer adds to W, as the library itself computes it."""
+        raise NotImplementedError
+
+    def base_weight(self) -> Array:
+        """W as the base uses it now: all that claim "update" needs of `read`."""
+        return self.read().W
+
+    def scatter(self, seed: int) -> None:
+        """Set all factors, of whatever shape, to random numbers of about 1 (claim "update")."""
+        state, rng = self.read(), np.random.default_rng(seed)
+        self.write(rng.standard_normal(state.A.shape), rng.standard_normal(state.B.shape))
 
     def merge(self, safe: bool = False) -> None:
         """safe (claim "safe_merge"): refuse to write NaN or infinite weights."""
@@ -372,6 +398,12 @@ class Model:
         and "module.weight:adapter", "module.bias:adapter" of a copy that modules_to_save made."""
         raise NotImplementedError
 
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        """The gradients of sum(dy * forward(x)), in evaluation mode, of all parameters that have one.
+
+        The keys are those of `trainable`; a weight's gradient is (out, in), as the weight."""
+        raise NotImplementedError
+
     def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:
         """Set base weights as training would (claim "bias": only b; "modules_to_save": of the active copy)."""
         raise NotImplementedError
@@ -426,6 +458,10 @@ class Model:
         """Save the adapter "default" as plain LoRA for the original base. `start`: the folder of `save_start`."""
         raise NotImplementedError
 
+    def save_own(self, folder: Path) -> None:
+        """Write the adapter into an empty folder, in the library's own format (claim "own_files")."""
+        raise NotImplementedError
+
     def load(self, folder: Path, adapter: str) -> None:
         """Load an adapter folder as a further adapter, not active."""
         raise NotImplementedError
@@ -455,7 +491,13 @@ class Implementation:
         raise NotImplementedError
 
     def load(self, spec: ModelSpec, folder: Path) -> Model:
-        """The base model of `spec` (its config is not used) with the adapter of a folder, active (claim "files")."""
+        """The base model of `spec` (its config is not used) with the adapter of a folder, active.
+
+        Claims "files" and "reads_peft"."""
+        raise NotImplementedError
+
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        """The model of `spec`, with its config, and what `Model.save_own` has written into the folder, active."""
         raise NotImplementedError
 
 

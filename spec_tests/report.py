@@ -71,6 +71,9 @@ class Watched(Implementation):
     def load(self, spec: ModelSpec, folder: Path) -> Model:
         return self.implementation.load(spec, folder)
 
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        return self.implementation.load_own(spec, folder)
+
 
 def _has_arrays(value: Any) -> bool:
     if isinstance(value, Mapping):

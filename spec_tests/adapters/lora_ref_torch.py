@@ -21,7 +21,8 @@ class LoraRefModel(PeftStyleModel):
         return state._replace(W=to_numpy(layer.residual(adapter)).reshape(state.W.shape))
 
 
-NOT_OFFERED = {"merged_copy"}  # it merges in place: merge_and_unload gives the same layers back
+#: It merges in place: merge_and_unload gives the same layers back. It has no layer of which parts are adapted.
+NOT_OFFERED = {"merged_copy", "fused"}
 
 
 class LoraRefTorch(PeftStyle):

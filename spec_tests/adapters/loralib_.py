@@ -1,4 +1,8 @@
-"""microsoft/LoRA's loralib. Its convolutions factorise the weight another way, kernel by kernel: not claimed."""
+"""microsoft/LoRA's loralib: Linear, Embedding, and MergedLinear for fused layers.
+
+Its Conv2d factorises the weight another way, kernel by kernel, and is judged by its update. Its Conv1d and Conv3d are
+not claimed: its README does not name them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import importlib.metadata
 from typing import Any
 
 import loralib
+import numpy as np
 import torch
 
 from .. import promises
@@ -25,7 +30,11 @@ class LoralibLayer(Layer):
             made = loralib.Embedding(n_in, out, **options, padding_idx=spec.padding_idx)
         else:
             options |= {"lora_dropout": spec.lora_dropout, "fan_in_fan_out": spec.kind == "transposed"}
-            made = loralib.Linear(n_in, out, **options, bias=spec.b is not None)
+            options |= {"bias": spec.b is not None}
+            if spec.parts:
+                made = loralib.MergedLinear(n_in, out, **options, enable_lora=list(spec.parts))
+            else:
+                made = loralib.Linear(n_in, out, **options)
         self.module = made.to(dtype)
         loralib.mark_only_lora_as_trainable(self.module)
         with torch.no_grad():
@@ -41,10 +50,30 @@ class LoralibLayer(Layer):
         m = self.module
         W = to_numpy(m.weight.T if self.turned else m.weight)
         b = to_numpy(m.bias) if self.spec.b is not None else None
-        return LayerState(W, b, to_numpy(m.lora_A), to_numpy(m.lora_B), float(m.scaling))
+        return LayerState(W, b, to_numpy(m.lora_A), self.padded(to_numpy(m.lora_B)), float(m.scaling))
+
+    def parts(self) -> list[tuple[slice, slice, slice]]:
+        """Of each adapted part of a fused layer: its rows in loralib's B, those in the contract's, and its columns."""
+        size, r = len(self.spec.W) // len(self.spec.parts), self.spec.r
+        adapted = [part for part, here in enumerate(self.spec.parts) if here]
+        return [
+            (slice(i * size, (i + 1) * size), slice(part * size, (part + 1) * size), slice(i * r, (i + 1) * r))
+            for i, part in enumerate(adapted)
+        ]
+
+    def padded(self, B: Array) -> Array:
+        """loralib's B of a fused layer, (out of the adapted parts, r), as the contract has it."""
+        if not self.spec.parts:
+            return B
+        full = np.zeros((len(self.spec.W), self.spec.r * sum(self.spec.parts)))
+        for theirs, rows, columns in self.parts():
+            full[rows, columns] = B[theirs]
+        return full
 
     def write(self, A: Array, B: Array) -> None:
         self.module.lora_A.data = to_torch(A, self.spec.dtype)
+        if self.spec.parts:
+            B = np.concatenate([B[rows, columns] for _, rows, columns in self.parts()])
         self.module.lora_B.data = to_torch(B, self.spec.dtype)
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
@@ -76,12 +105,41 @@ class LoralibLayer(Layer):
             given.requires_grad_()
         (m(given) * to_torch(dy, self.spec.dtype)).sum().backward()
         found = {"x": given, "A": m.lora_A, "B": m.lora_B, "W": m.weight, "b": getattr(m, "bias", None)}
-        return {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
+        grads = {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
+        return {k: self.padded(v) if k == "B" and v is not None else v for k, v in grads.items()}
 
     def trainable(self) -> set[str]:
         m = self.module
         found = {"A": m.lora_A, "B": m.lora_B, "W": m.weight, "b": getattr(m, "bias", None)}
         return {name for name, value in found.items() if value is not None and value.requires_grad}
+
+
+class LoralibConv2d(LoralibLayer):
+    """loralib.Conv2d: A (r k, in k) and B (out k, r k) for a kernel of k x k, so it is judged by its update alone."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, (out, n_in, kernel, _) = spec, spec.W.shape
+        torch.manual_seed(spec.seed)
+        options: dict[str, Any] = {"r": spec.r, "lora_alpha": spec.lora_alpha, "merge_weights": False}
+        options |= {"stride": spec.stride, "padding": spec.padding, "bias": spec.b is not None}
+        self.module = loralib.Conv2d(n_in, out, kernel, **options)
+        loralib.mark_only_lora_as_trainable(self.module)
+        with torch.no_grad():
+            self.module.conv.weight.copy_(to_torch(spec.W, spec.dtype))
+            if spec.b is not None:
+                self.module.conv.bias.copy_(to_torch(spec.b, spec.dtype))
+
+    def base_weight(self) -> Array:
+        return to_numpy(self.module.conv.weight)
+
+    def update(self) -> Array:
+        m = self.module
+        return to_numpy((m.lora_B @ m.lora_A).view(m.conv.weight.shape) * m.scaling)
+
+    def scatter(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        for factor in (self.module.lora_A, self.module.lora_B):
+            torch.nn.init.normal_(factor)
 
 
 class Loralib(Implementation):
@@ -92,4 +150,4 @@ class Loralib(Implementation):
         return f"loralib {importlib.metadata.version('loralib')}, torch {torch.__version__}"
 
     def layer(self, spec: LayerSpec) -> Layer:
-        return LoralibLayer(spec)
+        return LoralibConv2d(spec) if spec.kind == "conv2d" else LoralibLayer(spec)

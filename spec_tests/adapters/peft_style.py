@@ -339,19 +339,36 @@ class PeftStyleModel(Model):
             self.peft.eval()
         return to_numpy(y)
 
-    def trainable(self) -> set[str]:
-        found = set()
+    def parameters(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every parameter that could train, as "module.what", and what it is."""
         for name in self.spec.modules:
             module = self.module(name)
             if hasattr(module, "modules_to_save"):
                 for adapter, copy in module.modules_to_save.items():
-                    found |= {f"{name}.{p}:{adapter}" for p, v in copy.named_parameters() if v.requires_grad}
+                    for what, value in copy.named_parameters():
+                        yield f"{name}.{what}:{adapter}", what, value
                 module = module.original_module
-            base = bare(module)
-            found |= {f"{name}.{p}" for p, v in base._parameters.items() if v is not None and v.requires_grad}
+            for what, parameter in bare(module)._parameters.items():
+                if parameter is not None:
+                    yield f"{name}.{what}", what, parameter
             for adapter in getattr(module, "scaling", {}):
                 for letter, value in zip("AB", self.factors(module, adapter), strict=True):
-                    found |= {f"{name}.{letter}:{adapter}"} if value.requires_grad else set()
+                    yield f"{name}.{letter}:{adapter}", letter, value
+
+    def trainable(self) -> set[str]:
+        return {key for key, _, value in self.parameters() if value.requires_grad}
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        self.peft.zero_grad()
+        self.peft.eval()
+        y = self.peft(torch.tensor(x) if x.dtype.kind == "i" else to_torch(x, self.spec.dtype))
+        if y.requires_grad:  # nothing trains where the adapters are off
+            (y * to_torch(dy, self.spec.dtype)).sum().backward()
+        found = {}
+        for key, what, value in self.parameters():
+            if value.grad is not None:
+                kind = self.kinds[key.rpartition(".")[0]] if what == "weight" else ""
+                found[key] = logical(kind, value.grad)
         return found
 
     def _written(self, name: str) -> nn.Module:
@@ -422,6 +439,9 @@ class PeftStyleModel(Model):
     def save_converted(self, folder: Path, start: Path) -> None:
         self.save(folder)
 
+    def save_own(self, folder: Path) -> None:
+        self.save(folder)
+
     def load(self, folder: Path, adapter: str) -> None:
         self.peft.load_adapter(str(folder), adapter)
 
@@ -486,6 +506,9 @@ class PeftStyleLayer(Layer):
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
         y = self.model.forward(self._oriented(x), train, seed)
         return y
+
+    def update(self) -> Array:
+        return logical(self.spec.kind, self.wrapper.get_delta_weight("default"))
 
     def _oriented(self, x: Array) -> Array:
         return x
@@ -558,6 +581,9 @@ class PeftStyle(Implementation):
 
     def load(self, spec: ModelSpec, folder: Path) -> Model:
         return self.model_class(self.library, dataclasses.replace(spec, config={}), folder=folder)
+
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        return self.load(spec, folder)
 
     def layer_options(self, spec: LayerSpec) -> dict[str, Any]:
         """More options of the configuration, for the initialisation."""

@@ -13,7 +13,7 @@ BEGUN = "c = checked(config)\n        if adapter in self.configs"
 DELETED = "del self.configs[adapter]"
 COMBINED = "self.known(adapters)\n        if name in self.configs"
 SET = "names = self.known(adapters)\n        if not names:"
-EVERY = "for name in everything:\n            held = rounded("
+EVERY = "for name in everything), held)"
 OF_ALL = "for site in self.sites.values():"
 
 LOSES = "[setattr(site, 'held', site.W) for site in self.sites.values()]"

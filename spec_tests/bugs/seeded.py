@@ -63,7 +63,7 @@ BRANCH_CONV = "return adapter.s * np.moveaxis(self.convolved(x, A) @ B.T, -1, 1)
 BRANCH_EMBEDDING = 'return adapter.s * (A.T[x] @ B.T) * self.base.get("embed_scale", 1.0)'
 ACTS = "if name in self.adapters and name not in self.merged:"
 UNMERGED = "new = [name for name in names if name in self.adapters and name not in self.merged]"
-ADDED = "held = rounded(held + self.delta(self.adapters[name]), self.dtype)"
+ADDED = "held = rounded(sum((self.delta(self.adapters[name]) for name in everything), held), self.dtype)"
 WEIGHT = "W, b = self.held if self.merged and self.enabled else self.shifted(names), self.b"
 START = "return rng.uniform(-bound, bound, shape_A), np.zeros(shape_B)"
 START_EMBEDDING = "return np.zeros(shape_A), rng.standard_normal(shape_B)"
@@ -179,7 +179,7 @@ BUGS = (
     Bug(
         "merge_mutates_the_backup",
         ADDED,
-        "held += rounded(held + self.delta(self.adapters[name]), self.dtype) - held",
+        ADDED.replace("held = ", "held += ").replace("self.dtype)", "self.dtype) - held"),
         "sgl-project/sglang/pull/18883",
     ),
     Bug(
@@ -212,7 +212,7 @@ BUGS = (
         "return adapter.s * self.side(rounded(adapter.B, self.dtype) @ rounded(adapter.A, self.dtype))",
         PEFT + "pull/1017",
     ),
-    Bug("merge_adds_the_first_only", "for name in everything:", "for name in everything[:1]:", PEFT + "pull/1135"),
+    Bug("merge_adds_the_first_only", "for name in everything)", "for name in everything[:1])", PEFT + "pull/1135"),
     Bug("merge_hides_active_adapters", ACTS, "if name in self.adapters and not self.merged:", PEFT + "pull/3763"),
     Bug(
         "off_uses_the_copies",

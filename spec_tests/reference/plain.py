@@ -251,6 +251,7 @@ class Site:
         self.kind, self.dtype, self.geometry = kind, dtype, geometry
         self.base = geometry.base if geometry is not None else {}
         self.groups = self.base.get("groups", 1)
+        self.parts = geometry.parts if geometry is not None else ()
         self.fine = "float64" if dtype == "float64" else "float32"
         self.W = rounded(self.side(W), dtype)
         self.b = None if b is None else rounded(b, dtype)
@@ -269,7 +270,8 @@ class Site:
         """A new adapter for this layer. The caller enters it in `adapters`."""
         s = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         init, options = config.get("init_lora_weights", True), dict(options or {})
-        A, B = (rounded(v, self.fine) for v in start(init, self.seen(), self.kind, r, s, options, rng))
+        A, B = start(init, self.seen(), self.kind, r * sum(self.parts) or r, s, options, rng)
+        A, B = rounded(A, self.fine), rounded(B * self.owned(r), self.fine)
         dropout = config.get("lora_dropout", 0.0)
         made = Adapter(A, B, r, alpha, s, s, dropout, init, (A, B))
         if "Q" in options:
@@ -286,6 +288,16 @@ class Site:
         """The weight (out, in) that A and B are made for: A sees the inputs of all groups of a convolution."""
         W = self.side(self.W)
         return np.repeat(W, self.groups, 1) if self.groups > 1 else W
+
+    def owned(self, r: int) -> Any:
+        """Where B may differ from 0: at the outputs of the part that a column of B belongs to; 1.0: everywhere."""
+        if not self.parts:
+            return 1.0
+        here = np.zeros((len(self.side(self.W)), r * sum(self.parts)))
+        size = len(here) // len(self.parts)
+        for column, part in enumerate(part for part, adapted in enumerate(self.parts) if adapted):
+            here[part * size : (part + 1) * size, column * r : (column + 1) * r] = 1
+        return here
 
     def delta(self, adapter: Adapter) -> Array:
         """s B A in the orientation of `W`."""
@@ -387,8 +399,7 @@ class Site:
             raise ValueError("W is computed from other parameters: nothing can be added to it")
         everything = [*self.merged, *new]
         held = self.shifted(dict.fromkeys([*self.active, *everything]))
-        for name in everything:
-            held = rounded(held + self.delta(self.adapters[name]), self.dtype)
+        held = rounded(sum((self.delta(self.adapters[name]) for name in everything), held), self.dtype)
         if safe and not np.isfinite(held).all():
             raise ValueError("the merged weight would not be finite")
         return held, everything
@@ -438,7 +449,32 @@ class Site:
             around = self.back(x, dy, W) if MESH.get(self.kind) else dy @ W
             dx = around + mask * (dx - around)
         frozen = adapter.init == "mica"
+        dB = dB * self.owned(adapter.r)
         return {"x": dx, "A": adapter.s * dA, "B": None if frozen else adapter.s * dB, "W": None, "b": None}
+
+    def pulled(self, x: Array, dy: Array) -> tuple[Array, dict[str, Array]]:
+        """dL/dx and the gradients of all that acts in a module of a model, from dy = dL/dy; x (batch, in).
+
+        The keys: "A:adapter" and "B:adapter", "weight" and "bias", with ":adapter" where a copy acts instead.
+        """
+        names = list(self.active) if self.enabled else []
+        W, owner = self.held if self.merged and self.enabled else self.shifted(names), ""
+        for name in names:
+            if name in self.copies:
+                W, owner = self.copies[name][0], f":{name}"
+        W = self.side(W)
+        acting = {name: self.adapters[name] for name in names if name in self.adapters and name not in self.merged}
+        if self.kind == "norm":
+            dx, dW = dy * W, (dy * x).sum(0)
+        elif self.kind == "embedding":
+            dx, dW = dy, np.zeros_like(W)
+            np.add.at(turned(dW), x, dy)
+        else:
+            dx, dW = dy @ sum((self.side(self.delta(a)) for a in acting.values()), W), dy.T @ x
+        found = {f"weight{owner}": dW, f"bias{owner}": dy.sum(0)}
+        for name, a in acting.items():
+            found |= {f"A:{name}": a.s * a.B.T @ dW, f"B:{name}": a.s * dW @ a.A.T}
+        return dx, found
 
     def back(self, x: Array, dy: Array, W: Array) -> Array:
         """dL/dx of a convolution."""
@@ -465,6 +501,7 @@ class Site:
         adapter = self.adapters[name]
         if A.shape != adapter.A.shape or B.shape != adapter.B.shape:
             raise ValueError(f"A and B are {adapter.A.shape} and {adapter.B.shape}")
+        B = B * self.owned(adapter.r)
         adapter.A, adapter.B = rounded(A, self.fine), rounded(B, self.fine)
 
 
@@ -492,6 +529,9 @@ class PlainLayer(Layer):
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
         return self.site.forward(x, rng=self.drawn(seed) if train else None)
+
+    def update(self) -> Array:
+        return self.site.side(self.site.delta(self.site.adapters["default"]))
 
     def drawn(self, seed: int) -> np.random.Generator:
         """The generator of a dropout mask."""
@@ -815,6 +855,17 @@ class PlainModel(Model):
                     found |= {f"{name}.bias:{adapter}"} if site.b is not None else set()
         return found
 
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        seen = []
+        for site in self.sites.values():
+            seen.append(x)
+            x = site.forward(x)
+        found: dict[str, Array] = {}
+        for (name, site), x in reversed(list(zip(self.sites.items(), seen, strict=True))):
+            dy, here = site.pulled(x, dy)
+            found |= {f"{name}.{key}": value for key, value in here.items()}
+        return {key: found[key] for key in self.trainable() & found.keys()}
+
     def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:
         site = self.sites[module]
         copies = [site.copies[name] for name in site.active if name in site.copies]
@@ -1018,6 +1069,9 @@ class PlainModel(Model):
     def save_converted(self, folder: Path, start: Path) -> None:
         self.save(folder)
 
+    def save_own(self, folder: Path) -> None:
+        self.save(folder)
+
     def load(self, folder: Path, adapter: str) -> None:
         given = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         strange = {
@@ -1158,3 +1212,6 @@ class Plain(Implementation):
         model.set(["default"])
         model.trains = set()  # loaded for inference
         return model
+
+    def load_own(self, spec: ModelSpec, folder: Path) -> Model:
+        return self.load(spec, folder)
