@@ -35,7 +35,7 @@ label { display: inline-flex; gap: .35rem; align-items: center; min-height: 1.9r
   border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { text-align: center; width: 5.5rem; }
+td { text-align: center; width: 5rem; }
 thead th { position: sticky; top: 0; z-index: 2; background: var(--band); vertical-align: bottom; text-align: center; }
 thead th small { display: block; font-weight: 400; color: var(--soft); }
 th:first-child { position: sticky; left: 0; background: var(--page); text-align: left; font-weight: 400; z-index: 1; }
@@ -44,6 +44,8 @@ tr.area th, tr.area td, tr.all th, tr.all td { background: var(--band); font-wei
 #areas th, #areas td { padding: .2rem .4rem; vertical-align: middle; }
 #areas td { min-width: 4.6rem; }
 #areas th:first-child { white-space: nowrap; font-weight: 600; }
+#areas thead th { line-height: 1.2; }
+#areas td, tr.area td { white-space: nowrap; }
 #areas small { color: var(--soft); font-weight: 400; }
 .share { display: block; border-radius: .25rem; font-weight: 700; line-height: 1.35; }
 .whole { background: var(--whole); color: #fff; }
@@ -58,6 +60,11 @@ tr.area th, tr.area td, tr.all th, tr.all td { background: var(--band); font-wei
 .causes > li { padding: .45rem 0; border-top: 1px solid var(--line); }
 .causes code { overflow-wrap: anywhere; }
 .causes button { margin: .15rem .15rem 0 0; font-size: .8rem; }
+#rows thead th:not(:first-child) { writing-mode: vertical-rl; rotate: 180deg; text-align: left; max-height: 11rem;
+  font-size: .85rem; border-bottom: 0; border-top: 1px solid var(--line); }
+#rows td { width: 2.6rem; padding: .35rem .3rem; }
+#rows tbody th:first-child { min-width: 20rem; }
+tr.area td { font-size: .75rem; }
 .id { font: 700 .85rem ui-monospace, monospace; white-space: nowrap; margin-right: .5rem; }
 .source { display: block; font-size: .8rem; color: var(--soft); }
 [hidden] { display: none !important; }
@@ -73,14 +80,10 @@ dialog button { min-height: 2.2rem; padding: .2rem .8rem; border: 1px solid var(
 @media (max-width: 40rem) {
   body { padding: .5rem; }
   th, td { padding: .3rem .35rem; }
-  #rows td { width: 2.6rem; }
-  #rows tbody th:first-child { min-width: 11rem; font-size: .85rem; }
-  #rows thead th:not(:first-child) { writing-mode: vertical-rl; rotate: 180deg; text-align: left; max-height: 11rem;
-    font-size: .85rem; border-bottom: 0; border-top: 1px solid var(--line); }
+  #rows tbody th:first-child { min-width: 11rem; width: 11rem; max-width: 11rem; font-size: .85rem; }
   #areas { font-size: .85rem; }
   #areas thead small { display: none; }
   #areas td { min-width: 4.3rem; }
-  tr.area td { font-size: .75rem; white-space: nowrap; }
   .source { display: none; }
 }
 @media print { .frame { max-height: none; overflow: visible; } fieldset { display: none; } }

@@ -15,10 +15,7 @@ LEVELS = (("whole", 100, "all kept"), ("most", 90, "90 % or more"), ("half", 50,
 def overview(reports: Sequence[Report], names: Sequence[str]) -> str:
     """The share kept of what is promised, and how much was tried: all areas first, then each."""
     found = areas(reports)
-    heads = "".join(
-        f'<th scope="col">{text(name)}<small>{text(report["implementation"]["version"].split(",")[0])}</small></th>'
-        for name, report in zip(names, reports, strict=True)
-    )
+    heads = "".join(map(_head, names, reports))
     everything = sum(map(len, found.values()))
     whole = "".join(
         _cell(share(made["results"], everything), name, "all") for made, name in zip(reports, names, strict=True)
@@ -50,6 +47,11 @@ def not_promised(reports: Sequence[Report], names: Sequence[str]) -> str:
                 f"<details><summary>{text(name)}, {len(missing)} of {len(CLAIMS)}</summary><p>{words}</p></details>"
             )
     return "".join(items) or "<p>Nothing.</p>"
+
+
+def _head(name: str, report: Report) -> str:
+    version = text(report["implementation"]["version"].split(",")[0])
+    return f'<th scope="col">{text(name).replace("_", "_<wbr>")}<small>{version}</small></th>'
 
 
 def _legend() -> str:
