@@ -15,11 +15,12 @@ import pytest
 
 from lora_ref.tools.cli import main
 from spec_tests import causes, markdown, page, report, smoke
-from spec_tests.contract import Implementation, Layer, LayerSpec, LayerState, check_claims
+from spec_tests.contract import CLAIMS, Implementation, Layer, LayerSpec, LayerState, Model, check_claims
 from spec_tests.engine import Result, examine, find, known_deviations, run, with_known
 from spec_tests.registry import load
 
 IMPL = f"{__name__}:Tiny"
+GUIDE = (Path(report.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 class TinyLayer(Layer):
@@ -411,14 +412,24 @@ def test_install_puts_the_suite_into_a_repository_of_ones_own(elsewhere: Path) -
     assert "1 passed, 1 skipped" in ran.stdout, ran.stdout
 
 
-def test_the_guides_example_works_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = (Path(report.__file__).parent / "README.md").read_text()
-    example = guide.split("```python\n")[1].split("```")[0]
-    (tmp_path / "my_adapter_of_the_guide.py").write_text(example)
+@pytest.mark.parametrize(("number", "name", "least"), [(0, "MyLora", 10), (1, "MyModels", 40)])
+def test_the_guides_examples_work_as_they_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str, least: int
+) -> None:
+    module = f"example_{number}_of_the_guide"
+    (tmp_path / f"{module}.py").write_text(GUIDE.split("```python\n")[number + 1].split("```")[0])
     monkeypatch.syspath_prepend(tmp_path)
-    assert (
-        main(["check", "my_adapter_of_the_guide:MyLora", "--profile", "quick", "--report", str(tmp_path / "r.json")])
-        == 0
-    )
+    assert main(["check", f"{module}:{name}", "--profile", "quick", "--report", str(tmp_path / "r.json")]) == 0
     (made,) = report.read(tmp_path / "r.json")
-    assert made["footer"]["counts"]["PASS"] > 10
+    assert made["footer"]["counts"]["PASS"] >= least
+
+
+def test_the_guide_has_a_claim_for_every_method_of_the_contract() -> None:
+    said = GUIDE.split("## Methods and claims")[1].split("\n## ")[0]
+    layers, models = said.split("| `Model` |")
+    for kind, table in ((Layer, layers), (Model, models)):
+        named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row[1:])))
+        methods = {name for name in vars(kind) if not name.startswith("_")}
+        assert methods <= named, methods - named
+    claims = re.findall(r"`([a-z_]+)`", "".join(row.split("|")[2] for row in said.splitlines() if row.count("|") == 3))
+    assert {*claims} <= CLAIMS.keys()
