@@ -169,8 +169,9 @@ def _with_imports(text: str, cases: str) -> str:
 def _with_fault(text: str, fault: str, name: str) -> str:
     """The source with one more entry in the tuple MUTANTS."""
     for node in ast.parse(text).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and target.id == "MUTANTS" and isinstance(node.value, ast.Tuple):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        if node.target.id == "MUTANTS" and isinstance(node.value, ast.Tuple):
             lines = text.split("\n")
             last = (node.value.end_lineno or 0) - 1
             before = lines[last][: (node.value.end_col_offset or 0) - 1]
