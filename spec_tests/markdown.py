@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .causes import DECISION, DEVIATIONS, Cause, causes, decided, order, share
 from .contract import CLAIMS, CONVENTIONS
 from .engine import OUTCOMES
-from .report import Report, area_of, areas, counts_of, example, merge, printable, read, titles
+from .report import Report, area_of, areas, example, merge, printable, read, titles
 
-DEVIATIONS = ("FAIL", "ERROR", "KNOWN")
 HERE = Path(__file__).parent
 #: Its reports on older releases are in reports/releases, and each cause of its known deviations has a script.
 FOLLOWED = "peft"
@@ -59,28 +59,63 @@ def conventions_table() -> str:
 
 def page(reports: Sequence[Report]) -> str:
     """The whole document."""
-    reports = merge(reports)
+    reports = order(merge(reports))
     names = titles(reports)
     parts = [
         "# Conformance",
         "How implementations of LoRA do in the requirements of `spec_tests`. Made by `python -m spec_tests.markdown` "
         "from the reports of `lora-ref check`; do not edit it.",
+        "## Areas",
+        "The share kept of what is promised, and how many requirements were tried; a dash where nothing is promised.",
+        table(("area", "requirements", *map(plain, names)), _areas(reports)),
+        "## Deviations by cause",
+        *_by_cause(reports, names),
         "## Summary",
         table(
             ("implementation", "version", "claims", "passes", *(o for o in OUTCOMES if o != "PASS"), "profile"),
             (_summary(name, report) for name, report in zip(names, reports, strict=True)),
         ),
-        "FAIL: what is claimed does not hold. KNOWN: neither, and it is listed with a reason. UNSUPPORTED: not "
-        "claimed. ERROR: the implementation, or its adapter class, crashed.",
+        "FAIL: what is promised does not hold. KNOWN: neither, and it is listed with a reason. UNSUPPORTED: not "
+        "promised, and not tried. ERROR: the implementation, or its adapter class, crashed.",
+        *_decisions(reports),
         *_releases(reports),
-        "## Areas",
-        "Passed of claimed; a dash where nothing is claimed.",
-        table(("area", "requirements", *map(plain, names)), _areas(reports)),
-        "## Deviations",
+        "## Requirements that do not hold",
     ]
     for name, report in zip(names, reports, strict=True):
-        parts += [f"### {plain(name)}", *_deviations(report)]
+        if found := _deviations(report):
+            parts += [f"### {plain(name)}: each requirement", *found]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_cause(reports: Sequence[Report], names: Sequence[str]) -> Iterable[str]:
+    without = []
+    for name, report in zip(names, reports, strict=True):
+        if found := causes(report):
+            yield f"### {plain(name)}"
+            yield "\n".join(map(_cause, found))
+        else:
+            without.append(plain(name))
+    if without:
+        yield f"No deviation: {', '.join(without)}."
+
+
+def _cause(cause: Cause) -> str:
+    ids = ", ".join(result["id"] for result in cause.results)
+    line = f"- {cause.outcome}, {ids}: {plain(cause.reason or cause.results[0]['message'])}."
+    if cause.script:
+        line += f" Script: [`{cause.script}`](spec_tests/known/{cause.script})."
+    return line + (f" Link: <{cause.link}>." if _is_link(cause.link) else "")
+
+
+def _is_link(address: str) -> bool:
+    return bool(re.fullmatch(r"https?://[^\s<>]+", address))
+
+
+def _decisions(reports: Sequence[Report]) -> list[str]:
+    """Which requirements no other document states; nothing where there is none."""
+    found = sorted({result["id"] for report in reports for result in report["results"] if decided(result)})
+    said = f"Their source is {DECISION}, and no other document says it: {', '.join(found)}."
+    return [said] if found else []
 
 
 def _summary(name: str, report: Report) -> list[str]:
@@ -127,15 +162,13 @@ def _areas(reports: Sequence[Report]) -> Iterable[list[str]]:
     for area, rows in areas(reports).items():
         line = [area, str(len(rows))]
         for report in reports:
-            counts = counts_of(result for result in report["results"] if area_of(result["id"]) == area)
-            claimed = sum(counts.values()) - counts["UNSUPPORTED"]
-            line.append(f"{counts['PASS']} of {claimed}" if claimed else "-")
+            part = share([result for result in report["results"] if area_of(result["id"]) == area], len(rows))
+            line.append(f"{part.percent} %, {part.kept} of {part.tried}" if part.tried else "-")
         yield line
 
 
 def _deviations(report: Report) -> list[str]:
-    found = [result for result in report["results"] if result["outcome"] in DEVIATIONS]
-    return [_deviation(result) for result in found] or ["None."]
+    return [_deviation(result) for result in report["results"] if result["outcome"] in DEVIATIONS]
 
 
 def _deviation(result: Mapping[str, Any]) -> str:
@@ -145,7 +178,7 @@ def _deviation(result: Mapping[str, Any]) -> str:
     ]
     if result["reason"]:
         lines.append(f"Reason: {plain(result['reason'])}")
-    if re.fullmatch(r"https?://[^\s<>]+", result["link"]):
+    if _is_link(result["link"]):
         lines.append(f"Link: <{result['link']}>")
     if example(result):
         lines.append(code(result["repro"]))

@@ -2,6 +2,7 @@
 
     python tests/mutation/run.py                     20 mutants of each module, and their verdicts in results.json
     python tests/mutation/run.py --module scaling --sample 100 --seed 1
+    python tests/mutation/run.py --suite             the requirements of spec_tests alone: see suite_alone.py
 
 The changes are cosmic-ray's. Once, all tests run under coverage, which says what each line is run by; then each mutant
 is given to the tests that run its line, the quickest first, until one fails. Every trial is a fork of a process that
@@ -229,6 +230,11 @@ def work(part: Path) -> None:
 
 
 def main() -> int:
+    if "--suite" in sys.argv or "--handmade" in sys.argv:
+        sys.path.insert(0, str(HERE))
+        import suite_alone
+
+        return int(suite_alone.main(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--module", action="append", help="part of a module's name; again for more; default: all")
     parser.add_argument("--sample", type=int, default=20, help="mutants of each module (default: 20)")

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from lora_ref.tools.cli import main
-from spec_tests import markdown, page, report, smoke
-from spec_tests.contract import Implementation, Layer, LayerSpec, LayerState, check_claims
-from spec_tests.engine import examine, find, known_deviations, run, with_known
+from spec_tests import causes, markdown, page, report, smoke
+from spec_tests.contract import CLAIMS, Implementation, Layer, LayerSpec, LayerState, Model, check_claims
+from spec_tests.engine import Result, examine, find, known_deviations, run, with_known
 from spec_tests.registry import load
 
 IMPL = f"{__name__}:Tiny"
+GUIDE = (Path(report.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 class TinyLayer(Layer):
@@ -315,6 +316,72 @@ def test_hostile_text_stays_text(found: tuple[int, Path, str]) -> None:
     assert "<script>" not in text and "javascript" not in text and r"a\|b \`c\` &lt;b>" in text
 
 
+def test_the_page_and_the_markdown_open_with_areas_and_end_with_requirements(found: tuple[int, Path, str]) -> None:
+    reports = report.read(found[1] / "r.json")
+    shown = page.page(reports)
+    places = [shown.index(part) for part in ('id="areas"', 'id="deviations"', 'id="requirements"', 'id="rows"')]
+    assert places == sorted(places)
+    assert "doubled, SCALE: keeps 1 of 4 tried, of 7 requirements" in shown
+    text = markdown.page(reports)
+    heads = re.findall(r"^## (.*)", text, re.M)
+    assert heads == ["Areas", "Deviations by cause", "Summary", "Requirements that do not hold"]
+
+
+def deviating(*rows: tuple[str, str, str, str]) -> report.Report:
+    """A report with results of (id, outcome, reason, script)."""
+    results = [
+        Result(id, outcome, "It holds.", f"{causes.DECISION}: so", reason=reason) for id, outcome, reason, _ in rows
+    ]
+    made = report.make(Tiny(), results)
+    for result, row in zip(made["results"], rows, strict=True):
+        result["script"] = row[3]
+    return made
+
+
+def test_deviations_of_one_reason_are_one_cause_with_its_script() -> None:
+    made = deviating(
+        ("AREA-001", "KNOWN", "it forgets", "x/forgets.py"),
+        ("AREA-002", "PASS", "", ""),
+        ("AREA-003", "KNOWN", "it forgets", "x/forgets.py"),
+        ("AREA-004", "KNOWN", "it is late", ""),
+        ("AREA-005", "FAIL", "", ""),
+        ("AREA-006", "FAIL", "", ""),
+    )
+    listed = [(c.outcome, c.reason, c.script, [r["id"] for r in c.results]) for c in causes.causes(made)]
+    assert listed == [
+        ("FAIL", "", "", ["AREA-005"]),
+        ("FAIL", "", "", ["AREA-006"]),
+        ("KNOWN", "it forgets", "x/forgets.py", ["AREA-001", "AREA-003"]),
+        ("KNOWN", "it is late", "", ["AREA-004"]),
+    ]
+    shown, text = page.page([made]), markdown.page([made])
+    assert "5 deviations, 4 causes" in shown and "spec_tests/known/x/forgets.py" in shown
+    assert shown.count(">own decision<") == 6 and "Their source is lora_ref's decision" in text
+    assert "KNOWN, AREA-001, AREA-003: it forgets. Script: [`x/forgets.py`]" in text
+
+
+def test_the_scripts_of_a_list_are_found_by_their_reasons_and_a_path_is_no_name() -> None:
+    there = causes.scripts("peft")
+    assert there and all((causes.KNOWN / script).is_file() for script in there.values())
+    assert causes.scripts("../known/peft") == causes.scripts("nobody") == {}
+    made = deviating(("AREA-001", "KNOWN", "odd", "](javascript:1) <b>"))
+    assert [cause.script for cause in causes.causes(made)] == [""]
+
+
+def test_what_is_not_promised_is_said_by_its_claims() -> None:
+    shown = page.page(
+        [report.make(Tiny(), [Result("AREA-001", "UNSUPPORTED", "It holds.", "a paper", message="no x")])]
+    )
+    assert "tiny: not promised, no x" in shown and "<code>merge</code>: merges the update into the weight" in shown
+    assert "tiny, AREA: nothing is promised" in shown
+
+
+def test_the_share_of_an_area_is_rounded_down() -> None:
+    rows = [{"outcome": "PASS"}] * 199 + [{"outcome": "KNOWN"}]
+    assert causes.share(rows, 300).percent == 99 and causes.share(rows[:-1], 300).percent == 100
+    assert causes.share([], 3) == (0, 0, 3) and causes.share([], 3).percent == 0
+
+
 def test_markdown_is_the_same_for_the_same_reports(found: tuple[int, Path, str]) -> None:
     reports = report.read(found[1] / "r.json")
     assert markdown.page(reports) == markdown.page(json.loads(json.dumps(reports))) == markdown.page(reports[::-1])
@@ -372,14 +439,24 @@ def test_install_puts_the_suite_into_a_repository_of_ones_own(elsewhere: Path) -
     assert "1 passed, 1 skipped" in ran.stdout, ran.stdout
 
 
-def test_the_guides_example_works_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = (Path(report.__file__).parent / "README.md").read_text()
-    example = guide.split("```python\n")[1].split("```")[0]
-    (tmp_path / "my_adapter_of_the_guide.py").write_text(example)
+@pytest.mark.parametrize(("number", "name", "least"), [(0, "MyLora", 10), (1, "MyModels", 40)])
+def test_the_guides_examples_work_as_they_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str, least: int
+) -> None:
+    module = f"example_{number}_of_the_guide"
+    (tmp_path / f"{module}.py").write_text(GUIDE.split("```python\n")[number + 1].split("```")[0])
     monkeypatch.syspath_prepend(tmp_path)
-    assert (
-        main(["check", "my_adapter_of_the_guide:MyLora", "--profile", "quick", "--report", str(tmp_path / "r.json")])
-        == 0
-    )
+    assert main(["check", f"{module}:{name}", "--profile", "quick", "--report", str(tmp_path / "r.json")]) == 0
     (made,) = report.read(tmp_path / "r.json")
-    assert made["footer"]["counts"]["PASS"] > 10
+    assert made["footer"]["counts"]["PASS"] >= least
+
+
+def test_the_guide_has_a_claim_for_every_method_of_the_contract() -> None:
+    said = GUIDE.split("## Methods and claims")[1].split("\n## ")[0]
+    layers, models = said.split("| `Model` |")
+    for kind, table in ((Layer, layers), (Model, models)):
+        named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if "|" in row[1:])))
+        methods = {name for name in vars(kind) if not name.startswith("_")}
+        assert methods <= named, methods - named
+    claims = re.findall(r"`([a-z_]+)`", "".join(row.split("|")[2] for row in said.splitlines() if row.count("|") == 3))
+    assert {*claims} <= CLAIMS.keys()
