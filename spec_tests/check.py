@@ -8,13 +8,15 @@ small integers and powers of two every dtype is exact, and `equal` is asked for.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .rounding import UNIT
+
+Array = np.ndarray
 
 
 class Broken(AssertionError):
@@ -34,12 +36,12 @@ class Check:
             raise Broken(otherwise)
 
     def equal(self, got: Any, want: Any, what: str) -> None:
-        """Exactly equal: shape and every number."""
+        """Exactly equal: shape and every number; of lists of names and of sets, every member."""
+        if isinstance(want, set | frozenset) and isinstance(got, Iterable):
+            return self.same_set(got, want, what)
+        if _names(got) and _names(want) and sorted(set(want)) == list(want) and sorted(set(got)) == list(got):
+            return self.same_set(got, want, what)
         self.that(got is not None, f"{what}: there is none")
-        if _are_names(got) and _are_names(want):
-            more, less = sorted(set(got) - set(want)), sorted(set(want) - set(got))
-            words = [f"has {', '.join(more)} in excess" if more else "", f"lacks {', '.join(less)}" if less else ""]
-            self.that(not more and not less, f"{what}: {' and '.join(filter(None, words))}")
         if isinstance(got, Mapping) or isinstance(want, Mapping):
             self.that(got == want, f"{what}: {got!r}, must be {want!r}")
             return
@@ -48,6 +50,20 @@ class Check:
         if not np.array_equal(got, want):
             at = _worst(got, want)
             raise Broken(f"{what}: {got[at]!r} at {list(at)}, must be exactly {want[at]!r}")
+
+    def present(self, got: Array | None, what: str) -> Array:
+        """What is there: it must not be None."""
+        if got is None:
+            raise Broken(f"{what}: there is none")
+        return got
+
+    def same_set(self, got: Iterable[Any], want: Iterable[Any], what: str) -> None:
+        """The same things, in any order; the message names those that are missing and those that are too many."""
+        got, want = set(got), set(want)
+        if got != want:
+            said = {"missing": want - got, "too many": got - want}
+            parts = [f"{word}: {', '.join(sorted(map(str, names)))}" for word, names in said.items() if names]
+            raise Broken(f"{what}: {'; '.join(parts)}")
 
     def close(self, got: Any, want: Any, bound: Any, dtype: str, what: str, factor: float = 8.0) -> None:
         """Equal up to `factor` roundings of numbers as large as `bound` (an array, or one number for all)."""
@@ -98,12 +114,12 @@ class Check:
         raise Broken(f"{what}: must be refused with an error, but was accepted")
 
 
-def _are_names(x: Any) -> bool:
-    return isinstance(x, list | tuple | set | frozenset) and all(isinstance(each, str) for each in x)
-
-
 def _raised_in(error: Exception) -> str:
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _worst(got: np.ndarray, want: np.ndarray) -> tuple[int, ...]:

@@ -51,11 +51,21 @@ def fill(model: Model, spec: ModelSpec, adapter: str = "default", salt: int = 0,
     return {name: model.read(name, adapter) for name in model.adapted(adapter)}
 
 
-def output(spec: ModelSpec, states: Sequence[Mapping[str, LayerState]], x: Array) -> tuple[Array, Array]:
-    """The output of the chain with the sum of these adapters, and its bound."""
+def output(
+    spec: ModelSpec,
+    states: Sequence[Mapping[str, LayerState]],
+    x: Array,
+    least: Mapping[str, Array] | None = None,
+) -> tuple[Array, Array]:
+    """The output of the chain with the sum of these adapters, and its bound.
+
+    least: what the bounds of the weights are at least.
+    """
     y, size = x, abs(x)
     for name, module in spec.modules.items():
         W, bound = weight(spec, name, states)
+        if least is not None:
+            bound = np.maximum(bound, least[name])
         b = 0.0 if module.b is None else module.b
         if module.kind == "norm":
             y, size = W * y + b, bound * size + abs(b)
