@@ -143,6 +143,46 @@ DECISIONS = frozenset(claim for claim in CLAIMS if claim.startswith("decision:")
     "all_or_nothing",
 }
 
+#: {claim: the methods that it gives}. `Layer.read`, `Layer.forward`, and of a model `adapted`, `read`, `forward`,
+#: `base` and `active` are needed in any case.
+METHODS: dict[str, tuple[str, ...]] = {
+    "write": ("Layer.write", "Model.write"),
+    "merge": ("Layer.merge", "Model.merge"),
+    "unmerge": ("Layer.unmerge", "Model.unmerge"),
+    "disable": ("Layer.enable", "Model.enable"),
+    "rescale": ("Layer.rescale",),
+    "grad": ("Layer.grad",),
+    "trainable": ("Layer.trainable", "Model.trainable"),
+    "bias": ("Model.write_base",),
+    "modules_to_save": ("Model.write_base",),
+    "adapters": ("Model.add", "Model.set"),
+    "summed": ("Model.add", "Model.set"),
+    "delete": ("Model.delete",),
+    "weighted": ("Model.combine",),
+    "eva_ranks": ("Model.look",),
+    "unload": ("Model.unload",),
+    "files": ("Model.save", "Model.load", "Implementation.load"),
+    "modes": ("Model.train", "Model.training"),
+    "disable_context": ("Model.disabled",),
+    "scale_context": ("Model.scaled",),
+    "model": ("Implementation.model",),
+    "merged_copy": ("Layer.merged_copy",),
+    "update": ("Layer.update",),
+    "model_grad": ("Model.grad",),
+    "converts": ("Model.save_converted",),
+    "own_files": ("Model.save_own", "Implementation.load_own"),
+    "reads_peft": ("Implementation.load",),
+}
+
+
+def _missing(method: str) -> NotImplementedError:
+    """The error of a method that an adapter class has not written."""
+    claims = [f"`{claim}`" for claim, methods in METHODS.items() if method in methods]
+    if not claims:
+        return NotImplementedError(f"{method} is not there: write it, every requirement of its kind needs it")
+    return NotImplementedError(f"{method} is not there: leave {' and '.join(claims)} out of claims, or write it")
+
+
 CONVENTIONS = {
     "zero_factor": "which factor of a linear layer is zero at the start: 'B' (default) or 'A'",
     "zero_factor_of_embedding": "likewise of an embedding: 'A' (default) or 'B'",
@@ -244,18 +284,18 @@ class Layer:
     """
 
     def read(self) -> LayerState:
-        raise NotImplementedError
+        raise _missing("Layer.read")
 
     def forward(self, x: Array, train: bool = False, seed: int = 0) -> Array:
         """y, (*tokens, out), of a convolution (batch, out, *size). In training mode dropout draws from `seed`."""
-        raise NotImplementedError
+        raise _missing("Layer.forward")
 
     def write(self, A: Array, B: Array) -> None:
-        raise NotImplementedError
+        raise _missing("Layer.write")
 
     def update(self) -> Array:
         """D in the shape of W (claim "update"): what the layer adds to W, as the library itself computes it."""
-        raise NotImplementedError
+        raise _missing("Layer.update")
 
     def base_weight(self) -> Array:
         """W as the base uses it now: all that claim "update" needs of `read`."""
@@ -268,30 +308,30 @@ class Layer:
 
     def merge(self, safe: bool = False) -> None:
         """safe (claim "safe_merge"): refuse to write NaN or infinite weights."""
-        raise NotImplementedError
+        raise _missing("Layer.merge")
 
     def unmerge(self) -> None:
-        raise NotImplementedError
+        raise _missing("Layer.unmerge")
 
     def merged_copy(self) -> tuple[Array, Array | None]:
         """W and b of a plain layer that gives what this one gives; this one stays as it is (claim "merged_copy")."""
-        raise NotImplementedError
+        raise _missing("Layer.merged_copy")
 
     def enable(self, enabled: bool) -> None:
-        raise NotImplementedError
+        raise _missing("Layer.enable")
 
     def rescale(self, how: str, factor: float | None) -> None:
         """how: "set", "scale" or "unscale"."""
-        raise NotImplementedError
+        raise _missing("Layer.rescale")
 
     def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
         """The gradients of sum(dy * forward(x, train, seed)): "x" (None for an embedding), "A", "B", "W", "b"; None: no
         gradient."""
-        raise NotImplementedError
+        raise _missing("Layer.grad")
 
     def trainable(self) -> set[str]:
         """Which of "A", "B", "W", "b" train."""
-        raise NotImplementedError
+        raise _missing("Layer.trainable")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -357,13 +397,13 @@ class Model:
 
     def adapted(self, adapter: str = "default") -> dict[str, tuple[int, float]]:
         """{module: (r, s)}."""
-        raise NotImplementedError
+        raise _missing("Model.adapted")
 
     def read(self, module: str, adapter: str = "default") -> LayerState:
-        raise NotImplementedError
+        raise _missing("Model.read")
 
     def write(self, module: str, A: Array, B: Array, adapter: str = "default") -> None:
-        raise NotImplementedError
+        raise _missing("Model.write")
 
     def forward(
         self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Sequence[str] | None = None
@@ -372,83 +412,83 @@ class Model:
 
         train None (claim "modes"): in the mode that `train` has set.
         """
-        raise NotImplementedError
+        raise _missing("Model.forward")
 
     def train(self, mode: bool) -> None:
         """Set the model to training mode, or to evaluation mode: torch's `Module.train(mode)`."""
-        raise NotImplementedError
+        raise _missing("Model.train")
 
     def training(self) -> bool:
         """Is the model in training mode?"""
-        raise NotImplementedError
+        raise _missing("Model.training")
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the adapters are off: PEFT's `with model.disable_adapter()`."""
-        raise NotImplementedError
+        raise _missing("Model.disabled")
 
     def scaled(self, factor: float) -> AbstractContextManager[None]:
         """A context in which s of the active adapters is `factor` times as large: PEFT's `rescale_adapter_scale`.
 
         Whether s of adapters that are not active changes, too, is left open.
         """
-        raise NotImplementedError
+        raise _missing("Model.scaled")
 
     def trainable(self) -> set[str]:
         """What trains: "module.weight", "module.bias" of the base, "module.A:adapter", "module.B:adapter",
         and "module.weight:adapter", "module.bias:adapter" of a copy that modules_to_save made."""
-        raise NotImplementedError
+        raise _missing("Model.trainable")
 
     def grad(self, x: Array, dy: Array) -> dict[str, Array]:
         """The gradients of sum(dy * forward(x)), in evaluation mode, of all parameters that have one.
 
         The keys are those of `trainable`; a weight's gradient is (out, in), as the weight."""
-        raise NotImplementedError
+        raise _missing("Model.grad")
 
     def write_base(self, module: str, W: Array | None = None, b: Array | None = None) -> None:
         """Set base weights as training would (claim "bias": only b; "modules_to_save": of the active copy)."""
-        raise NotImplementedError
+        raise _missing("Model.write_base")
 
     def base(self) -> dict[str, tuple[Array, Array | None]]:
         """{module: (W, b)} as the base model has them now."""
-        raise NotImplementedError
+        raise _missing("Model.base")
 
     def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
         """safe (claim "safe_merge"): refuse to write NaN or infinite weights."""
-        raise NotImplementedError
+        raise _missing("Model.merge")
 
     def unmerge(self) -> None:
-        raise NotImplementedError
+        raise _missing("Model.unmerge")
 
     def enable(self, enabled: bool) -> None:
-        raise NotImplementedError
+        raise _missing("Model.enable")
 
     def add(self, adapter: str, config: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        raise _missing("Model.add")
 
     def set(self, adapters: Sequence[str]) -> None:
         """Make these adapters active, and no others."""
-        raise NotImplementedError
+        raise _missing("Model.set")
 
     def active(self) -> list[str]:
-        raise NotImplementedError
+        raise _missing("Model.active")
 
     def delete(self, adapter: str) -> None:
-        raise NotImplementedError
+        raise _missing("Model.delete")
 
     def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, how: str) -> None:
         """add_weighted_adapter; how: "cat", "svd" or "linear"."""
-        raise NotImplementedError
+        raise _missing("Model.combine")
 
     def look(self, batches: Sequence[Array]) -> None:
         """Start the adapter "default" from inputs of the model (claim "eva_ranks"; init_lora_weights="eva")."""
-        raise NotImplementedError
+        raise _missing("Model.look")
 
     def unload(self, merge: bool) -> dict[str, tuple[Array, Array | None]]:
         """The plain model's {module: (W, b)}; this object is not used afterwards."""
-        raise NotImplementedError
+        raise _missing("Model.unload")
 
     def save(self, folder: Path, **options: Any) -> None:
-        raise NotImplementedError
+        raise _missing("Model.save")
 
     def save_start(self, folder: Path) -> None:
         """Save what `save_converted` needs to know of the adapter "default" before its factors change (claim
@@ -456,15 +496,15 @@ class Model:
 
     def save_converted(self, folder: Path, start: Path) -> None:
         """Save the adapter "default" as plain LoRA for the original base. `start`: the folder of `save_start`."""
-        raise NotImplementedError
+        raise _missing("Model.save_converted")
 
     def save_own(self, folder: Path) -> None:
         """Write the adapter into an empty folder, in the library's own format (claim "own_files")."""
-        raise NotImplementedError
+        raise _missing("Model.save_own")
 
     def load(self, folder: Path, adapter: str) -> None:
         """Load an adapter folder as a further adapter, not active."""
-        raise NotImplementedError
+        raise _missing("Model.load")
 
 
 class Implementation:
@@ -485,20 +525,20 @@ class Implementation:
         return ""
 
     def layer(self, spec: LayerSpec) -> Layer:
-        raise NotImplementedError
+        raise _missing("Implementation.layer")
 
     def model(self, spec: ModelSpec) -> Model:
-        raise NotImplementedError
+        raise _missing("Implementation.model")
 
     def load(self, spec: ModelSpec, folder: Path) -> Model:
         """The base model of `spec` (its config is not used) with the adapter of a folder, active.
 
         Claims "files" and "reads_peft"."""
-        raise NotImplementedError
+        raise _missing("Implementation.load")
 
     def load_own(self, spec: ModelSpec, folder: Path) -> Model:
         """The model of `spec`, with its config, and what `Model.save_own` has written into the folder, active."""
-        raise NotImplementedError
+        raise _missing("Implementation.load_own")
 
 
 def check_claims(implementation: Implementation) -> None:

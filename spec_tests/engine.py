@@ -191,9 +191,10 @@ def examine(
         return dataclasses.replace(result, outcome="UNSUPPORTED", message=str(why))
     except Broken as error:
         result.outcome, result.message = "FAIL", str(error)
-    except NotImplementedError:
+    except NotImplementedError as error:
         result.outcome = "FAIL"
-        result.message = f"claimed ({', '.join(sorted(requirement.needs))}), but it raises NotImplementedError"
+        claimed = ", ".join(sorted(requirement.needs))
+        result.message = f"claimed ({claimed}), but it raises NotImplementedError: {error}".removesuffix(": ")
     except hypothesis.errors.Flaky as error:
         result.outcome, result.message = "FAIL", f"the same case gives different results: {error}"
     except Exception as error:

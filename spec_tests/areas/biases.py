@@ -380,8 +380,7 @@ def bias_016(implementation: Implementation, spec: ModelSpec, check: Check) -> N
     model = given_factors(implementation.model(spec), spec)
     rng = np.random.default_rng([spec.seed, 31])
     for name in biases(spec):
-        b = spec.modules[name].b
-        assert b is not None
+        b = check.present(spec.modules[name].b, f"the bias of {name}")
         model.write_base(name, b=reals(rng, b.shape))
     want = model.forward(x_of(spec))
     with tempfile.TemporaryDirectory() as place:

@@ -25,9 +25,9 @@ def saving(implementation: Implementation, **config: Any) -> Any:
 def train(model: Model, spec: ModelSpec, module: str = "head", salt: int = 0) -> ModelSpec:
     """Change the active copy; the spec of a model that has it in place of the original."""
     rng = np.random.default_rng([spec.seed, salt, 21])
-    W, b = (reals(rng, v.shape) if v is not None else None for v in (spec.modules[module].W, spec.modules[module].b))
+    b = spec.modules[module].b
+    W, b = reals(rng, spec.modules[module].W.shape), None if b is None else reals(rng, b.shape)
     model.write_base(module, W, b)
-    assert W is not None
     changed = {**spec.modules, module: type(spec.modules[module])(spec.modules[module].kind, W, b)}
     return ModelSpec(changed, spec.config, spec.dtype, spec.seed)
 
