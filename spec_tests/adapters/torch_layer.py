@@ -12,7 +12,11 @@ from .peft_style import to_numpy, to_torch
 
 
 class TorchLayer(Layer):
-    """A subclass gives the five below."""
+    """A subclass gives the five below.
+
+    `weight` is as the library stores it: W is turned where the kind is "transposed" or "embedding".
+    `factors` are A (r, in) and B (out, r), or of a convolution with a kernel.
+    """
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
@@ -37,10 +41,18 @@ class TorchLayer(Layer):
 
     # -- what follows from them ----------------------------------------------------------------
 
+    def turned(self, value: Array) -> Array:
+        """From the stored orientation to the logical one, and back."""
+        return value.T if self.spec.kind in ("transposed", "embedding") else value
+
+    def given(self, x: Array) -> Tensor:
+        """Inputs: the indices of an embedding stay integers."""
+        return torch.tensor(x) if x.dtype.kind in "iu" else to_torch(x, self.spec.dtype)
+
     def read(self) -> LayerState:
         A, B = map(to_numpy, self.factors())
         b = None if self.bias() is None else to_numpy(self.bias())
-        return LayerState(to_numpy(self.weight()), b, A, B.reshape(B.shape[:2]), float(self.scaling()))
+        return LayerState(self.turned(to_numpy(self.weight())), b, A, B.reshape(B.shape[:2]), float(self.scaling()))
 
     def write(self, A: Array, B: Array) -> None:
         for parameter, value in zip(self.factors(), (A, B), strict=True):
@@ -50,11 +62,13 @@ class TorchLayer(Layer):
         torch.manual_seed(seed)
         self.module.train(train)
         with torch.no_grad():
-            return to_numpy(self.module(to_torch(x, self.spec.dtype)))
+            return to_numpy(self.module(self.given(x)))
 
     def grad(self, x: Array, dy: Array, train: bool = False, seed: int = 0) -> dict[str, Array | None]:
         self.module.train(train)
-        given = to_torch(x, self.spec.dtype).requires_grad_()
+        given = self.given(x)
+        if given.is_floating_point():
+            given.requires_grad_()
         A, B = self.factors()
         found: dict[str, Any] = {"x": given, "A": A, "B": B, "W": self.weight(), "b": self.bias()}
         for value in found.values():
@@ -63,6 +77,8 @@ class TorchLayer(Layer):
         torch.manual_seed(seed)
         (self.module(given) * to_torch(dy, self.spec.dtype)).sum().backward()
         grads = {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
+        if grads["W"] is not None:
+            grads["W"] = self.turned(grads["W"])
         if grads["B"] is not None and MESH.get(self.spec.kind, 0):
             grads["B"] = grads["B"].reshape(grads["B"].shape[:2])
         return grads
@@ -75,6 +91,6 @@ class TorchLayer(Layer):
     def fill(self, module: Any) -> None:
         """Put W and b into a base layer."""
         with torch.no_grad():
-            module.weight.copy_(to_torch(self.spec.W, self.spec.dtype))
+            module.weight.copy_(to_torch(self.turned(self.spec.W), self.spec.dtype))
             if self.spec.b is not None:
                 module.bias.copy_(to_torch(self.spec.b, self.spec.dtype))
