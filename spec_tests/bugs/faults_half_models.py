@@ -12,8 +12,7 @@ FINE = 'self.fine = "float64" if dtype == "float64" else "float32"'
 OUT = "return rounded(y, self.dtype)\n\n    def plain"
 ACTS = "if name in self.adapters and name not in self.merged:\n                y = y + self.branch(x, self.adapters[name], rng)"
 WRITES = 'write_tensors(place / "adapter_model.safetensors", tensors, "F64" if self.dtype == "float64" else "F32")'
-FILLS = 'site.write(adapter, *(tensors[f"{place}.lora_{letter}"] for letter in letters))'
-LOADS = 'site.write(adapter, *(rounded(tensors[f"{place}.lora_{letter}"], self.dtype if "LETTER" in letter else site.fine) for letter in letters))'
+FILLS = "site.write(adapter, A, B.reshape(B.shape[:2]))"
 BACK = "    def unmerge(self) -> None:\n        self.merged = []\n\n    def grad"
 
 BUGS: tuple[Bug, ...] = (
@@ -81,8 +80,12 @@ MUTANTS: tuple[Bug, ...] = (
         WRITES,
         WRITES.replace('else "F32"', 'else {"float16": "F16"}.get(self.dtype, "F32")'),
     ),
-    Bug("a_is_rounded_when_it_is_loaded", FILLS, LOADS.replace("LETTER", "A")),
-    Bug("b_is_rounded_when_it_is_loaded", FILLS, LOADS.replace("LETTER", "B")),
+    Bug("a_is_rounded_when_it_is_loaded", FILLS, FILLS.replace("A,", "rounded(A, self.dtype),")),
+    Bug(
+        "b_is_rounded_when_it_is_loaded",
+        FILLS,
+        FILLS.replace("B.reshape(B.shape[:2])", "rounded(B.reshape(B.shape[:2]), self.dtype)"),
+    ),
     Bug(
         "switched_off_in_half_precision_adds_a_rounding",
         OUT,

@@ -8,11 +8,12 @@ from .bug import PEFT, Bug
 
 TAKEN = "moved = [m for n in names if n in self.adapters and (m := self.adapters[n].moved) is not None]"
 SUM = "return rounded(self.W - np.sum(moved, 0), self.dtype) if moved else self.W"
-ROW = 'row = site.forward(row, [] if name == "__base__" else [name])'
+ROW = 'rows.append(self.called(row[None], [] if name == "__base__" else [name]))'
+WEIGHT = "W, b = self.held if self.merged and self.enabled else self.shifted(names), self.b"
 POP = "            site.adapters.pop(adapter, None)\n            site.copies.pop(adapter, None)\n            site.active = left"
 ACTS = "if name in self.adapters and name not in self.merged:"
 HELD = "held = self.shifted(dict.fromkeys([*self.active, *everything]))"
-INTO = "held = rounded(held + self.delta(self.adapters[name]), self.dtype)"
+INTO = "held = rounded(sum((self.delta(self.adapters[name]) for name in everything), held), self.dtype)"
 UNLOAD = "W, b = site.held if merge and site.merged else site.W, site.b"
 MOVES = "moved = [w * a.moved for w, a in pairs if a.moved is not None]"
 CONVERTED = "    def save_converted(self, folder: Path, start: Path) -> None:\n        self.save(folder)"
@@ -24,7 +25,7 @@ BUGS = (
     Bug("residuals_of_several_adapters_are_not_added", SUM, SUM.replace("np.sum(moved, 0)", "moved[-1]"), PEFT + "issues/2270"),
     Bug(
         "the_second_start_decomposes_the_residual",
-        "start(init, self.side(self.W), self.kind",
+        "start(init, self.seen(), self.kind",
         "start(init, self.side(self.weight() if self.adapters else self.W), self.kind",
         PEFT + "issues/2184",
     ),
@@ -63,10 +64,10 @@ MUTANTS = (
     Bug("pissa_niter_iterates_once_more_after_the_first", ITERATIONS, "for _ in range(iterations + (iterations > 1)):"),
     Bug(
         "rows_of_the_base_are_of_the_residual",
-        ROW,
-        'row = site.forward(row, [name]) if name != "__base__" else rounded(site.plain(row, site.shifted(site.active), site.b), site.dtype)',
+        WEIGHT,
+        WEIGHT.replace("names", "names or (self.active if self.enabled else [])"),
     ),
-    Bug("rows_of_named_starts_are_of_the_base", ROW, ROW.replace('"__base__"', '"__base__" or (name in site.adapters and isinstance(site.adapters[name].init, str))')),
+    Bug("rows_of_named_starts_are_of_the_base", ROW, ROW.replace('"__base__"', '"__base__" or any(isinstance(s.adapters[name].init, str) for s in self.sites.values() if name in s.adapters)')),
     Bug("deleting_keeps_the_residual", POP, "            site.W = site.shifted([adapter])\n" + POP),
     Bug("deleting_the_second_keeps_the_residual", POP, '            site.W = site.W if adapter == "default" else site.shifted([adapter])\n' + POP),
     Bug(

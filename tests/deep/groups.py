@@ -53,7 +53,14 @@ SUITE = ("lora_ref", "spec_tests")
 #: The tests compare numbers by it. The suite takes nothing from it but the unit roundoffs.
 BESIDE_THE_SUITE = ("spec_tests/rounding.py",)
 MATRIX = "spec_tests/bugs/kill_matrix.json"
-LONG = ("02_scaling", "10_fine_tune", "11_claims", "12_test_your_lora", "15_trainer", "16_past_one_device")  # as tutorials/book/pages.py has it
+LONG = (
+    "02_scaling",
+    "10_fine_tune",
+    "11_claims",
+    "12_test_your_lora",
+    "15_trainer",
+    "16_past_one_device",
+)  # as tutorials/book/pages.py has it
 PYTHON = "{}.{}".format(*sys.version_info)
 GROUPS = {
     "tests": Group("the tests of every function, as `make test` runs them", (*PYTEST, *ABOUT_REPORTS), ()),
