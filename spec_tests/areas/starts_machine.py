@@ -72,7 +72,7 @@ def walk(implementation: Implementation, case: tuple[ModelSpec, list[Operation]]
             model.add(name, options)
             now.begin(model, name, options["init_lora_weights"])
         else:
-            apply(operation, model, now, implementation)
+            apply(operation, model, now, implementation, check)
         done.append(operation)
         now.check(model, check, " ".join(map(str, done)))
 

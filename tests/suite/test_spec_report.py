@@ -189,7 +189,8 @@ def test_known_deviations_are_strict(tmp_path: Path) -> None:
 def test_a_listed_requirement_that_fails_by_another_cause_fails(tmp_path: Path) -> None:
     requirements = load()
     failing = examine("x", Doubled(), requirements["SCALE-001"], "quick")
-    causes = '[[cause]]\nreason = "one"\nids = ["SCALE-001"]\nsays = ["{}"]\n[[cause]]\nreason = "two"\nids = ["SCALE-001"]\nsays = ["{}"]\n'
+    cause = '[[cause]]\nreason = "{}"\nids = ["SCALE-001"]\nsays = ["{}"]\n'
+    causes = cause.format("one", "{}") + cause.format("two", "{}")
     begins = failing.message[:6]
     assert begins
     known = known_deviations(listed(tmp_path, causes.format("what no message says", begins)), requirements)
