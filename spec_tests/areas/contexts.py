@@ -380,7 +380,7 @@ def context_019(implementation: Implementation, spec: ModelSpec, check: Check) -
     "CONTEXT-020",
     "A context of scaling that an exception leaves keeps what is active, and what trains.",
     f"{SCALED}; {RESTORED}",
-    "model adapters trainable scale_context",
+    "model adapters trainable scale_context write",
     pairs,
 )
 def context_020(implementation: Implementation, case: Any, check: Check) -> None:

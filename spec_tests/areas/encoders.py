@@ -32,7 +32,7 @@ def encoders(draw: Any, implementation: Implementation) -> ModelSpec:
     "ENCODER-001",
     "In evaluation the adapters of an encoder's linear layers act.",
     f"{ACTS}; {NAMED}; {FAST}",
-    "model linear model:encoder",
+    "model linear model:encoder targets:regex write",
     encoders,
 )
 def encoder_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -44,7 +44,7 @@ def encoder_001(implementation: Implementation, spec: ModelSpec, check: Check) -
     "ENCODER-002",
     "In training the adapters of an encoder's linear layers act.",
     f"{ACTS}; {NAMED}",
-    "model linear model:encoder",
+    "model linear model:encoder targets:regex write",
     encoders,
 )
 def encoder_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -56,7 +56,7 @@ def encoder_002(implementation: Implementation, spec: ModelSpec, check: Check) -
     "ENCODER-003",
     "A merged encoder gives what it gave.",
     f"{SAME}; {FAST}",
-    "model linear model:encoder merge",
+    "model linear model:encoder merge targets:regex write",
     encoders,
 )
 def encoder_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -70,7 +70,7 @@ def encoder_003(implementation: Implementation, spec: ModelSpec, check: Check) -
     "ENCODER-004",
     "With the adapter off, an encoder gives the output of the base model.",
     f"{OFF}; {FAST}",
-    "model linear model:encoder disable",
+    "model linear model:encoder disable targets:regex write",
     encoders,
 )
 def encoder_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -84,7 +84,7 @@ def encoder_004(implementation: Implementation, spec: ModelSpec, check: Check) -
     "ENCODER-005",
     "Unloaded with merging, an encoder's linear layers have their updates.",
     SAME,
-    "model linear model:encoder merge unload",
+    "model linear model:encoder merge unload targets:regex write",
     encoders,
 )
 def encoder_005(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -97,7 +97,7 @@ def encoder_005(implementation: Implementation, spec: ModelSpec, check: Check) -
     "ENCODER-006",
     "An adapter of an encoder's linear layers is saved and loaded again.",
     FILES,
-    "model linear model:encoder files",
+    "model linear model:encoder files targets:regex write",
     encoders,
     slow=3,
 )
@@ -111,7 +111,7 @@ def encoder_006(implementation: Implementation, spec: ModelSpec, check: Check) -
     "ENCODER-007",
     "In a batch with an adapter for each sample, each sample's adapter acts in an encoder.",
     "PEFT, developer guide of LoRA: inference with different LoRA adapters in the same batch, adapter_names (U8)",
-    "model linear model:encoder adapters batch",
+    "model linear model:encoder adapters batch targets:regex write",
     encoders,
 )
 def encoder_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import Array, Implementation, Layer, LayerSpec, LayerState
-from ..generate import ALPHAS, LINEAR, claimed, inputs, reals, seeds
+from ..generate import ALPHAS, LINEAR, claimed, inputs, reals, scales, seeds
 from ..registry import requirement
 
 PARTS = "loralib's README: MergedLinear with enable_lora=[True, False, True] adapts q and v of one fused projection"
@@ -32,13 +32,13 @@ def fused(draw: Any, implementation: Implementation) -> LayerSpec:
     """A fused layer of two or three parts with two outputs each."""
     parts = draw(st.sampled_from(MASKS))
     rng = np.random.default_rng(draw(seeds))
-    out = 2 * len(parts)
+    out, r = 2 * len(parts), draw(st.sampled_from((1, 2)))
     return LayerSpec(
         draw(st.sampled_from(claimed(implementation, LINEAR))),
         reals(rng, (out, 4)),
         reals(rng, (out,)) if draw(st.booleans()) else None,
-        r=draw(st.sampled_from((1, 2))),
-        lora_alpha=draw(st.sampled_from(ALPHAS)),
+        r=r,
+        lora_alpha=draw(st.sampled_from(ALPHAS)) if scales(implementation) else float(r),
         seed=draw(seeds),
         parts=parts,
     )

@@ -114,7 +114,7 @@ def prefixes(draw: Any, implementation: Implementation) -> tuple[ModelSpec, list
     "NAMES-001",
     "A module of any name gets an adapter where it is named, no other does, and the adapter acts.",
     NAMED,
-    "model linear any_name",
+    "model linear any_name targets:regex write",
     strange,
 )
 def names_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -128,7 +128,7 @@ def names_001(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "NAMES-002",
     "Whatever the names of the modules, A and B train and nothing else does.",
     FROZEN,
-    "model linear any_name trainable",
+    "model linear any_name trainable targets:regex",
     strange,
 )
 def names_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -141,7 +141,7 @@ def names_002(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "NAMES-003",
     "Whatever the names of the modules, an adapter is saved and loaded again.",
     FILES,
-    "model linear any_name files",
+    "model linear any_name files targets:regex write",
     strange,
     slow=2,
 )
@@ -156,7 +156,7 @@ def names_003(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "NAMES-004",
     "Whatever the names of the modules, unloading with merging gives each its own update.",
     SAME,
-    "model linear any_name merge unload",
+    "model linear any_name merge unload targets:regex write",
     strange,
 )
 def names_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -169,7 +169,7 @@ def names_004(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "NAMES-005",
     "Of several heads whose names are parts of one another, those that are named are saved and loaded.",
     f"{COPIES}; {FILES}",
-    "model linear any_name modules_to_save files",
+    "model linear any_name modules_to_save files write",
     saving,
     slow=2,
 )
@@ -184,7 +184,7 @@ def names_005(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 @requirement(
     "NAMES-006",
     "Of several heads whose names are parts of one another, those that are named train, and no others.",
-    COPIES,
+    "lora_ref's decision: an item of modules_to_save matches whole names, and ends of names from a dot on (N10)",
     "model linear any_name modules_to_save trainable decision:whole_segments",
     saving,
 )
@@ -198,7 +198,7 @@ def names_006(implementation: Implementation, spec: ModelSpec, check: Check) -> 
     "NAMES-007",
     "Adapters whose names are parts of one another's, or of a module's, act apart.",
     "PEFT, PeftModel.add_adapter and set_adapter: an adapter has a name, and is made active by it (U7)",
-    "model linear any_name adapters",
+    "model linear any_name adapters write",
     prefixes,
 )
 def names_007(implementation: Implementation, case: Any, check: Check) -> None:
@@ -217,7 +217,7 @@ def names_007(implementation: Implementation, case: Any, check: Check) -> None:
     "NAMES-008",
     "Adapters whose names are parts of one another's, or of a module's, are saved and loaded apart.",
     APART,
-    "model linear any_name adapters files",
+    "model linear any_name adapters files write",
     prefixes,
     slow=2,
 )
@@ -239,7 +239,7 @@ def names_008(implementation: Implementation, case: Any, check: Check) -> None:
     "NAMES-009",
     "A list of one to thirty names, and an expression of the same names, adapt the same modules.",
     'PEFT, LoraConfig.target_modules: a string is matched as a regex, a list exactly or by "."-suffix (N1)',
-    "model linear any_name",
+    "model linear any_name targets:regex",
     lambda i: st.tuples(st.integers(1, 30), st.integers(0, 3), seeds),
     slow=3,
 )

@@ -47,7 +47,7 @@ def reader_001(implementation: Implementation, spec: ModelSpec, check: Check) ->
 @requirement(
     "READER-002",
     "Tensors in float16 and in bfloat16 are read.",
-    "safetensors, format: F16 and BF16 are dtypes of tensors (X1)",
+    "safetensors, format: the dtypes of tensors include the two half precision ones (X1)",
     "reads_peft",
     lambda i: st.tuples(small(i), st.sampled_from(("F16", "BF16"))),
     slow=2,
@@ -103,7 +103,7 @@ def reader_005(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "READER-006",
     "target_modules may be an expression for the whole name.",
     f"{CONFIG}target_modules as a string is a regular expression (N3)",
-    "reads_peft",
+    "reads_peft targets:regex",
     lambda i: small(i, target_modules=["proj", "up"]),
     slow=2,
 )

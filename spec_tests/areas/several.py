@@ -145,7 +145,7 @@ def several_007(implementation: Implementation, case: Any, check: Check) -> None
     "SEVERAL-008",
     "Merging and unmerging one of two active adapters leave what is active, and what trains, as they were.",
     f"{SOME}; {UNMERGE} (U3)",
-    "model adapters summed merge unmerge trainable",
+    "model adapters summed merge unmerge trainable write",
     pairs,
 )
 def several_008(implementation: Implementation, case: Any, check: Check) -> None:
@@ -177,7 +177,7 @@ def several_009(implementation: Implementation, case: Any, check: Check) -> None
 @requirement(
     "SEVERAL-010",
     "A safe merge that is refused leaves the adapter that was merged before merged, and no other.",
-    'PEFT, BaseTuner.merge_adapter: safe_merge: "check for potential NaNs" before the weights are replaced (U4)',
+    "lora_ref's decision: an operation that is refused has changed no module (U4)",
     "model write adapters summed merge unmerge safe_merge all_or_nothing",
     pairs,
 )

@@ -128,7 +128,7 @@ def tied(draw: Any, implementation: Implementation) -> ModelSpec:
     "STRUCT-001",
     "Each convolution that is named gets an adapter, and it acts.",
     f"{ACTS}; {NAMED} (D4)",
-    "model model:convolutions",
+    "model model:convolutions write",
     convolutions,
 )
 def struct_001(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -143,7 +143,7 @@ def struct_001(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-002",
     "Merging convolutions keeps a model's output, and unmerging restores their weights.",
     f"{SAME} (D4)",
-    "model model:convolutions merge unmerge",
+    "model model:convolutions merge unmerge write",
     convolutions,
 )
 def struct_002(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -160,7 +160,7 @@ def struct_002(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-003",
     "An adapter of convolutions is saved and loaded again.",
     f"{FILES} (D4)",
-    "model model:convolutions files",
+    "model model:convolutions files write",
     convolutions,
     slow=3,
 )
@@ -174,7 +174,7 @@ def struct_003(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-004",
     "The adapter of a module that is called twice acts in both calls.",
     ACTS,
-    "model linear model:used_twice",
+    "model linear model:used_twice write",
     twice,
 )
 def struct_004(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -186,7 +186,7 @@ def struct_004(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-005",
     "Merging a module that is called twice adds its update once.",
     SAME,
-    "model linear model:used_twice merge",
+    "model linear model:used_twice merge write",
     twice,
 )
 def struct_005(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -200,7 +200,7 @@ def struct_005(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-006",
     "A module with two names is refused, or its adapter acts under both, merged and not.",
     f"torch.nn.Module.named_modules: a module that is there twice is one module; {SAME}",
-    "model linear model:held_twice merge",
+    "model linear model:held_twice merge write",
     held,
 )
 def struct_006(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -217,7 +217,7 @@ def struct_006(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-007",
     "Switched off, a module with two names acts as the base module under both.",
     OFF,
-    "model linear model:held_twice disable",
+    "model linear model:held_twice disable write",
     held,
 )
 def struct_007(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -233,7 +233,7 @@ def struct_007(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-008",
     "An adapter of one of two tied modules acts in that module alone, or is refused.",
     f"{TIED}; {ACTS}",
-    "model linear embedding model:tied",
+    "model linear embedding model:tied write",
     tied,
 )
 def struct_008(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -246,7 +246,7 @@ def struct_008(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-009",
     "Merging an adapter of a tied module leaves the other module's weight alone, or is refused.",
     f"{SAME}; {TIED}",
-    "model linear embedding model:tied merge",
+    "model linear embedding model:tied merge write",
     tied,
 )
 def struct_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -262,7 +262,7 @@ def struct_009(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-010",
     "The plain model of a merged tied module has the update in that module alone, or is refused.",
     f"{SAME}; {TIED}",
-    "model linear embedding model:tied merge unload",
+    "model linear embedding model:tied merge unload write",
     tied,
 )
 def struct_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -279,7 +279,7 @@ def struct_010(implementation: Implementation, spec: ModelSpec, check: Check) ->
     "STRUCT-011",
     "Several active adapters of a module that is called twice act in both calls.",
     f"{ACTS}; PEFT, LoraModel.set_adapter: several adapters are active at a time (U7)",
-    "model linear model:used_twice adapters summed",
+    "model linear model:used_twice adapters summed write",
     twice,
 )
 def struct_011(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

@@ -10,7 +10,7 @@ FIRST = 'self.sites[f"{encoder}.linear1"].forward(h, names, rng)'
 SECOND = 'self.sites[f"{encoder}.linear2"].forward(inner, names, rng)'
 BEGIN = "h = rounded(normalised(2 * x), self.dtype)"
 
-BUGS = (
+BUGS: tuple[Bug, ...] = (
     Bug(
         "the_fast_path_of_an_encoder_reads_the_base_weights",
         BEGIN,
@@ -30,7 +30,7 @@ BUGS = (
         PEFT + "pull/3774",
     ),
 )
-MUTANTS = (
+MUTANTS: tuple[Bug, ...] = (
     Bug("an_encoder_in_training_has_no_adapter", BEGIN, BEGIN + "\n        names = names if rng is None else []"),
     Bug("an_encoder_in_a_batch_has_the_active_adapter", BEGIN, BEGIN + "\n        names = None"),
     Bug(

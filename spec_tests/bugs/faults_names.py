@@ -10,7 +10,7 @@ TRAINS = 'found |= {f"{name}.bias" for name in self.biased(adapter)}'
 WRITES = "site.write(adapter, A, B.reshape(B.shape[:2]))"
 SET = "site.active = list(names)"
 
-BUGS = (
+BUGS: tuple[Bug, ...] = (
     Bug(
         "all_with_lora_in_the_name_trains",
         TRAINS,
@@ -48,7 +48,7 @@ BUGS = (
         PEFT + "pull/2144",
     ),
 )
-MUTANTS = (
+MUTANTS: tuple[Bug, ...] = (
     Bug(
         "a_dot_is_an_underscore",
         "return re.fullmatch(rule, name) is not None",

@@ -20,7 +20,7 @@ CONVERTED = "    def save_converted(self, folder: Path, start: Path) -> None:\n 
 STARTED = "site.adapters[adapter].started = site.adapters[adapter].A, site.adapters[adapter].B"
 ITERATIONS = "for _ in range(iterations):"
 
-BUGS = (
+BUGS: tuple[Bug, ...] = (
     Bug("a_start_changes_the_weight_of_all", TAKEN, TAKEN.replace("in names if n in self.adapters and", "in self.adapters if"), PEFT + "issues/2184"),
     Bug("residuals_of_several_adapters_are_not_added", SUM, SUM.replace("np.sum(moved, 0)", "moved[-1]"), PEFT + "issues/2270"),
     Bug(
@@ -57,7 +57,7 @@ BUGS = (
     Bug("pissa_niter_makes_its_own_number_of_iterations", ITERATIONS, "for _ in range(max(iterations, 4)):", "scikit-learn/scikit-learn/pull/7311"),
 )  # fmt: skip
 
-MUTANTS = (
+MUTANTS: tuple[Bug, ...] = (
     Bug("pissa_niter_iterates_once_less", ITERATIONS, "for _ in range(iterations - 1):"),
     Bug("pissa_niter_iterates_once_more", ITERATIONS, "for _ in range(iterations + 1):"),
     Bug("pissa_niter_iterates_once_at_most", ITERATIONS, "for _ in range(min(iterations, 1)):"),

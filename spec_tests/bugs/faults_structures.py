@@ -14,7 +14,7 @@ UNLOAD = "W, b = site.held if merge and site.merged else site.W, site.b"
 BASE = "return {n: (s.side(s.weight()).copy(), None if s.b is None else s.b.copy()) for n, s in self.sites.items()}"
 OTHER = "next((o.held for o in self.sites.values() if o.merged and o.W is {0}.W), {0}.W)"
 
-BUGS = (
+BUGS: tuple[Bug, ...] = (
     Bug(
         "merging_writes_the_weight_that_another_module_shares",
         ENTER,
@@ -34,7 +34,7 @@ BUGS = (
         PEFT + "pull/637",
     ),
 )
-MUTANTS = (
+MUTANTS: tuple[Bug, ...] = (
     Bug(
         "a_convolution_inside_a_block_is_left_out",
         "wanted = named(name, rule) and in_layer(name, c)",

@@ -30,6 +30,7 @@ OF_LAYERS = BOTH | {
     "grad": lambda *_, **__: {"grad"},
     "rescale": lambda *_: {"rescale"},
     "merged_copy": lambda: {"merged_copy"},
+    "update": lambda: {"update"},
     "forward": lambda x, *_, **__: {"unbatched"} if np.ndim(x) == 1 and np.asarray(x).dtype.kind == "f" else set(),
 }
 OF_MODELS = BOTH | {
@@ -47,6 +48,9 @@ OF_MODELS = BOTH | {
     "look": lambda _: {"eva_ranks"},
     "unload": lambda merge: {"unload", "merge"} if merge else {"unload"},
     "save": lambda *_, **__: {"files"},
+    "save_own": lambda _: {"own_files"},
+    "save_converted": lambda *_: {"converts"},
+    "grad": lambda *_, **__: {"model_grad"},
     "load": lambda *_: {"files", "adapters"},
 }
 OPTIONS = {
@@ -63,6 +67,7 @@ OPERATIONS = (
     {"write", "trainable", "merge", "safe_merge", "unmerge", "merged_copy", "disable", "grad", "rescale", "unbatched"}
     | {"adapters", "summed", "delete", "weighted", "batch", "eva_ranks", "unload", "files", "bias", "alpha"}
     | {"targets:regex", "all-linear", "modes", "disable_context", "scale_context", *OPTIONS.values()}
+    | {"reads_peft", "own_files", "converts", "model_grad", "update"}
     | {claim for claim in CLAIMS if claim.startswith("init:")}
 )
 
@@ -127,8 +132,12 @@ class Narrow(Plain):
         return Watched(super().model(spec), OF_MODELS, self.claims)
 
     def load(self, spec: ModelSpec, folder: Any) -> Any:
-        declared({"files"}, self.claims, "load")
+        declared({"reads_peft"} if "reads_peft" in self.claims else {"files"}, self.claims, "load")
         return Watched(super().load(spec, folder), OF_MODELS, self.claims)
+
+    def load_own(self, spec: ModelSpec, folder: Any) -> Any:
+        declared({"own_files"}, self.claims, "load_own")
+        return Watched(Plain().load_own(spec, folder), OF_MODELS, self.claims)
 
 
 @pytest.mark.parametrize("id", REQUIREMENTS)

@@ -17,7 +17,13 @@ from spec_tests.reference.plain import Plain
 OWN = ("lora_ref", "lora_ref_core", "lora_ref_numpy", "plain", "parametrized")
 LIBRARIES = sorted(BUNDLED.keys() - set(OWN))
 #: Read from peft.toml: {claim: why it is not promised}.
-NOT_OF_PEFT = {"init:loftq": "it needs CUDA and bitsandbytes", "merged_copy": "it merges in place"}
+NOT_OF_PEFT = {
+    "init:loftq": "it needs CUDA and bitsandbytes",
+    "merged_copy": "it merges in place",
+    "model:held_twice": "its documentation does not say which of two names of a module gets the adapter",
+    "model:tied": "its warning says that merging the adapters of tied modules can have complications",
+    "fused": "it has no layer of which parts are adapted",
+}
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
