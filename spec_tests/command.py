@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -96,7 +96,7 @@ def _examined(
         jobs = options.jobs or parallel.cores()
         if min(jobs, len(ids)) < 2:
             each = run(name, watched, lambda requirement: requirement.id in ids, options.profile, options.seed)
-            found = ((result, watched.covered) for result in each)
+            found: Iterator[tuple[Result, report.Covered]] = ((result, watched.covered) for result in each)
         else:
             found = parallel.run(name, watched, ids, options.profile, options.seed, jobs)
         for result, covered in found:
