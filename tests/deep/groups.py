@@ -61,6 +61,7 @@ LONG = (
     "15_trainer",
     "16_past_one_device",
 )  # as tutorials/book/pages.py has it
+STRICTNESS = ("tests/suite/test_spec_strictness.py", "tests/suite/test_spec_needs.py")
 PYTHON = "{}.{}".format(*sys.version_info)
 GROUPS = {
     "tests": Group("the tests of every function, as `make test` runs them", (*PYTEST, *ABOUT_REPORTS), ()),
@@ -70,9 +71,9 @@ GROUPS = {
         ("spec_tests", MATRIX),
     ),
     "strictness": Group(
-        "the suite against its seeded faults, harmless variants and missing checks",
-        (*PYTEST, "-m", "deep", "tests/suite/test_spec_strictness.py"),
-        ("spec_tests", MATRIX, "tests/suite/test_spec_strictness.py"),
+        "the suite against its seeded faults, harmless variants, missing checks and missing claims",
+        (*PYTEST, "-m", "deep", *STRICTNESS),
+        ("spec_tests", MATRIX, *STRICTNESS),
     ),
     "suite": Group(
         "all requirements with their full number of examples, on torch and on NumPy alone",
