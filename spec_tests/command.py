@@ -107,7 +107,7 @@ def _examined(
 
 
 def show(reports: Sequence[report.Report], out: Console) -> None:
-    """The matrix, a line for each area; then every failure; then the headlines."""
+    """The matrix, a line for each area; every failure; the headlines, with the claims for which nothing was tried."""
     names = report.titles(reports)
     table = Table("area", *names, pad_edge=False, box=None)
     for area in report.areas(reports):
@@ -126,6 +126,8 @@ def show(reports: Sequence[report.Report], out: Console) -> None:
         footer = made["footer"]
         covered = f"{footer['covered']['options']} options with {footer['covered']['values']} values tried"
         out.print(f"{name}: {footer['headline']}; {covered}", soft_wrap=True)
+        for claim, why in footer.get("untried", {}).items():
+            out.print(f"  {claim}: nothing tried, {report.printable(why)}", style="yellow", soft_wrap=True)
 
 
 def _cell(counts: dict[str, int]) -> Text:

@@ -510,6 +510,9 @@ class Model:
 class Implementation:
     """An implementation of LoRA. Subclass it, or write a class that has the same names.
 
+    `layer` may be left out where whole models alone are adapted (claim "model", and the kinds of layers that they
+    have): what needs a single layer is then reported as unsupported.
+
     Attributes:
         name: as reports show it.
         claims: which of `CLAIMS` it makes; the others are reported as unsupported.
@@ -539,6 +542,15 @@ class Implementation:
     def load_own(self, spec: ModelSpec, folder: Path) -> Model:
         """The model of `spec`, with its config, and what `Model.save_own` has written into the folder, active."""
         raise _missing("Implementation.load_own")
+
+
+def has_layers(implementation: Implementation) -> bool:
+    """Has it a method `layer` of its own? One that adapts models alone has none."""
+    noted = vars(implementation).get("has_layers")  # of a class that passes calls on
+    if noted is not None:
+        return bool(noted)
+    method = getattr(implementation, "layer", None)
+    return method is not None and getattr(method, "__func__", None) is not Implementation.layer
 
 
 def check_claims(implementation: Implementation) -> None:

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, Phase, settings
 
 from . import smoke
 from .check import Broken, Check
-from .contract import DECISIONS, Implementation, check_claims
+from .contract import DECISIONS, Implementation, Layer, LayerSpec, check_claims, has_layers
 from .registry import Requirement, Unsupported, load
 
+NO_LAYER = "it has no layer of its own: it adapts whole models alone"
 OUTCOMES = ("PASS", "FAIL", "UNSUPPORTED", "KNOWN", "ERROR")
 PROFILES = {"quick": 10, "default": 40, "deep": 400}  # examples of each requirement
 HERE = Path(__file__).parent
@@ -61,6 +62,22 @@ class Result:
     repro: str = ""
     reason: str = ""  # of a known deviation
     link: str = ""
+
+
+class ModelsAlone(Implementation):
+    """An implementation without a method `layer`, that notes whether a layer was asked for."""
+
+    def __init__(self, implementation: Implementation) -> None:
+        self.implementation, self.asked = implementation, False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("implementation", "asked", "layer", "__class__"):
+            return super().__getattribute__(name)
+        return getattr(self.implementation, name)
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        self.asked = True
+        raise NotImplementedError(NO_LAYER)
 
 
 def find(name: str) -> tuple[str, Implementation]:
@@ -166,13 +183,14 @@ def examine(
             message += " (lora_ref's decision: its documentation does not promise it)"
         return dataclasses.replace(result, outcome="UNSUPPORTED", message=message)
     check, latest = Check(), list[Any]()
+    tried = implementation if has_layers(implementation) else ModelsAlone(implementation)
 
     def body(case: Any) -> None:
         check.examples += 1
         latest[:] = [case]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            requirement.body(implementation, case, check)
+            requirement.body(tried, case, check)
 
     try:
         test = hypothesis.given(requirement.given(implementation))(body)
@@ -201,6 +219,8 @@ def examine(
         result.outcome = "ERROR"
         where = traceback.extract_tb(error.__traceback__)[-1]
         result.message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    if isinstance(tried, ModelsAlone) and tried.asked:
+        return dataclasses.replace(result, outcome="UNSUPPORTED", message=NO_LAYER)
     result.examples, result.max_error_u = check.examples, check.max_error_u
     if result.outcome != "PASS":
         result.repro = script(name, requirement, latest[0] if latest else None)

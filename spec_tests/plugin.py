@@ -105,6 +105,8 @@ class Suite:
             name, version = about["implementation"]["name"], about["implementation"]["version"]
             terminalreporter.write_sep("-", f"{name} {version}".strip())
             terminalreporter.write_line(about["footer"]["headline"])
+            for claim, why in about["footer"]["untried"].items():
+                terminalreporter.write_line(f"{claim}: nothing tried, {why}")
 
     def report(self) -> dict[str, Any]:
         from . import report

@@ -5,10 +5,10 @@ A report is one JSON object; a file holds one, or a list of them:
     {"implementation": {"name", "version", "claims", "conventions"},
      "results": [{"id", "outcome", "sentence", "source", "examples", "max_error_u", "message", "repro", "reason",
                   "link"}, ...],
-     "footer": {"counts", "profile", "seed", "covered", "headline"}}
+     "footer": {"counts", "profile", "seed", "covered", "untried", "headline"}}
 
 `seed` is null where the cases are the same in every run. `covered` counts the options that were tried, and the
-different values of each.
+different values of each. `untried` names the claims for which nothing was tried, and says why: {claim: reason}.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from .contract import Implementation, Layer, LayerSpec, Model, ModelSpec
+from .contract import Implementation, Layer, LayerSpec, Model, ModelSpec, has_layers
 from .engine import OUTCOMES, PROFILES, Result
+from .generate import DTYPES, MERGEABLE
+from .registry import load
 
 Report = dict[str, Any]
 Covered = set[tuple[str, str]]  # (option, value)
 
+DRAWN = frozenset((*MERGEABLE, *DTYPES))  # what requirements draw where it is claimed, without needing it
 LARGEST = 1e300  # JSON has neither infinity nor NaN
 TEXTS = ("sentence", "source", "message", "repro", "reason", "link")
 ID = re.compile(r"[A-Z][A-Z0-9_]*-\d{3,}")
@@ -41,7 +44,7 @@ class Watched(Implementation):
     def __init__(self, implementation: Implementation) -> None:
         self.implementation = implementation
         self.name, self.claims = implementation.name, frozenset(implementation.claims)
-        self.conventions = implementation.conventions
+        self.conventions, self.has_layers = implementation.conventions, has_layers(implementation)
         self.covered: Covered = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -66,6 +69,7 @@ class Watched(Implementation):
     def model(self, spec: ModelSpec) -> Model:
         self.covered |= {(option, str(value)) for option, value in spec.config.items() if not _has_arrays(value)}
         self.covered.add(("dtype", spec.dtype))
+        self.covered |= {("kind", module.kind) for module in spec.modules.values() if module.kind in self.claims}
         return self.implementation.model(spec)
 
     def load(self, spec: ModelSpec, folder: Path) -> Model:
@@ -98,6 +102,31 @@ def headline(counts: Mapping[str, int]) -> str:
     return f"claims {claimed} of {total}, passes {counts['PASS']} of {claimed}"
 
 
+def untried(claims: Iterable[str], results: Iterable[Mapping[str, Any]], covered: Covered) -> dict[str, str]:
+    """{claim: why nothing was tried for it}: of all requirements that need the claim, none was tried.
+
+    The reason is the most frequent one among the requirements that lack the fewest further claims. Claims that no
+    requirement of the results needs are left out, and kinds of layers and dtypes with which anything was tried.
+    """
+    requirements, claims = load(), frozenset(claims)
+    drawn = {value for option, value in covered if option in ("kind", "dtype")}
+    found: dict[str, list[tuple[int, str]]] = {}
+    tried: set[str] = set()
+    for result in results:
+        if (requirement := requirements.get(result["id"])) is None:
+            continue
+        needed = requirement.needs & claims
+        if result["outcome"] != "UNSUPPORTED":
+            tried |= needed
+        for claim in needed:
+            missing = sorted(requirement.needs - claims)
+            why = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not claimed"
+            found.setdefault(claim, []).append((len(missing), why if missing else result["message"]))
+    left = sorted(found.keys() - tried - drawn)
+    nearest = {claim: [why for n, why in found[claim] if n == min(found[claim])[0]] for claim in left}
+    return {claim: max(sorted(set(reasons)), key=reasons.count) for claim, reasons in nearest.items()}
+
+
 def make(
     implementation: Implementation,
     results: Iterable[Result],
@@ -127,6 +156,7 @@ def make(
             "profile": profile,
             "seed": seed,
             "covered": {"options": len(by_option), "values": sum(by_option.values()), "by_option": by_option},
+            "untried": untried(implementation.claims, rows, covered),
             "headline": headline(counts),
         },
     }
@@ -184,6 +214,10 @@ def merge(parts: Iterable[Report]) -> list[Report]:
             for option in sorted({*first["covered"]["by_option"], *second["covered"]["by_option"]})
         }
         counts = counts_of(results)
+        left = untried(found[key]["implementation"]["claims"], results, frozenset())  # type: ignore[arg-type]
+        both = (
+            first.get("untried", {}).keys() & second.get("untried", {}).keys()
+        )  # kinds and dtypes may be drawn in one
         found[key] = {
             "implementation": found[key]["implementation"],
             "results": sorted(results, key=lambda result: result["id"]),
@@ -192,6 +226,7 @@ def merge(parts: Iterable[Report]) -> list[Report]:
                 "profile": same["profile"] or "mixed",
                 "seed": same["seed"],
                 "covered": {"options": len(by_option), "values": sum(by_option.values()), "by_option": by_option},
+                "untried": {claim: why for claim, why in left.items() if claim in both or claim not in DRAWN},
                 "headline": headline(counts),
             },
         }
@@ -222,6 +257,7 @@ def validate(report: Any) -> None:
         raise ValueError(f"footer: profile {footer['profile']!r} is none of {', '.join(PROFILES)}")
     if "seed" not in footer or not isinstance(footer["seed"], int | None):
         raise ValueError("footer: seed must be an integer or null")
+    _shape(footer.get("untried", {}), "footer.untried", dict.fromkeys(footer.get("untried", {}), str))
     if footer["counts"] != counts_of(report["results"]):
         raise ValueError(f"footer: counts are {footer['counts']}, the results say {counts_of(report['results'])}")
     if footer["headline"] != headline(footer["counts"]):

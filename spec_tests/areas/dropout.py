@@ -60,8 +60,9 @@ def _mask(id: str, kinds: tuple[str, ...], what: str) -> None:
 
 
 _mask("DROP-001", LINEAR, "linear")
-for _number, _kind in enumerate(CONVOLUTIONS, 2):
-    _mask(f"DROP-{_number:03}", (_kind,), _kind)
+_mask("DROP-002", ("conv1d",), "conv1d")
+_mask("DROP-003", ("conv2d",), "conv2d")
+_mask("DROP-004", ("conv3d",), "conv3d")
 
 
 @requirement(

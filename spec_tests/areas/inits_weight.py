@@ -82,90 +82,115 @@ def keeps_the_sum(implementation: Implementation, spec: LayerSpec, check: Check,
     check.that(update(state).any(), "s B A is 0")
 
 
-def _common(area: str, init: str, source: str) -> None:
-    """What holds of every start that moves a part of W into s B A."""
-    claim = f"init:{init.removesuffix('_16')}"
+def claim_of(init: str) -> str:
+    return f"init:{init.removesuffix('_16')}"
 
-    @requirement(
-        f"{area}-001", f"{init}: W_res + s B A = W, and s B A is not 0.", source, claim, lambda i: specs(i, init)
-    )
+
+def _sum(id: str, init: str, source: str) -> None:
+    claim = claim_of(init)
+
+    @requirement(id, f"{init}: W_res + s B A = W, and s B A is not 0.", source, claim, lambda i: specs(i, init))
     def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         keeps_the_sum(implementation, spec, check)
 
+
+def _first_output(id: str, init: str, source: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-002",
+        id,
         f"{init}: the output at the start is the base's.",
         f"{source}: {SHIFTED}",
         claim,
         lambda i: specs(i, init),
     )
-    def body_2(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         state = layer.read()
         x = inputs(spec)
         bound = oracle.forward(spec, state, x)[1]
         check.close(layer.forward(x), oracle.apply(spec, spec.W, spec.b, x), bound, spec.dtype, "the output")
 
+
+def _transposed(id: str, init: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-003",
+        id,
         f"{init}: a transposed weight starts as the linear layer with the same W does.",
         "the start is that of the logical weight, whatever its storage (F3)",
         f"linear transposed {claim}",
         lambda i: specs(i, init),
     )
-    def body_3(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         linear, transposed = (start(implementation, spec.but(kind=kind)) for kind in LINEAR)
         bound = wide_bound(spec) * max(1.0, spec.scaling)
         loose = FACTOR if "niter" not in init else FACTOR * 2**6  # another random start of an approximation
         check.close(update(transposed), update(linear), bound, spec.dtype, "s B A", loose)
         check.close(transposed.W, linear.W, bound, spec.dtype, "W_res", loose)
 
+
+def _sum_in_half(id: str, init: str, source: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-004",
+        id,
         f"{init}: in half precision, too, W_res + s B A = W up to rounding.",
         f"{source}: {SHIFTED} (T4)",
         claim,
         lambda i: half(i, init),
     )
-    def body_4(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         keeps_the_sum(implementation, spec, check)
 
+
+def _residual_in_half(id: str, init: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-005",
+        id,
         f"{init}: in half precision W_res + s B A is as near to W as the rounding of W_res alone allows.",
         "lora_ref's decision (T4): the residual is that of the factors as they are stored",
         f"{claim} exact_residual",
         lambda i: half(i, init),
     )
-    def body_5(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         state = start(implementation, spec)
         inner = oracle.delta_bound(state.A, state.B, state.scaling)
         slack = 8 * UNIT["float32"] / UNIT[spec.dtype] * (abs(spec.W) + inner)
         bound = abs(state.W) * (1 + 2 * UNIT[spec.dtype]) + slack
         check.close(state.W + update(state), spec.W, bound, spec.dtype, "W_res + s B A", factor=1.0)
 
+
+def _switched_off(id: str, init: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-006",
+        id,
         f"{init}: switched off, the layer is the base layer.",
         'PEFT\'s documentation of disable_adapter: "Use this to run inference on the base model" (Q5, U2)',
         f"disable {claim}",
         lambda i: specs(i, init),
     )
-    def body_6(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         x = inputs(spec)
         bound = oracle.forward(spec, layer.read(), x)[1]
         layer.enable(False)
         check.close(layer.forward(x), oracle.apply(spec, spec.W, spec.b, x), bound, spec.dtype, "the output, off")
 
+
+def _large_r(id: str, init: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-007",
+        id,
         f"{init}: r > min(in, out) is refused, or else everything holds with A (r, in) and B (out, r).",
         "there are min(in, out) singular triples, or columns of Q (D8)",
         f"{claim} errors",
         lambda i: specs(i, init, r=7),
     )
-    def body_7(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         try:
             state = start(implementation, spec)
         except Exception:
@@ -174,14 +199,18 @@ def _common(area: str, init: str, source: str) -> None:
         check.equal((state.A.shape, state.B.shape), ((7, n_in), (out, 7)), "the shapes of A and B with r = 7")
         keeps_the_sum(implementation, spec, check)
 
+
+def _merged(id: str, init: str, source: str) -> None:
+    claim = claim_of(init)
+
     @requirement(
-        f"{area}-008",
+        id,
         f"{init}: merging at the start gives W back.",
         f"{source}: {SHIFTED}",
         f"merge {claim}",
         lambda i: specs(i, init),
     )
-    def body_8(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         layer = implementation.layer(spec)
         state = layer.read()
         layer.merge()
@@ -200,9 +229,30 @@ def half(implementation: Implementation, init: str) -> Any:
     return st.builds(rounded, specs(implementation, init), st.sampled_from(dtypes))
 
 
-_common("PISSA", "pissa", PISSA)
-_common("OLORA", "olora", OLORA)
-_common("PISSANITER", "pissa_niter_16", PISSA)
+_sum("PISSA-001", "pissa", PISSA)
+_sum("OLORA-001", "olora", OLORA)
+_sum("PISSANITER-001", "pissa_niter_16", PISSA)
+_first_output("PISSA-002", "pissa", PISSA)
+_first_output("OLORA-002", "olora", OLORA)
+_first_output("PISSANITER-002", "pissa_niter_16", PISSA)
+_transposed("PISSA-003", "pissa")
+_transposed("OLORA-003", "olora")
+_transposed("PISSANITER-003", "pissa_niter_16")
+_sum_in_half("PISSA-004", "pissa", PISSA)
+_sum_in_half("OLORA-004", "olora", OLORA)
+_sum_in_half("PISSANITER-004", "pissa_niter_16", PISSA)
+_residual_in_half("PISSA-005", "pissa")
+_residual_in_half("OLORA-005", "olora")
+_residual_in_half("PISSANITER-005", "pissa_niter_16")
+_switched_off("PISSA-006", "pissa")
+_switched_off("OLORA-006", "olora")
+_switched_off("PISSANITER-006", "pissa_niter_16")
+_large_r("PISSA-007", "pissa")
+_large_r("OLORA-007", "olora")
+_large_r("PISSANITER-007", "pissa_niter_16")
+_merged("PISSA-008", "pissa", PISSA)
+_merged("OLORA-008", "olora", OLORA)
+_merged("PISSANITER-008", "pissa_niter_16", PISSA)
 
 
 def _alpha(id: str, init: str, what: str) -> None:

@@ -11,21 +11,8 @@ from ..generate import CONVOLUTIONS, LINEAR, MERGEABLE, inputs, layers
 from ..registry import requirement
 from .forward import made
 
-SHAPES = {
-    "linear": ("LoRA, arXiv 2106.09685, section 4.1 (D2)", "A is (r, in), B is (out, r)"),
-    "transposed": ("PEFT's documentation of fan_in_fan_out (D3)", "A is (r, in), B is (out, r), as of a linear layer"),
-    "embedding": ("loralib's Embedding (D4)", "A is (r, rows), B is (dimension, r)"),
-    "conv1d": ("PEFT's convolutions (D5)", "A is (r, in, kernel), B is (out, r)"),
-    "conv2d": ("PEFT's convolutions (D5)", "A is (r, in, *kernel), B is (out, r)"),
-    "conv3d": ("PEFT's convolutions (D5)", "A is (r, in, *kernel), B is (out, r)"),
-    "parameter": ("PEFT's documentation of target_parameters (D7)", "A is (r, in), B is (out, r)"),
-    "experts": ("PEFT's documentation of target_parameters (D7)", "each expert has A (r, in) and B (out, r)"),
-}
 
-
-def _shapes(id: str, kind: str) -> None:
-    source, sentence = SHAPES[kind]
-
+def _shapes(id: str, kind: str, source: str, sentence: str) -> None:
     @requirement(id, f"{kind}: {sentence}.", source, kind, lambda i: layers(i, (kind,)))
     def body(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
         state = implementation.layer(spec).read()
@@ -36,8 +23,24 @@ def _shapes(id: str, kind: str) -> None:
             check.equal(getattr(state, name).shape, want, f"the shape of {name}")
 
 
-for _number, _kind in enumerate(SHAPES, 1):
-    _shapes(f"SHAPE-{_number:03}", _kind)
+_shapes("SHAPE-001", "linear", "LoRA, arXiv 2106.09685, section 4.1 (D2)", "A is (r, in), B is (out, r)")
+_shapes(
+    "SHAPE-002",
+    "transposed",
+    "PEFT's documentation of fan_in_fan_out (D3)",
+    "A is (r, in), B is (out, r), as of a linear layer",
+)
+_shapes("SHAPE-003", "embedding", "loralib's Embedding (D4)", "A is (r, rows), B is (dimension, r)")
+_shapes("SHAPE-004", "conv1d", "PEFT's convolutions (D5)", "A is (r, in, kernel), B is (out, r)")
+_shapes("SHAPE-005", "conv2d", "PEFT's convolutions (D5)", "A is (r, in, *kernel), B is (out, r)")
+_shapes("SHAPE-006", "conv3d", "PEFT's convolutions (D5)", "A is (r, in, *kernel), B is (out, r)")
+_shapes("SHAPE-007", "parameter", "PEFT's documentation of target_parameters (D7)", "A is (r, in), B is (out, r)")
+_shapes(
+    "SHAPE-008",
+    "experts",
+    "PEFT's documentation of target_parameters (D7)",
+    "each expert has A (r, in) and B (out, r)",
+)
 
 
 @requirement(

@@ -95,8 +95,13 @@ def _default(id: str, kind: str) -> None:
         uniform(check, other, fan**-0.5, "A" if zero == "B" else "B")
 
 
-for _number, _kind in enumerate([k for k in MERGEABLE if k != "embedding"], 1):
-    _default(f"INIT-{_number:03}", _kind)
+_default("INIT-001", "linear")
+_default("INIT-002", "transposed")
+_default("INIT-003", "conv1d")
+_default("INIT-004", "conv2d")
+_default("INIT-005", "conv3d")
+_default("INIT-006", "parameter")
+_default("INIT-007", "experts")
 
 
 @requirement(

@@ -72,6 +72,11 @@ def test_there_are_requirements_with_sentences_and_sources() -> None:
         assert requirement.sentence.endswith(".") and requirement.source
 
 
+def test_every_id_is_written_out_where_its_requirement_is() -> None:
+    written = "".join(path.read_text(encoding="utf-8") for path in Path(spec_tests.__file__).parent.glob("areas/*.py"))
+    assert [id for id in REQUIREMENTS if f'"{id}"' not in written] == []
+
+
 def test_there_is_a_report_on_every_library() -> None:
     assert sorted(REPORTS) == sorted((*peers.LIGHT, *peers.HEAVY))
 

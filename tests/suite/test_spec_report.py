@@ -15,7 +15,7 @@ import pytest
 
 from lora_ref.tools.cli import main
 from spec_tests import causes, markdown, page, report, smoke
-from spec_tests.contract import CLAIMS, Implementation, Layer, LayerSpec, LayerState, Model, check_claims
+from spec_tests.contract import CLAIMS, Implementation, Layer, LayerSpec, LayerState, Model, ModelSpec, check_claims
 from spec_tests.engine import Result, examine, find, known_deviations, run, with_known
 from spec_tests.registry import load
 
@@ -126,6 +126,141 @@ def test_the_smoke_test_says_what_read_must_give(changed: Any, said: str) -> Non
         smoke.check(Odd())
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (
+            lambda y: y.tolist(),
+            r"linear: what forward\(x\) returns must be a float64 NumPy array, it is a list: convert it",
+        ),
+        (lambda y: y.astype(np.float32), r"what forward\(x\) returns must be .*, it is an array of float32"),
+        (
+            lambda y: y.T,
+            r"what forward\(x\) returns has the shape \(2, 4\), it must be \(4, 2\), for x of shape \(4, 3\)",
+        ),
+    ],
+)
+def test_the_smoke_test_says_what_forward_must_give(output: Any, said: str) -> None:
+    class OddLayer(TinyLayer):
+        def forward(self, x: np.ndarray, train: bool = False, seed: int = 0) -> Any:
+            return output(super().forward(x))
+
+    class Odd(Tiny):
+        def layer(self, spec: LayerSpec) -> Layer:
+            return OddLayer(spec)
+
+    with pytest.raises(TypeError, match=f"the adapter class of tiny is wrong .*{said}"):
+        smoke.check(Odd())
+
+
+def test_the_smoke_test_leaves_what_fails_inside_the_lora_to_the_requirements() -> None:
+    class Failing(TinyLayer):
+        def forward(self, x: np.ndarray, train: bool = False, seed: int = 0) -> np.ndarray:
+            raise ArithmeticError("it is the LoRA that fails")
+
+    class Odd(Tiny):
+        def layer(self, spec: LayerSpec) -> Layer:
+            return Failing(spec)
+
+    smoke.check(Odd())
+    assert outcomes(Odd(), "FORWARD-001") == {"FORWARD-001": "ERROR"}
+
+
+class TinyModel(Model):
+    def __init__(self, spec: ModelSpec) -> None:
+        r, alpha = spec.config["r"], spec.config["lora_alpha"]
+        ends = tuple(f".{name}" for name in spec.config["target_modules"])
+        self.spec, self.layers = spec, dict[str, TinyLayer]()
+        for name, module in spec.modules.items():
+            if f".{name}".endswith(ends):
+                self.layers[name] = TinyLayer(LayerSpec(module.kind, module.W, module.b, r=r, lora_alpha=float(alpha)))
+
+    def adapted(self, adapter: str = "default") -> dict[str, tuple[int, float]]:
+        return {name: (len(layer.state.A), layer.state.scaling) for name, layer in self.layers.items()}
+
+    def read(self, module: str, adapter: str = "default") -> LayerState:
+        return self.layers[module].read()
+
+    def forward(self, x: np.ndarray, *others: Any, **named: Any) -> np.ndarray:
+        for name, module in self.spec.modules.items():
+            if name in self.layers:
+                x = self.layers[name].forward(x)
+            elif module.kind == "norm":
+                x = x * module.W + (0 if module.b is None else module.b)
+            else:
+                x = x @ module.W.T + (0 if module.b is None else module.b)
+        return x
+
+
+class ModelsOnly(Implementation):
+    """LoRA for whole models: there is no layer of its own."""
+
+    name = "models"
+    claims = frozenset({"linear", "model", "float32"})
+
+    def model(self, spec: ModelSpec) -> Model:
+        return TinyModel(spec)
+
+
+class NoBase:
+    """The same, but it does not inherit from `Implementation`."""
+
+    name, claims, conventions = ModelsOnly.name, ModelsOnly.claims, ModelsOnly.conventions
+
+    def version(self) -> str:
+        return ""
+
+    def model(self, spec: ModelSpec) -> Model:
+        return TinyModel(spec)
+
+
+@pytest.mark.parametrize("made", [ModelsOnly, NoBase])
+def test_an_implementation_of_models_alone_is_accepted(made: type) -> None:
+    for implementation in (made(), report.Watched(made())):
+        found = list(run("nobody", implementation, lambda r: r.id in ("SCALE-001", "LAW-012"), "quick"))
+        assert {(r.id, r.outcome, r.message) for r in found} == {
+            ("SCALE-001", "UNSUPPORTED", "it has no layer of its own: it adapts whole models alone"),
+            ("LAW-012", "PASS", ""),
+        }
+
+
+def test_a_requirement_that_takes_errors_for_refusals_does_not_pass_without_a_layer() -> None:
+    sure = type("Sure", (ModelsOnly,), {"claims": ModelsOnly.claims | {"errors", "init:pissa"}})()
+    assert examine("nobody", sure, load()["PISSA-007"], "quick").outcome == "UNSUPPORTED"
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "said"),
+    [
+        ("adapted", lambda found: {"up": found["up"]}, r"adapted\(\) must give {module: \(r, s\)} of up, down"),
+        ("adapted", lambda found: {k: (1, 1) for k in found}, r"adapted\(\)\['up'\] must be \(r, s\)"),
+        ("read", lambda state: state._replace(W=state.W.T), r"read\('up'\)\.W is "),
+        ("read", lambda state: state._replace(A=state.A[0]), r"read\('up'\)\.A has the shape \(3,\)"),
+        ("forward", lambda y: y.T, r"forward\(x\) returns has the shape \(4, 5\), it must be \(5, 4\)"),
+        ("forward", lambda y: None, r"forward\(x\) returns must be a float64 NumPy array, it is a NoneType"),
+    ],
+)
+def test_the_smoke_test_tries_a_model(method: str, changed: Any, said: str) -> None:
+    def odd(self: TinyModel, *args: Any) -> Any:
+        return changed(getattr(TinyModel, method)(self, *args))
+
+    class Odd(ModelsOnly):
+        def model(self, spec: ModelSpec) -> Model:
+            return type("OddModel", (TinyModel,), {method: odd})(spec)
+
+    smoke.check(ModelsOnly())
+    with pytest.raises(TypeError, match=f"the adapter class of models is wrong .* model: .*{said}"):
+        smoke.check(Odd())
+
+
+def test_an_implementation_of_neither_layers_nor_models_is_told_what_to_write() -> None:
+    class Neither(Implementation):
+        claims = frozenset({"linear"})
+
+    with pytest.raises(TypeError, match="has no method layer: write layer"):
+        smoke.check(Neither())
+
+
 def test_the_script_of_a_failure_fails_alone(tmp_path: Path) -> None:
     result = examine(f"{__name__}:Doubled", Doubled(), load()["SCALE-001"], "quick")
     assert result.outcome == "FAIL" and "must be" in result.message
@@ -160,6 +295,47 @@ def test_find_says_what_there_is() -> None:
         find("nobody")
     with pytest.raises(ValueError, match="has no class Missing"):
         find(f"{__name__}:Missing")
+
+
+class Few(Tiny):
+    claims = frozenset({"linear", "transposed", "float32", "merge", "unload"})
+
+
+def test_claims_for_which_nothing_was_tried_are_named_with_what_the_nearest_requirement_lacks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watched = report.Watched(Few())
+    results = list(run("few", watched, lambda r: r.id in ("SCALE-001", "MERGE-001"), "quick"))
+    made = report.make(watched, results, "quick", None, watched.covered)
+    assert made["footer"]["untried"] == {"merge": "write is not claimed"}
+    report.validate(made)
+    older = json.loads(json.dumps(made))
+    del older["footer"]["untried"]
+    report.validate(older)
+    made["footer"]["untried"]["merge"] = 3
+    with pytest.raises(ValueError, match="untried: merge is 3"):
+        report.validate(made)
+    assert main(["check", f"{__name__}:Few", "--only", "MERGE-001", "--profile", "quick"]) == 0
+    assert "\n  merge: nothing tried, write is not claimed\n" in capsys.readouterr().out
+
+
+def test_a_kind_that_was_drawn_counts_as_tried_though_no_requirement_of_its_own_was() -> None:
+    rows = [{"id": "SHAPE-001", "outcome": "UNSUPPORTED", "message": "claims none of these"}]
+    assert report.untried({"linear"}, rows, {("kind", "linear")}) == {}
+    assert report.untried({"linear"}, rows, set()) == {"linear": "claims none of these"}
+
+
+def test_parts_that_are_put_together_leave_untried_what_none_of_them_tried() -> None:
+    def part(id: str, outcome: str) -> report.Report:
+        return report.make(Few(), [Result(id, outcome, "s", "s")], "quick")
+
+    needy = ("MERGE-001", "UNSUPPORTED"), ("MERGE-003", "UNSUPPORTED"), ("SHAPE-001", "PASS")
+    merged = {id: report.merge([part("MERGE-002", "UNSUPPORTED"), part(id, how)])[0] for id, how in needy}
+    assert [list(made["footer"]["untried"]) for made in merged.values()] == [
+        ["merge"],
+        ["merge"],
+        ["merge"],
+    ]
 
 
 # -- known deviations --------------------------------------------------------------------------
