@@ -68,6 +68,7 @@ CLAIMS = {
     "init:corda": "directions that matter for the inputs (needs data)",
     "init:eva": "principal components of the inputs (needs data)",
     "init:lora_ga": "directions of the gradient (needs data)",
+    "lora_ga:direction": "has LoRA-GA's option `direction` (init:lora_ga)",
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
     # starts beside everything else
     "converts": "saves an adapter whose start changes W as plain LoRA that fits the original base",
@@ -211,7 +212,7 @@ class LayerSpec:
         dtype: of the base weight: "float64", "float32", "float16" or "bfloat16". W and b are exact in it.
         init_options: loftq: {"bits", "iterations"}; corda: {"inputs": [X (tokens, in), ...], "method": "ipm" or
             "kpm"}; eva: {"inputs", "rho", "whiten"}; lora_ga: {"x" (tokens, in), "dy" (tokens, out)}, where the loss is
-            sum(dy * y).
+            sum(dy * y), and "direction": "ArB2r" or "A2rBr" (claim "lora_ga:direction").
         seed: the seed of everything random.
         base: options of the base layer, by name (claim "base_options"). A convolution: "groups" (W is then
             (out, in / groups, *kernel), and B is zero where an output does not belong to the group of a row of A) and

@@ -137,6 +137,8 @@ def start(init: bool | str, W: Array, kind: str, r: int, s: float, options: Any,
         U, _, Vt = np.linalg.svd(options["dy"].T @ options["x"], full_matrices=False)
         if 2 * r > len(Vt):
             raise ValueError(f"lora_ga needs 2 r <= min(in, out), r = {r}")
+        if options.get("direction") == "ArB2r":  # A gets the first r of the 2 r directions, and not the second
+            U, Vt = np.roll(U[:, : 2 * r], r, 1), np.roll(Vt[: 2 * r], r, 0)
         return Vt[r : 2 * r] * out**0.25 / 16, U[:, :r] * out**0.25 / 16
     if init == "pissa":
         U, S, Vt = np.linalg.svd(W, full_matrices=False)
