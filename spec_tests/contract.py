@@ -125,6 +125,7 @@ CLAIMS = {
     "decision:linear_combination": "'linear' combines A and B with the roots of the weights times s",
     "decision:scaling_of_now": "a combination has the scaling that its adapters have now, a changed one too",
     "decision:stays_off": "adapters that are switched off stay so, also where one is added and set",
+    "decision:loading_draws_nothing": "loading an adapter draws no random numbers",
     "decision:half_merge": "the update of a half precision weight is computed in float32 and rounded once",
     "float32_branch": "computes the branch of a half precision layer in float32",
     "exact_unmerge": "unmerging gives the base weight back bit for bit",

@@ -250,3 +250,47 @@ def overlook_011(implementation: Implementation, spec: ModelSpec, check: Check) 
     gives(check, model, spec, [], "the output, off")
     model.enable(True)
     gives(check, model, spec, [other], "the output, on again")
+
+
+def widths(implementation: Implementation) -> Any:
+    """A layer, and one of twice as many outputs, whose gradients have the same singular values."""
+    return st.builds(lambda spec: spec.but(r=1, W=np.eye(4, 6), b=None, dtype="float32"), lora_ga(implementation))
+
+
+@requirement(
+    "OVERLOOK-012",
+    "lora_ga: s B A at the start grows with the root of the number of outputs, whatever the gradient's size.",
+    "LoRA-GA, arXiv 2407.05000, algorithm 1: A and B are singular vectors times d_out^(1/4) / gamma each (R2)",
+    "linear init:lora_ga",
+    widths,
+    slow=2,
+)
+def overlook_012(implementation: Implementation, spec: LayerSpec, check: Check) -> None:
+    sizes = []
+    for out in (4, 8):
+        dy = np.diag([8.0, 4.0, 2.0, 1.0, 0.0, 0.0])[:, :4] @ np.eye(4, out)
+        made = spec.but(kind="linear", W=np.eye(out, 6), init_options={"x": np.eye(6), "dy": dy})
+        state = start(implementation, made)
+        sizes.append(np.linalg.norm(oracle.delta(state.A, state.B, state.scaling)))
+    check.close(sizes[1] / sizes[0], 2**0.5, 2.0, "float32", "s B A of 8 outputs, of that of 4", FACTOR)
+
+
+@requirement(
+    "OVERLOOK-013",
+    "Loading an adapter draws no random numbers: what is added next starts as it would without it.",
+    "lora_ref's decision: loading draws no numbers",
+    "model linear adapters files decision:loading_draws_nothing",
+    lambda i: st.builds(lambda seed: ModelSpec({"up": ModuleSpec("linear", np.eye(3))}, UP, seed=seed), seeds),
+    slow=2,
+)
+def overlook_013(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        implementation.model(spec).save(Path(place))
+        starts = []
+        for loads in (False, True):
+            model = implementation.model(spec)
+            if loads:
+                model.load(Path(place), "loaded")
+            model.add("next", spec.config)
+            starts.append(model.read("up", "next").A)
+    check.equal(starts[1], starts[0], "A of the next adapter")

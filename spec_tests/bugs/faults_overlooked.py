@@ -14,6 +14,12 @@ NAMES = "site.active = left or list(self.configs)[:1]"
 
 BUGS: tuple[Bug, ...] = ()
 MUTANTS: tuple[Bug, ...] = (
+    Bug("loading_draws_numbers", "self.rng = rng  #", "rng = self.rng  #"),
+    Bug(
+        "lora_ga_is_scaled_by_the_inputs",
+        'U, _, Vt = np.linalg.svd(options["dy"].T @ options["x"], full_matrices=False)',
+        'U, _, Vt = np.linalg.svd(options["dy"].T @ options["x"], full_matrices=False)\n        out = n_in',
+    ),
     Bug("a_combination_has_the_first_scaling", "concatenate([w * a.s * a.A", "concatenate([w * a.first_s * a.A"),
     Bug(
         "a_combination_scales_what_a_start_subtracts",

@@ -29,6 +29,7 @@ that the suite tests. `spec_tests.bugs.seeded` replaces single lines of it by fa
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -1086,7 +1087,7 @@ class PlainModel(Model):
         tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
         if config.get("init_lora_weights") not in (True, False):
             config["init_lora_weights"] = True  # the file replaces the first A and B
-        before, rng = dict(self.configs), self.rng
+        before, rng = dict(self.configs), copy.deepcopy(self.rng)
         self.add(adapter, config)
         try:
             self.fill(adapter, tensors)
@@ -1096,6 +1097,8 @@ class PlainModel(Model):
                 site.adapters.pop(adapter, None)
                 site.copies.pop(adapter, None)
             raise
+        finally:
+            self.rng = rng  # the numbers of the file replace what was drawn
 
     def fill(self, adapter: str, tensors: Mapping[str, Array]) -> None:
         """Set the tensors of an adapter to those of a file.

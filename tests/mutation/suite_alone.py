@@ -248,7 +248,7 @@ def handmade() -> list[dict[str, Any]]:
         code = (run.ROOT / change.file).read_text(encoding="utf-8")
         if code.count(change.old) != 1:
             raise ValueError(f"{change.file}: {change.old!r} stands there {code.count(change.old)} times, not once")
-        line = code[: code.index(change.old)].count("\n") + 1 + change.old.count("\n")
+        line = (code[: code.index(change.old)] + change.old.rstrip()).count("\n") + 1
         found.append({"module": change.file, "operator": "handmade", "line": line, "old": change.old,
                       "new": change.new, "shows": change.shows,
                       "source": code.replace(change.old, change.new)})  # fmt: skip
@@ -266,15 +266,25 @@ def numbered(mutants: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def keep(found: list[dict[str, Any]], chosen: Sequence[str], kind: str, path: Path = RESULTS) -> None:
-    """Put results in the place of the old ones of these modules and kind ("made" or "hand"); verdicts are kept."""
+def keep(
+    found: list[dict[str, Any]], chosen: Sequence[str], kind: str, path: Path = RESULTS, again: bool = False
+) -> None:
+    """Put results in the place of the old ones of these modules and kind ("made" or "hand"); verdicts are kept.
+
+    again: results of the same mutants only.
+    """
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"mutants": []}
     verdicts = {tuple(m[k] for k in KEY): m["verdict"] for m in old["mutants"] if m.get("verdict")}
     for mutant in found:
         mutant["kind"] = kind
         if mutant["outcome"] == "survived":
             mutant["verdict"] = verdicts.get(tuple(mutant[k] for k in KEY), "")
-    rest = [m for m in old["mutants"] if m["kind"] != kind or m["module"] not in chosen]
+    tried = {tuple(m[k] for k in KEY) for m in found}
+    rest = [
+        m
+        for m in old["mutants"]
+        if m["kind"] != kind or m["module"] not in chosen or (again and tuple(m[k] for k in KEY) not in tried)
+    ]
     both = sorted([*rest, *found], key=lambda m: (m["module"], m["kind"], m["line"], m["new"], m["occurrence"]))
     lines = ",\n".join(json.dumps(m, ensure_ascii=False) for m in both)
     head = json.dumps(counts(both), indent=1)
@@ -300,6 +310,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sample", type=int, default=0, help="mutants of each module; default: all")
     parser.add_argument("--seed", type=int, default=0, help="which (default: 0)")
     parser.add_argument("--only", nargs="+", default=[], help="areas of requirements; default: all")
+    parser.add_argument("--again", action="store_true", help="only those that survived the last time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to (default: suite.json)")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -321,6 +332,10 @@ def main(arguments: Sequence[str]) -> int:
         for module in chosen:
             there = numbered(run.mutants(module))
             drawn += run.sample(there, given.sample or len(there), random.Random(f"{given.seed} {module}"))
+    if given.again:
+        last = json.loads(given.out.read_text(encoding="utf-8"))["mutants"]
+        survivors = {tuple(m[k] for k in KEY) for m in last if m["outcome"] == "survived"}
+        drawn = [mutant for mutant in drawn if tuple(mutant[k] for k in KEY) in survivors]
     random.Random(given.seed).shuffle(drawn)
     parts = [run.CACHE / f"suite{i}.jsonl" for i in range(2)]
     for i, part in enumerate(parts):
@@ -330,7 +345,7 @@ def main(arguments: Sequence[str]) -> int:
     started = [subprocess.Popen([*command, str(part)]) for part in parts]
     failed = [process for process in started if process.wait()]
     results = list(run.finished(parts))
-    keep(results, chosen, "hand" if given.handmade else "made", given.out)
+    keep(results, chosen, "hand" if given.handmade else "made", given.out, given.again)
     for mutant in results:
         if mutant["outcome"] == "survived":
             print(f"survived: {mutant['module']}:{mutant['line']} {mutant['old']} -> {mutant['new']}")
