@@ -68,6 +68,7 @@ CLAIMS = {
     "init:corda": "directions that matter for the inputs (needs data)",
     "init:eva": "principal components of the inputs (needs data)",
     "init:lora_ga": "directions of the gradient (needs data)",
+    "lora_ga:direction": "has LoRA-GA's option `direction` (init:lora_ga)",
     "eva_ranks": "shares out the ranks of a model's layers by its inputs (init:eva)",
     # starts beside everything else
     "converts": "saves an adapter whose start changes W as plain LoRA that fits the original base",
@@ -122,6 +123,9 @@ CLAIMS = {
     "decision:pattern_order": "of several keys of a pattern that match, the first one counts",
     "decision:no_effect": "refuses a configuration that adapts nothing, and an option that has no effect",
     "decision:linear_combination": "'linear' combines A and B with the roots of the weights times s",
+    "decision:scaling_of_now": "a combination has the scaling that its adapters have now, a changed one too",
+    "decision:stays_off": "adapters that are switched off stay so, also where one is added and set",
+    "decision:loading_draws_nothing": "loading an adapter draws no random numbers",
     "decision:half_merge": "the update of a half precision weight is computed in float32 and rounded once",
     "float32_branch": "computes the branch of a half precision layer in float32",
     "exact_unmerge": "unmerging gives the base weight back bit for bit",
@@ -211,7 +215,7 @@ class LayerSpec:
         dtype: of the base weight: "float64", "float32", "float16" or "bfloat16". W and b are exact in it.
         init_options: loftq: {"bits", "iterations"}; corda: {"inputs": [X (tokens, in), ...], "method": "ipm" or
             "kpm"}; eva: {"inputs", "rho", "whiten"}; lora_ga: {"x" (tokens, in), "dy" (tokens, out)}, where the loss is
-            sum(dy * y).
+            sum(dy * y), and "direction": "ArB2r" or "A2rBr" (claim "lora_ga:direction").
         seed: the seed of everything random.
         base: options of the base layer, by name (claim "base_options"). A convolution: "groups" (W is then
             (out, in / groups, *kernel), and B is zero where an output does not belong to the group of a row of A) and

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 import lora_ref
+from lora_ref.init.options import LoraGAConfig
 
 from ..contract import CLAIMS, LayerSpec, LayerState
 from .peft_style import PeftStyle, PeftStyleModel, configuration, to_numpy, to_torch
@@ -42,6 +43,11 @@ class LoraRefTorch(PeftStyle):
             made = configuration(lora_ref, config)
             x, dy = (to_torch(spec.init_options[name], spec.dtype) for name in ("x", "dy"))
             lora_ref.preprocess_loraga(net, made, train_step=lambda: (net(x) * dy).sum().backward(), progress=False)
+
+    def layer_options(self, spec: LayerSpec) -> dict[str, Any]:
+        if spec.init_lora_weights == "lora_ga" and "direction" in spec.init_options:
+            return {"lora_ga_config": LoraGAConfig(direction=spec.init_options["direction"])}
+        return super().layer_options(spec)
 
     def after(self, model: PeftStyleModel, spec: LayerSpec) -> None:
         data = [to_torch(X, spec.dtype) for X in spec.init_options["inputs"]]

@@ -81,7 +81,8 @@ class Peft(PeftStyle):
 
     def layer_options(self, spec: LayerSpec) -> dict[str, Any]:
         if spec.init_lora_weights == "lora_ga":
-            return {"lora_ga_config": peft.tuners.lora.config.LoraGAConfig()}
+            options = {name: spec.init_options[name] for name in ("direction",) if name in spec.init_options}
+            return {"lora_ga_config": peft.tuners.lora.config.LoraGAConfig(**options)}
         return super().layer_options(spec)
 
     def prepare(self, net: nn.Module, config: dict[str, Any], spec: LayerSpec) -> None:

@@ -29,6 +29,7 @@ that the suite tests. `spec_tests.bugs.seeded` replaces single lines of it by fa
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -137,6 +138,8 @@ def start(init: bool | str, W: Array, kind: str, r: int, s: float, options: Any,
         U, _, Vt = np.linalg.svd(options["dy"].T @ options["x"], full_matrices=False)
         if 2 * r > len(Vt):
             raise ValueError(f"lora_ga needs 2 r <= min(in, out), r = {r}")
+        if options.get("direction") == "ArB2r":  # A gets the first r of the 2 r directions, and not the second
+            U, Vt = np.roll(U[:, : 2 * r], r, 1), np.roll(Vt[: 2 * r], r, 0)
         return Vt[r : 2 * r] * out**0.25 / 16, U[:, :r] * out**0.25 / 16
     if init == "pissa":
         U, S, Vt = np.linalg.svd(W, full_matrices=False)
@@ -1084,7 +1087,7 @@ class PlainModel(Model):
         tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
         if config.get("init_lora_weights") not in (True, False):
             config["init_lora_weights"] = True  # the file replaces the first A and B
-        before, rng = dict(self.configs), self.rng
+        before, rng = dict(self.configs), copy.deepcopy(self.rng)
         self.add(adapter, config)
         try:
             self.fill(adapter, tensors)
@@ -1094,6 +1097,8 @@ class PlainModel(Model):
                 site.adapters.pop(adapter, None)
                 site.copies.pop(adapter, None)
             raise
+        finally:
+            self.rng = rng  # the numbers of the file replace what was drawn
 
     def fill(self, adapter: str, tensors: Mapping[str, Array]) -> None:
         """Set the tensors of an adapter to those of a file.

@@ -25,17 +25,18 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import coverage
 import run
 
 ROOMS = ("lora_ref/core/", "lora_ref/init/", "lora_ref/api/", "lora_ref/files/")
 RESULTS = run.HERE / "suite.json"
-TRACE = run.CACHE / "suite_trace.json"
+TRACE = run.CACHE / "suite_trace.json"  # kept from run to run
+REACHED = run.CACHE / "suite_reached.json"  # of this run
 COLUMN = "lora_ref"
-QUICK, DEFAULT = 60.0, 120.0  # seconds of requirements for one mutant, by their own time at the quick profile
-TIMES = 3  # how much longer a requirement may take at the default profile, about
+QUICK, DEFAULT = 25.0, 25.0  # seconds of requirements for one mutant in each profile, by their own time
+TIMES = 4  # how much longer a requirement takes at the default profile
 KEY = ("module", "old", "new", "occurrence")
 
 
@@ -47,67 +48,80 @@ def modules() -> list[str]:
 # -- which requirement runs which line -------------------------------------------------------------
 
 
-def lines_of(action: Callable[[], object], within: str) -> dict[str, set[int]]:
+def lines_of(action: Callable[[], object], within: str) -> dict[str, list[int]]:
     """{file: the lines that the action runs} of the files below a folder; the paths are relative to its parent."""
-    found: dict[str, set[int]] = {}
-    start = len(str(Path(within).parent)) + 1
-
-    def local(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            found.setdefault(frame.f_code.co_filename[start:], set()).add(frame.f_lineno)
-        return local
-
-    def entered(frame: FrameType, event: str, _: Any) -> Any:
-        return local if frame.f_code.co_filename.startswith(within) else None
-
-    before = sys.gettrace()
-    sys.settrace(entered)
+    measured = coverage.Coverage(data_file=None, include=[f"{within}/*"], config_file=False)
+    measured.start()
     try:
         action()
     finally:
-        sys.settrace(before)
-    return found
+        measured.stop()
+    data = measured.get_data()
+    start = len(str(Path(within).parent)) + 1
+    return {file[start:]: sorted(data.lines(file) or ()) for file in data.measured_files()}
 
 
 def traced(id: str) -> tuple[str, float, dict[str, list[int]]]:
-    """One requirement at the quick profile: its seconds, and the lines that it runs."""
-    from spec_tests.engine import examine, find
+    """One requirement on a few examples: its seconds at the quick profile, about, and the lines that it runs."""
+    from spec_tests import engine
     from spec_tests.registry import load
 
     sys.modules["torch"].set_num_threads(1)
-    requirement, (name, implementation) = load()[id], find(COLUMN)
-    begun = time.perf_counter()
-    outcome = examine(name, implementation, requirement, "quick", shrink=False).outcome
-    seconds = time.perf_counter() - begun
-    if outcome != "PASS":
-        return id, seconds, {}
-    lines = lines_of(lambda: examine(name, implementation, requirement, "quick", shrink=False), f"{run.ROOT}/lora_ref")
-    return id, seconds, {file: sorted(numbers) for file, numbers in lines.items()}
+    requirement, (name, implementation) = load()[id], engine.find(COLUMN)
+    engine.PROFILES["trace"] = 5
+    results: list[engine.Result] = []
+    begun = time.process_time()
+    lines = lines_of(
+        lambda: results.append(engine.examine(name, implementation, requirement, "trace", shrink=False)),
+        f"{run.ROOT}/lora_ref",
+    )
+    examples = max(engine.PROFILES["quick"] // requirement.slow, 5)
+    seconds = round((time.process_time() - begun) * examples / 5, 3)
+    return id, seconds, lines if results[0].outcome == "PASS" else {}
 
 
 def trace(only: Sequence[str] = ()) -> dict[str, Any]:
-    """{"seconds": {id: s}, "lines": {module: {line: [ids]}}} of the requirements, and keep it."""
-    import torch  # noqa: F401 - once, before the forks
+    """{"seconds": {id: s}, "lines": {module: {line: [ids]}}} of the requirements.
 
+    What each runs is kept: only requirements of an area whose file has changed run again, or all if lora_ref has.
+    """
+    for name in ("torch", "safetensors.torch", "scipy.linalg"):
+        __import__(name)  # once, before the forks
+    from spec_tests.engine import find
     from spec_tests.registry import load
 
-    ids = [id for id, requirement in load().items() if not only or requirement.area in only]
-    found: dict[str, Any] = {"only": list(only), "source": source_stamp(), "seconds": {}, "lines": {}}
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        for id, seconds, files in pool.map(traced, ids):
-            if files:
-                found["seconds"][id] = round(seconds, 3)
-            for file, numbers in files.items():
-                for number in numbers:
-                    found["lines"].setdefault(file, {}).setdefault(str(number), []).append(id)
-    run.CACHE.mkdir(exist_ok=True)
-    TRACE.write_text(json.dumps(found), encoding="utf-8")
+    find(COLUMN)
+    shared = source_stamp()
+    kept = json.loads(TRACE.read_text(encoding="utf-8")) if TRACE.exists() else {}
+    known = kept.get("requirements", {}) if kept.get("source") == shared else {}
+    wanted = {
+        id: run.hashlib.sha256(Path(sys.modules[requirement.body.__module__].__file__ or "").read_bytes()).hexdigest()
+        for id, requirement in load().items()
+        if not only or requirement.area in only
+    }
+    missing = [id for id, stamp in wanted.items() if known.get(id, {}).get("stamp") != stamp]
+    if missing:
+        print(f"tracing {len(missing)} requirements", flush=True)
+        with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+            for done, (id, seconds, files) in enumerate(pool.map(traced, missing)):
+                if done % 50 == 0:
+                    print(f"  {done}", flush=True)
+                known[id] = {"stamp": wanted[id], "seconds": seconds, "files": files}
+        run.CACHE.mkdir(exist_ok=True)
+        TRACE.write_text(json.dumps({"source": shared, "requirements": known}), encoding="utf-8")
+    found: dict[str, Any] = {"seconds": {}, "lines": {}}
+    for id in wanted:
+        found["seconds"][id] = known[id]["seconds"]
+        for file, numbers in known[id]["files"].items():
+            for number in numbers:
+                found["lines"].setdefault(file, {}).setdefault(str(number), []).append(id)
+    REACHED.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
 def source_stamp() -> str:
-    """Changes when a line of lora_ref, or of the suite's requirements, does."""
-    paths = [path for room in ("lora_ref", "spec_tests") for path in sorted((run.ROOT / room).rglob("*.py"))]
+    """Changes when a line of lora_ref does, or of its class in spec_tests."""
+    paths = [*sorted((run.ROOT / "lora_ref").rglob("*.py")), *sorted((run.ROOT / "spec_tests/adapters").glob("*.py"))]
     return run.hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
@@ -195,7 +209,7 @@ def outcome(place: Path, mutant: dict[str, Any], plan: Plan, limit: float) -> di
 
 def work(part: Path) -> None:
     """Try the mutants of a file of JSON lines, and add their outcomes to another as they come."""
-    found = json.loads(TRACE.read_text(encoding="utf-8"))
+    found = json.loads(REACHED.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder, open(part.with_suffix(".done"), "a", encoding="utf-8") as done:
         place = run.copied(Path(folder))
         sys.path[:] = [str(place), *(path for path in sys.path if Path(path or ".").resolve() != run.ROOT)]
@@ -234,7 +248,7 @@ def handmade() -> list[dict[str, Any]]:
         code = (run.ROOT / change.file).read_text(encoding="utf-8")
         if code.count(change.old) != 1:
             raise ValueError(f"{change.file}: {change.old!r} stands there {code.count(change.old)} times, not once")
-        line = code[: code.index(change.old)].count("\n") + 1 + change.old.count("\n")
+        line = (code[: code.index(change.old)] + change.old.rstrip()).count("\n") + 1
         found.append({"module": change.file, "operator": "handmade", "line": line, "old": change.old,
                       "new": change.new, "shows": change.shows,
                       "source": code.replace(change.old, change.new)})  # fmt: skip
@@ -252,15 +266,25 @@ def numbered(mutants: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def keep(found: list[dict[str, Any]], chosen: Sequence[str], kind: str, path: Path = RESULTS) -> None:
-    """Put results in the place of the old ones of these modules and kind ("made" or "hand"); verdicts are kept."""
+def keep(
+    found: list[dict[str, Any]], chosen: Sequence[str], kind: str, path: Path = RESULTS, again: bool = False
+) -> None:
+    """Put results in the place of the old ones of these modules and kind ("made" or "hand"); verdicts are kept.
+
+    again: results of the same mutants only.
+    """
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"mutants": []}
     verdicts = {tuple(m[k] for k in KEY): m["verdict"] for m in old["mutants"] if m.get("verdict")}
     for mutant in found:
         mutant["kind"] = kind
         if mutant["outcome"] == "survived":
             mutant["verdict"] = verdicts.get(tuple(mutant[k] for k in KEY), "")
-    rest = [m for m in old["mutants"] if m["kind"] != kind or m["module"] not in chosen]
+    tried = {tuple(m[k] for k in KEY) for m in found}
+    rest = [
+        m
+        for m in old["mutants"]
+        if m["kind"] != kind or m["module"] not in chosen or (again and tuple(m[k] for k in KEY) not in tried)
+    ]
     both = sorted([*rest, *found], key=lambda m: (m["module"], m["kind"], m["line"], m["new"], m["occurrence"]))
     lines = ",\n".join(json.dumps(m, ensure_ascii=False) for m in both)
     head = json.dumps(counts(both), indent=1)
@@ -286,6 +310,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sample", type=int, default=0, help="mutants of each module; default: all")
     parser.add_argument("--seed", type=int, default=0, help="which (default: 0)")
     parser.add_argument("--only", nargs="+", default=[], help="areas of requirements; default: all")
+    parser.add_argument("--again", action="store_true", help="only those that survived the last time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to (default: suite.json)")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -297,10 +322,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = [name for name in known if not given.modules or any(part in name for part in given.modules)]
     if not chosen:
         parser.error(f"--modules {' '.join(given.modules)}: no module of {', '.join(ROOMS)} is called so")
-    found = json.loads(TRACE.read_text(encoding="utf-8")) if TRACE.exists() else {}
-    if found.get("source") != source_stamp() or found.get("only") != given.only:
-        print("tracing the requirements", flush=True)
-        trace(given.only)
+    trace(given.only)
     if given.handmade:
         drawn = [mutant for mutant in numbered(handmade()) if mutant["module"] in chosen]
         if given.sample:
@@ -310,6 +332,10 @@ def main(arguments: Sequence[str]) -> int:
         for module in chosen:
             there = numbered(run.mutants(module))
             drawn += run.sample(there, given.sample or len(there), random.Random(f"{given.seed} {module}"))
+    if given.again:
+        last = json.loads(given.out.read_text(encoding="utf-8"))["mutants"]
+        survivors = {tuple(m[k] for k in KEY) for m in last if m["outcome"] == "survived"}
+        drawn = [mutant for mutant in drawn if tuple(mutant[k] for k in KEY) in survivors]
     random.Random(given.seed).shuffle(drawn)
     parts = [run.CACHE / f"suite{i}.jsonl" for i in range(2)]
     for i, part in enumerate(parts):
@@ -319,7 +345,7 @@ def main(arguments: Sequence[str]) -> int:
     started = [subprocess.Popen([*command, str(part)]) for part in parts]
     failed = [process for process in started if process.wait()]
     results = list(run.finished(parts))
-    keep(results, chosen, "hand" if given.handmade else "made", given.out)
+    keep(results, chosen, "hand" if given.handmade else "made", given.out, given.again)
     for mutant in results:
         if mutant["outcome"] == "survived":
             print(f"survived: {mutant['module']}:{mutant['line']} {mutant['old']} -> {mutant['new']}")
