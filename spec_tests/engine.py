@@ -43,6 +43,7 @@ BUNDLED = {
     "keras_torch": "spec_tests.adapters.keras_torch_:KerasTorch",
     "transformers": "spec_tests.adapters.transformers_:Transformers",
     "lora_pytorch": "spec_tests.adapters.lora_pytorch_:LoraPytorch",
+    "adapters": "spec_tests.adapters.adapters_:Adapters",
 }
 
 
