@@ -42,6 +42,9 @@ BUNDLED = {
     "mlx": "spec_tests.adapters.mlx_:Mlx",
     "keras": "spec_tests.adapters.keras_:Keras",
     "keras_torch": "spec_tests.adapters.keras_torch_:KerasTorch",
+    "transformers": "spec_tests.adapters.transformers_:Transformers",
+    "lora_pytorch": "spec_tests.adapters.lora_pytorch_:LoraPytorch",
+    "adapters": "spec_tests.adapters.adapters_:Adapters",
 }
 
 

@@ -21,7 +21,7 @@ ROOT = HERE.parent
 PLACE = ROOT / ".peers"
 HEAVY = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
 RELEASES = ("0.5.0", "0.8.2", "0.10.0", "0.12.0", "0.14.0")  # 0.16 asks transformers for what is gone from it
-LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "parametrized")
+LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "parametrized", "transformers")
 
 
 def python_of(name: str) -> Path:

@@ -75,7 +75,9 @@ class TorchLayer(Layer):
             if value is not None:
                 value.grad = None
         torch.manual_seed(seed)
-        (self.module(given) * to_torch(dy, self.spec.dtype)).sum().backward()
+        y = self.module(given)
+        if y.requires_grad:  # nothing may train where the adapter is off
+            (y * to_torch(dy, self.spec.dtype)).sum().backward()
         grads = {k: None if v is None or v.grad is None else to_numpy(v.grad) for k, v in found.items()}
         if grads["W"] is not None:
             grads["W"] = self.turned(grads["W"])

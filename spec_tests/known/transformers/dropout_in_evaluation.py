@@ -1,0 +1,25 @@
+"""An adapter that is added to a model in evaluation drops its inputs there."""
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Model(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+    def __init__(self):
+        super().__init__(PreTrainedConfig())
+        self.linear = nn.Linear(8, 8)
+        self.post_init()
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+model = Model().eval()
+model.add_adapter(LoraConfig(r=1, target_modules=["linear"], lora_dropout=0.5, init_lora_weights=False))
+outputs = torch.stack([model(torch.ones(1, 8)) for _ in range(20)])
+print("model.training is", model.training, "and 20 outputs differ by", float(outputs.std(0).max()))
+assert not model.training and outputs.std(0).max() > 1e-3
