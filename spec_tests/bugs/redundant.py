@@ -42,6 +42,16 @@ REASONS = {
     "MODEL": "each looks at one operation on a whole model, which a library writes by itself and `plain` as a loop",
     "FILE": "each looks at one property of a folder; a fault in writing or reading breaks several of them at once",
     "ERROR": "each looks at one bad value, which a library refuses in code of its own, and `plain` in one condition",
+    "LAYEROPT UPDATE FUSED": (
+        "each looks at one option of a base layer or at one kind of factors, which a library follows in code of its own"
+    ),
+    "STRUCT NAMES ENCODER": (
+        "each looks at one structure or one kind of name; a library meets it in the walk through the model, in the "
+        "files and in the merge, `plain` in one dictionary"
+    ),
+    "HALF MODELGRAD": "a library rounds and differentiates in the kernels of its framework, `plain` in one line each",
+    "OWNFILE READER": "each looks at one property of a folder; a fault in reading breaks several of them at once",
+    "OVERLOOK": "each was written for a mistake in `lora_ref` that the others had let through",
     "LAW STATE": (
         "a law between operations: it finds what no single requirement looks at, so a fault that one looks at is found "
         "by both"
