@@ -45,6 +45,7 @@ BUNDLED = {
     "transformers": "spec_tests.adapters.transformers_:Transformers",
     "lora_pytorch": "spec_tests.adapters.lora_pytorch_:LoraPytorch",
     "adapters": "spec_tests.adapters.adapters_:Adapters",
+    "diffusers": "spec_tests.adapters.diffusers_:Diffusers",
 }
 
 

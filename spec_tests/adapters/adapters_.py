@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from .. import promises
-from ..contract import Array, Implementation, Layer, LayerSpec
+from ..contract import Implementation, Layer, LayerSpec
 from .peft_style import base_module
 from .torch_layer import TorchLayer
 
@@ -68,7 +68,8 @@ class TinyModel(transformers.PreTrainedModel):
         return self.embeddings
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.layers[0].down(x)  # type: ignore[no-any-return]
+        block: Any = self.layers[0]
+        return block.down(x)
 
 
 class AdaptersLayer(TorchLayer):

@@ -27,7 +27,7 @@ class TinyModel(transformers.PreTrainedModel):
 
     config_class = TinyConfig
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Any) -> None:
         super().__init__(TinyConfig())
         for name, module in chain.named_children():
             self.add_module(name, module)

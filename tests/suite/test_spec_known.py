@@ -26,13 +26,21 @@ def test_every_deviation_has_a_reason_and_a_script(path: Path) -> None:
     assert named == {f"{path.stem}/{script.name}" for script in (KNOWN / path.stem).glob("*.py")}
 
 
-@pytest.mark.parametrize("script", sorted((KNOWN / "peft").glob("*.py")), ids=lambda path: path.stem)
+HERE = ("peft", "transformers")  # what this environment has
+
+
+@pytest.mark.parametrize(
+    "script",
+    [script for name in HERE for script in sorted((KNOWN / name).glob("*.py"))],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_script_shows_it(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = script.read_text()
     assert "lora_ref" not in text and "spec_tests" not in text
-    about = tomllib.loads((KNOWN / "peft.toml").read_text())["version"]
-    if about != f"peft {version('peft')}":
+    name = script.parent.name
+    about = tomllib.loads((KNOWN / f"{name}.toml").read_text())["version"]
+    if about != f"{name} {version(name)}":
         pytest.skip(f"the list is about {about}")
     runpy.run_path(str(script))
     assert capsys.readouterr().out
