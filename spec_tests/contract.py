@@ -262,7 +262,7 @@ class LayerSpec:
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def __repr__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if not _is_default(f, getattr(self, f.name))]
+        changed = [f for f in dataclasses.fields(self) if not is_default(f, getattr(self, f.name))]
         return f"LayerSpec({', '.join(f'{f.name}={_shown(getattr(self, f.name))}' for f in changed)})"
 
     def but(self, **changes: Any) -> LayerSpec:
@@ -386,7 +386,7 @@ class ModelSpec:
         changed = "".join(
             f", {f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if not _is_default(f, getattr(self, f.name))
+            if not is_default(f, getattr(self, f.name))
         ).removeprefix(f", modules={self.modules!r}")
         return f"ModelSpec({dict(self.modules)!r}{changed})"
 
@@ -566,7 +566,8 @@ def check_claims(implementation: Implementation) -> None:
         raise TypeError(f"{implementation.name}: conventions {', '.join(unknown)}: there are {', '.join(CONVENTIONS)}")
 
 
-def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+def is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Has the field its default?"""
     if field.default is not dataclasses.MISSING:
         return value is field.default or (not isinstance(value, np.ndarray) and value == field.default)
     return field.default_factory is not dataclasses.MISSING and value == field.default_factory()

@@ -19,7 +19,7 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 
-from . import smoke
+from . import repros, smoke
 from .check import Broken, Check
 from .contract import DECISIONS, Implementation, Layer, LayerSpec, check_claims, has_layers
 from .registry import Requirement, Unsupported, load
@@ -227,18 +227,8 @@ def examine(
         return dataclasses.replace(result, outcome="UNSUPPORTED", message=NO_LAYER)
     result.examples, result.max_error_u = check.examples, check.max_error_u
     if result.outcome != "PASS":
-        result.repro = script(name, requirement, latest[0] if latest else None)
+        result.repro = repros.script(name, requirement.id, requirement.sentence, latest[0] if latest else None)
     return result
-
-
-def script(name: str, requirement: Requirement, case: Any) -> str:
-    """A script that shows the failure again."""
-    return (
-        f"# {requirement.id}: {requirement.sentence}\n"
-        "from numpy import array\n"
-        "from spec_tests import LayerSpec, ModelSpec, ModuleSpec, reproduce\n\n"
-        f"reproduce({name!r}, {requirement.id!r}, {case!r})\n"
-    )
 
 
 def reproduce(name: str, id: str, case: Any) -> None:

@@ -20,7 +20,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PLACE = ROOT / ".peers"
 HEAVY = sorted(path.stem for path in (HERE / "environments").glob("*.txt"))
-RELEASES = ("0.5.0", "0.8.2", "0.10.0", "0.12.0", "0.14.0")  # 0.16 asks transformers for what is gone from it
+RELEASES = (  # 0.16 and 0.17 do not run: they import from transformers what is gone from it
+    *("0.3.0", "0.4.0", "0.5.0", "0.6.2", "0.7.1", "0.8.2", "0.9.0", "0.10.0", "0.11.1", "0.12.0"),
+    *("0.13.2", "0.14.0", "0.15.2", "0.18.1", "0.19.0", "0.20.0"),
+)
 LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "parametrized", "transformers")
 
 

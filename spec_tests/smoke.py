@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def _state(
     call: str,
     state: Any,
     want: dict[str, Array | None],
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     if not isinstance(state, LayerState):
         raise _wrong(implementation, kind, f"{call} must give a LayerState, it gave a {type(state).__name__}")

@@ -1,8 +1,14 @@
-"""Hugging Face PEFT, any release: what a release has no option or class for is not claimed."""
+"""Hugging Face PEFT, any release: what a release has no option or class for is not claimed.
+
+Some releases import from torchao what it does not have any more: for these there is no torchao, whose quantised
+weights no requirement uses.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +18,10 @@ from torch import nn
 from .. import promises
 from ..contract import LayerSpec
 from .peft_style import PeftStyle, PeftStyleModel, configuration, to_torch
+
+RELEASE = tuple(int(part) for part in peft.__version__.split(".")[:2])
+if (0, 13) < RELEASE < (0, 19):  # they import from torchao what it does not have any more
+    importlib.import_module("peft.tuners.lora.torchao").is_torchao_available = lambda: False  # type: ignore[attr-defined]
 
 OPTION_OF = {
     "rslora": "use_rslora",
@@ -35,6 +45,7 @@ SINCE = {
     "batch": (0, 11),
     "init:orthogonal": (0, 17),
     "init:mica": (0, 20),
+    "experts": (0, 20),  # before, a stack of weights is read as (experts, in, out)
     "converts": (0, 12),
 }  # claim: the release whose notes announce it
 
@@ -42,11 +53,10 @@ SINCE = {
 def claims_of_this_release() -> frozenset[str]:
     """What the documentation promises, without what this release does not have yet."""
     options = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    release = tuple(int(part) for part in peft.__version__.split(".")[:2])
     missing = {claim for claim, option in OPTION_OF.items() if option not in options}
     layers = getattr(peft.tuners.lora, "layer", peft.tuners.lora)  # one module in early releases
     missing |= {claim for claim, name in CLASS_OF.items() if not hasattr(layers, name)}
-    missing |= {claim for claim, first in SINCE.items() if release < first}
+    missing |= {claim for claim, first in SINCE.items() if first > RELEASE}
     if not hasattr(getattr(peft, "helpers", None), "rescale_adapter_scale"):
         missing.add("scale_context")
     return promises.claims("peft") - missing
@@ -59,6 +69,15 @@ class PeftModel(PeftStyleModel):
         "prepare_layer_inputs_fn": lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
         "show_progress_bar": False,
     }
+
+    def adapted_net(self, folder: Path | None) -> Any:
+        if RELEASE < (0, 4):  # it asks every model for its configuration, as transformers' have one
+            self.net.config = {"model_type": "custom"}
+        return super().adapted_net(folder)
+
+    def config(self, options: Mapping[str, Any]) -> Any:
+        old = {"lora_dropout": 0.0} if RELEASE < (0, 4) else {}  # its default is None, which its layers cannot take
+        return super().config(old | dict(options))
 
     def save_start(self, folder: Path) -> None:
         """As the README of PEFT's PiSSA example has it: the start is saved as that of an ordinary adapter."""

@@ -72,6 +72,13 @@ def test_there_are_requirements_with_sentences_and_sources() -> None:
         assert requirement.sentence.endswith(".") and requirement.source
 
 
+def test_older_releases_of_peft_are_tried_from_0_3_on_in_order() -> None:
+    numbers = [tuple(map(int, release.split("."))) for release in peers.RELEASES]
+    assert len(numbers) >= 10 and numbers == sorted(set(numbers)) and numbers[0] == (0, 3, 0)
+    reported = {path.stem.removeprefix("peft-") for path in peers.HERE.glob("reports/releases/peft-*.json")}
+    assert reported <= set(peers.RELEASES)
+
+
 def test_every_id_is_written_out_where_its_requirement_is() -> None:
     written = "".join(path.read_text(encoding="utf-8") for path in Path(spec_tests.__file__).parent.glob("areas/*.py"))
     assert [id for id in REQUIREMENTS if f'"{id}"' not in written] == []

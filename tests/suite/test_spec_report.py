@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,12 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
 from lora_ref.tools.cli import main
-from spec_tests import causes, markdown, page, report, smoke
-from spec_tests.contract import CLAIMS, Implementation, Layer, LayerSpec, LayerState, Model, ModelSpec, check_claims
+from spec_tests import causes, markdown, page, report, repros, smoke
+from spec_tests.contract import (
+    CLAIMS,
+    Implementation,
+    Layer,
+    LayerSpec,
+    LayerState,
+    Model,
+    ModelSpec,
+    ModuleSpec,
+    check_claims,
+)
 from spec_tests.engine import Result, examine, find, known_deviations, run, with_known
 from spec_tests.registry import load
 
@@ -270,6 +282,71 @@ def test_the_script_of_a_failure_fails_alone(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=Path(__file__).parent, env={"PYTHONPATH": "."},
     )  # fmt: skip
     assert again.returncode == 1 and result.message in again.stderr
+
+
+def same(one: Any, two: Any) -> bool:
+    """Are they of one type, and equal bit for bit?"""
+    if isinstance(one, np.generic):
+        return same(one.item(), two)
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, np.ndarray):
+        return (one.dtype, one.shape, one.tobytes()) == (two.dtype, two.shape, two.tobytes())
+    if dataclasses.is_dataclass(one):
+        return all(same(getattr(one, field.name), getattr(two, field.name)) for field in dataclasses.fields(one))
+    if isinstance(one, dict):
+        return same(list(one.items()), list(two.items()))
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two) or (one != one and two != two)
+
+
+def read_again(case: Any) -> tuple[Any, list[str]]:
+    """What the script of a case makes of it, and the lines of the script."""
+    text = repros.script("some.package:Implementation", "SCALE-001", "A sentence.", case)
+    got: list[Any] = []
+    exec(text.replace(", reproduce", ""), {"reproduce": lambda name, id, found: got.append(found)})
+    return got[0], text.splitlines()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        None,
+        (np.arange(3.0),),
+        {"A": np.random.default_rng(0).standard_normal((9, 40)), "r": [1, (2,), ()]},
+        np.random.default_rng(1).standard_normal((2, 3, 4, 5)).astype(np.float32),
+        np.arange(2000),
+        np.zeros((0, 3)),
+        [np.array(3.5), np.array([-0.0, np.inf, -np.inf, np.nan]), np.float64(0.1), np.array([True, False])],
+        LayerSpec("linear", np.eye(20), None, init_options={"inputs": [np.ones((30, 20)) / 3]}),
+        (LayerSpec("linear", np.eye(2), np.ones(2), r=2), LayerState(np.eye(2), None, np.eye(2), np.eye(2), 1 / 3)),
+        ModelSpec({"a.b": ModuleSpec("linear", np.eye(12))}, {"r": 1, "target_modules": ["a"] * 40}, order=["a.b"] * 3),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_the_script_of_a_case_has_short_lines_and_is_exact(case: Any) -> None:
+    again, lines = read_again(case)
+    assert same(case, again)
+    assert max(map(len, lines)) <= 120
+
+
+def test_large_arrays_are_written_row_by_row() -> None:
+    _, lines = read_again({"A": np.ones((17, 4)), "B": np.ones((4, 4))})
+    assert lines.count(" " * 8 + "[1.0, 1.0, 1.0, 1.0],") == 17
+    assert sum(line.startswith("    'B': array([[1.0, 1.0, 1.0, 1.0], [1.0") for line in lines) == 1
+
+
+def test_the_scripts_of_generated_cases_are_exact() -> None:
+    plain, options = find("plain")[1], {"database": None, "deadline": None, "derandomize": True}
+
+    def body(case: Any) -> None:
+        again, lines = read_again(case)
+        assert same(case, again) and max(map(len, lines)) <= 120
+
+    for requirement in list(load().values())[::6]:
+        given = hypothesis.given(case=requirement.given(plain))(body)
+        hypothesis.settings(max_examples=2, suppress_health_check=list(hypothesis.HealthCheck), **options)(given)()
 
 
 def test_the_same_run_twice_gives_the_same_results_and_another_seed_other_cases() -> None:
