@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import Implementation, LayerSpec, ModelSpec, ModuleSpec
-from ..generate import reals, seeds
+from ..generate import claimed, reals, seeds
 from ..registry import requirement
 from .adapters_named import both, pairs
 from .inits_data import FACTOR, lora_ga, start
@@ -70,7 +70,7 @@ LAST = st.sampled_from(([], ["other"]))
     "OVERLOOK-003",
     "A module whose two names are both targeted is refused, or adapted once: its update acts once, merged and not.",
     f"torch.nn.Module.named_modules: a module that is there twice is one module; {SAME}",
-    "model linear model:held_twice merge",
+    "model linear write model:held_twice merge",
     held,
 )
 def overlook_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -175,16 +175,18 @@ UP = {"r": 2, "lora_alpha": 2, "target_modules": ["up"]}
     "The output of a bfloat16 layer and the updates of two active adapters are summed first, and rounded once.",
     "lora_ref's decision: the branches of a half precision layer are float32 (T2)",
     "model linear write adapters summed bfloat16 float32_branch",
-    lambda i: st.sampled_from((1.0, 4.0, 0.25)),
+    lambda i: st.tuples(st.sampled_from((1.0, 4.0, 0.25)), st.sampled_from(claimed(i, ("linear", "embedding")))),
 )
-def overlook_008(implementation: Implementation, size: float, check: Check) -> None:
+def overlook_008(implementation: Implementation, case: tuple[float, str], check: Check) -> None:
+    size, kind = case
     config = {"r": 1, "lora_alpha": 1, "target_modules": ["up"]}
-    model = implementation.model(ModelSpec({"up": ModuleSpec("linear", np.array([[256 * size]]))}, config, "bfloat16"))
+    model = implementation.model(ModelSpec({"up": ModuleSpec(kind, np.array([[256 * size]]))}, config, "bfloat16"))
     model.add("other", config)
     for adapter in ("default", "other"):  # 256 + 1 is no bfloat16, and 256 + 2 is
         model.write("up", np.array([[size]]), np.ones((1, 1)), adapter)
     model.set(["default", "other"])
-    check.equal(model.forward(np.ones((1, 1))), np.array([[258 * size]]), "the output")
+    x = np.ones((1, 1)) if kind == "linear" else np.zeros(1, dtype=np.int64)
+    check.equal(model.forward(x), np.array([[258 * size]]), "the output")
 
 
 @requirement(

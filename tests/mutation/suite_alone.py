@@ -27,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import coverage
 import run
 
 ROOMS = ("lora_ref/core/", "lora_ref/init/", "lora_ref/api/", "lora_ref/files/")
@@ -50,6 +49,8 @@ def modules() -> list[str]:
 
 def lines_of(action: Callable[[], object], within: str) -> dict[str, list[int]]:
     """{file: the lines that the action runs} of the files below a folder; the paths are relative to its parent."""
+    import coverage
+
     measured = coverage.Coverage(data_file=None, include=[f"{within}/*"], config_file=False)
     measured.start()
     try:
