@@ -70,7 +70,7 @@ LAST = st.sampled_from(([], ["other"]))
     "OVERLOOK-003",
     "A module whose two names are both targeted is refused, or adapted once: its update acts once, merged and not.",
     f"torch.nn.Module.named_modules: a module that is there twice is one module; {SAME}",
-    "model linear write model:held_twice merge",
+    "model linear write model:held_twice merge unmerge disable",
     held,
 )
 def overlook_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
@@ -83,6 +83,10 @@ def overlook_003(implementation: Implementation, spec: ModelSpec, check: Check) 
     acts(check, model, spec, [states], "the output")
     model.merge()
     acts(check, model, spec, [states], "the merged output")
+    model.unmerge()
+    restored(check, model, spec, [states], "W after unmerging")
+    model.enable(False)
+    acts(check, model, spec, [], "the output, off")
 
 
 def shared_out(implementation: Implementation) -> Any:
@@ -296,3 +300,24 @@ def overlook_013(implementation: Implementation, spec: ModelSpec, check: Check) 
             model.add("next", spec.config)
             starts.append(model.read("up", "next").A)
     check.equal(starts[1], starts[0], "A of the next adapter")
+
+
+@requirement(
+    "OVERLOOK-014",
+    "A trained copy of a module of a float64 model is saved and loaded with all its digits.",
+    "PEFT, LoraConfig.modules_to_save: modules that are set as trainable and saved in the final checkpoint (X5)",
+    "model linear modules_to_save files float64",
+    lambda i: st.builds(lambda s: ModelSpec({"up": EYE, "head": EYE}, {**UP, **HEAD}, "float64", s), seeds),
+    slow=2,
+)
+def overlook_014(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model, rng = implementation.model(spec), np.random.default_rng(spec.seed)
+    model.write_base("head", rng.standard_normal((3, 3)), rng.standard_normal(3))
+    x = np.concatenate([np.eye(3), np.zeros((1, 3))])
+    want = model.forward(x)
+    with tempfile.TemporaryDirectory() as place:
+        model.save(Path(place))
+        check.equal(implementation.load(spec, Path(place)).forward(x), want, "the output of the loaded adapter")
+
+
+EYE, HEAD = ModuleSpec("linear", np.eye(3), np.ones(3)), {"modules_to_save": ["head"]}
