@@ -19,9 +19,14 @@ from .inits_data import FACTOR, lora_ga, start
 from .merged_models import near, restored
 from .operations import fill, gives, small
 from .structures import SAME, squares
+from .structures import gives as acts
 
 TAKES_OVER = "PEFT, LoraLayer.delete_adapter: it also sets a new active adapter if the deleted one was active"
 DELETE = "PEFT, PeftModel.delete_adapter: it deletes an existing adapter"
+UP: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["up"]}
+HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
+EYE = ModuleSpec("linear", np.eye(3), np.ones(3))
+LAST = st.sampled_from(([], ["other"]))
 SHARES = {"ArB2r": (0, 1), "A2rBr": (1, 0)}  # which r of the first 2 r directions A and B get
 
 
@@ -63,9 +68,6 @@ def held(implementation: Implementation) -> Any:
     return st.builds(lambda spec, last: spec.but(target_modules=["shared", "again", *last]), specs, LAST)
 
 
-LAST = st.sampled_from(([], ["other"]))
-
-
 @requirement(
     "OVERLOOK-003",
     "A module whose two names are both targeted is refused, or adapted once: its update acts once, merged and not.",
@@ -74,8 +76,6 @@ LAST = st.sampled_from(([], ["other"]))
     held,
 )
 def overlook_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
-    from .structures import gives as acts
-
     model = check.tried(lambda: implementation.model(spec))
     if model is None:
         return
@@ -169,9 +169,6 @@ def overlook_007(implementation: Implementation, spec: ModelSpec, check: Check) 
         state = implementation.load(spec, Path(place)).read("up")
     check.equal(state.A, A, "A, loaded")
     check.equal(state.B, B, "B, loaded")
-
-
-UP = {"r": 2, "lora_alpha": 2, "target_modules": ["up"]}
 
 
 @requirement(
@@ -318,6 +315,3 @@ def overlook_014(implementation: Implementation, spec: ModelSpec, check: Check) 
     with tempfile.TemporaryDirectory() as place:
         model.save(Path(place))
         check.equal(implementation.load(spec, Path(place)).forward(x), want, "the output of the loaded adapter")
-
-
-EYE, HEAD = ModuleSpec("linear", np.eye(3), np.ones(3)), {"modules_to_save": ["head"]}
