@@ -12,16 +12,21 @@ from hypothesis import strategies as st
 from .. import oracle
 from ..check import Check
 from ..contract import Implementation, LayerSpec, ModelSpec, ModuleSpec
-from ..generate import reals, seeds
+from ..generate import claimed, reals, seeds
 from ..registry import requirement
 from .adapters_named import both, pairs
 from .inits_data import FACTOR, lora_ga, start
 from .merged_models import near, restored
 from .operations import fill, gives, small
 from .structures import SAME, squares
+from .structures import gives as acts
 
 TAKES_OVER = "PEFT, LoraLayer.delete_adapter: it also sets a new active adapter if the deleted one was active"
 DELETE = "PEFT, PeftModel.delete_adapter: it deletes an existing adapter"
+UP: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["up"]}
+HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
+EYE = ModuleSpec("linear", np.eye(3), np.ones(3))
+LAST = st.sampled_from(([], ["other"]))
 SHARES = {"ArB2r": (0, 1), "A2rBr": (1, 0)}  # which r of the first 2 r directions A and B get
 
 
@@ -63,19 +68,14 @@ def held(implementation: Implementation) -> Any:
     return st.builds(lambda spec, last: spec.but(target_modules=["shared", "again", *last]), specs, LAST)
 
 
-LAST = st.sampled_from(([], ["other"]))
-
-
 @requirement(
     "OVERLOOK-003",
     "A module whose two names are both targeted is refused, or adapted once: its update acts once, merged and not.",
     f"torch.nn.Module.named_modules: a module that is there twice is one module; {SAME}",
-    "model linear model:held_twice merge",
+    "model linear write model:held_twice merge unmerge disable",
     held,
 )
 def overlook_003(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
-    from .structures import gives as acts
-
     model = check.tried(lambda: implementation.model(spec))
     if model is None:
         return
@@ -83,6 +83,10 @@ def overlook_003(implementation: Implementation, spec: ModelSpec, check: Check) 
     acts(check, model, spec, [states], "the output")
     model.merge()
     acts(check, model, spec, [states], "the merged output")
+    model.unmerge()
+    restored(check, model, spec, [states], "W after unmerging")
+    model.enable(False)
+    acts(check, model, spec, [], "the output, off")
 
 
 def shared_out(implementation: Implementation) -> Any:
@@ -167,24 +171,23 @@ def overlook_007(implementation: Implementation, spec: ModelSpec, check: Check) 
     check.equal(state.B, B, "B, loaded")
 
 
-UP = {"r": 2, "lora_alpha": 2, "target_modules": ["up"]}
-
-
 @requirement(
     "OVERLOOK-008",
     "The output of a bfloat16 layer and the updates of two active adapters are summed first, and rounded once.",
     "lora_ref's decision: the branches of a half precision layer are float32 (T2)",
     "model linear write adapters summed bfloat16 float32_branch",
-    lambda i: st.sampled_from((1.0, 4.0, 0.25)),
+    lambda i: st.tuples(st.sampled_from((1.0, 4.0, 0.25)), st.sampled_from(claimed(i, ("linear", "embedding")))),
 )
-def overlook_008(implementation: Implementation, size: float, check: Check) -> None:
+def overlook_008(implementation: Implementation, case: tuple[float, str], check: Check) -> None:
+    size, kind = case
     config = {"r": 1, "lora_alpha": 1, "target_modules": ["up"]}
-    model = implementation.model(ModelSpec({"up": ModuleSpec("linear", np.array([[256 * size]]))}, config, "bfloat16"))
+    model = implementation.model(ModelSpec({"up": ModuleSpec(kind, np.array([[256 * size]]))}, config, "bfloat16"))
     model.add("other", config)
     for adapter in ("default", "other"):  # 256 + 1 is no bfloat16, and 256 + 2 is
         model.write("up", np.array([[size]]), np.ones((1, 1)), adapter)
     model.set(["default", "other"])
-    check.equal(model.forward(np.ones((1, 1))), np.array([[258 * size]]), "the output")
+    x = np.ones((1, 1)) if kind == "linear" else np.zeros(1, dtype=np.int64)
+    check.equal(model.forward(x), np.array([[258 * size]]), "the output")
 
 
 @requirement(
@@ -294,3 +297,21 @@ def overlook_013(implementation: Implementation, spec: ModelSpec, check: Check) 
             model.add("next", spec.config)
             starts.append(model.read("up", "next").A)
     check.equal(starts[1], starts[0], "A of the next adapter")
+
+
+@requirement(
+    "OVERLOOK-014",
+    "A trained copy of a module of a float64 model is saved and loaded with all its digits.",
+    "PEFT, LoraConfig.modules_to_save: modules that are set as trainable and saved in the final checkpoint (X5)",
+    "model linear modules_to_save files float64",
+    lambda i: st.builds(lambda s: ModelSpec({"up": EYE, "head": EYE}, {**UP, **HEAD}, "float64", s), seeds),
+    slow=2,
+)
+def overlook_014(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    model, rng = implementation.model(spec), np.random.default_rng(spec.seed)
+    model.write_base("head", rng.standard_normal((3, 3)), rng.standard_normal(3))
+    x = np.concatenate([np.eye(3), np.zeros((1, 3))])
+    want = model.forward(x)
+    with tempfile.TemporaryDirectory() as place:
+        model.save(Path(place))
+        check.equal(implementation.load(spec, Path(place)).forward(x), want, "the output of the loaded adapter")

@@ -14,6 +14,11 @@ NAMES = "site.active = left or list(self.configs)[:1]"
 
 BUGS: tuple[Bug, ...] = ()
 MUTANTS: tuple[Bug, ...] = (
+    Bug(
+        "a_loaded_copy_is_float32",
+        "site.copies[adapter] = [W, None",
+        'site.copies[adapter] = [rounded(W, "float32"), None',
+    ),
     Bug("loading_draws_numbers", "self.rng = rng  #", "rng = self.rng  #"),
     Bug(
         "lora_ga_is_scaled_by_the_inputs",

@@ -2,7 +2,7 @@
 
     python tests/mutation/run.py --suite                                   all of core, init, api and files
     python tests/mutation/run.py --suite --modules core/layer --sample 20  a part
-    python tests/mutation/run.py --suite --handmade                        the changes of handmade.py
+    python tests/mutation/run.py --handmade                        the changes of handmade.py
 
 Once, each requirement is run on lora_ref, and the lines that it runs are kept. A mutant is then given to the
 requirements that run its line, the quickest first, at the quick profile and, if it survives, at the default one; the
@@ -27,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import coverage
 import run
 
 ROOMS = ("lora_ref/core/", "lora_ref/init/", "lora_ref/api/", "lora_ref/files/")
@@ -50,6 +49,8 @@ def modules() -> list[str]:
 
 def lines_of(action: Callable[[], object], within: str) -> dict[str, list[int]]:
     """{file: the lines that the action runs} of the files below a folder; the paths are relative to its parent."""
+    import coverage
+
     measured = coverage.Coverage(data_file=None, include=[f"{within}/*"], config_file=False)
     measured.start()
     try:
@@ -99,6 +100,8 @@ def trace(only: Sequence[str] = ()) -> dict[str, Any]:
         for id, requirement in load().items()
         if not only or requirement.area in only
     }
+    if not wanted:
+        raise SystemExit(f"--only {' '.join(only)}: no requirement is of these areas")
     missing = [id for id, stamp in wanted.items() if known.get(id, {}).get("stamp") != stamp]
     if missing:
         print(f"tracing {len(missing)} requirements", flush=True)
@@ -309,7 +312,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--modules", nargs="+", default=[], help="parts of the modules' names; default: all")
     parser.add_argument("--sample", type=int, default=0, help="mutants of each module; default: all")
     parser.add_argument("--seed", type=int, default=0, help="which (default: 0)")
-    parser.add_argument("--only", nargs="+", default=[], help="areas of requirements; default: all")
+    parser.add_argument("--only", nargs="+", default=[], help="areas of requirements, as LORAGA; default: all")
     parser.add_argument("--again", action="store_true", help="only those that survived the last time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to (default: suite.json)")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
