@@ -3,8 +3,11 @@
     python -m spec_tests.bugs.matrix            compare with kill_matrix.json, and say what has changed
     python -m spec_tests.bugs.matrix --write    compute it anew, and write it
 
-It is the same on every run: Hypothesis draws its examples without randomness. A requirement is tried on a bug only
-if, on the sound implementation, its examples run the statement that the bug changes; otherwise both implementations do
+Hypothesis draws its examples without randomness, so the same sources give the same matrix. A bug is tried on the
+requirements that found it before and on those of its own area; on others until ENOUGH have found it; and on a
+requirement that finds nothing else. So a row is long enough to see who is alone, and not all that would fail.
+
+A requirement is tried on a bug only if, on the sound implementation, its examples run the statement that the bug changes; otherwise both implementations do
 the same thing on the same examples. Failures are not shrunk, which does not change what fails.
 """
 
@@ -29,9 +32,10 @@ from ..reference.plain import Plain
 from ..registry import Requirement, load
 from . import bad, redundant
 from .harmless import VARIANTS
-from .seeded import ALL, Bug, broken, compiled, source
+from .seeded import ALL, AREA, Bug, broken, compiled, source
 
 FILE = Path(__file__).with_name("kill_matrix.json")
+ENOUGH = 6  # requirements in a row
 SMOKE = "SMOKE"  # the check of the adapter class found it, before any requirement
 
 
@@ -156,9 +160,36 @@ def _in_processes(action: Any, parts: list[Any], processes: int = 2) -> dict[Any
         return {k: v for result in pool.map(action, parts) for k, v in result.items()}
 
 
+def _at_home(bug: str, id: str) -> bool:
+    """Is the requirement of the area that the bug was planted for?"""
+    module = load()[id].body.__module__.rpartition(".")[2]
+    return bug in AREA and module.split("_")[0] == AREA[bug].split("_")[0]
+
+
 def _rows(work: list[tuple[str, list[str]]]) -> dict[str, list[str]]:
-    bugs = {bug.name: bug for bug in ALL}
-    return {name: row(broken(bugs[name]), ids, bugs[name].profile) for name, ids in work}
+    bugs, before = {bug.name: bug for bug in ALL}, committed()["bugs"] if FILE.exists() else {}
+    rows = {}
+    for name, ids in work:
+        made, profile = broken(bugs[name]), bugs[name].profile
+        first = [id for id in ids if id in before.get(name, {}).get("fails", ()) or _at_home(name, id)]
+        found = row(made, first, profile)
+        for id in (id for id in ids if id not in first):
+            if len(found) >= ENOUGH:
+                break
+            found += [id] if fails(made, load()[id], profile) else []
+        rows[name] = sorted(found)
+    return rows
+
+
+def _first_of(work: list[tuple[str, list[str]]]) -> dict[str, str]:
+    """{requirement: a bug that it finds}, of requirements with the bugs that they are to be tried on."""
+    bugs, found = {bug.name: bug for bug in ALL}, {}
+    for id, names in work:
+        for name in names:
+            if fails(broken(bugs[name]), load()[id], bugs[name].profile):
+                found[id] = name
+                break
+    return found
 
 
 def _counts(names: list[str]) -> dict[str, dict[str, int]]:
@@ -169,6 +200,9 @@ def compute() -> dict[str, Any]:
     """The matrix: {"bugs": {name: {"link", "fails"}}, "bad": {class: counts}, and what follows for requirements}."""
     reached = [(bug.name, reach()[bug.name]) for bug in ALL]
     rows = _in_processes(_rows, _dealt(sorted(reached, key=lambda item: len(item[1])), 16))
+    left = {id: sorted((name for name, ids in reached if id in ids), key=lambda n: len(rows[n])) for id in idle(rows)}
+    for id, name in _in_processes(_first_of, _dealt(list(left.items()), 8)).items():
+        rows[name] = sorted([*rows[name], id])
     only = only_killers(rows)
     return {
         "bugs": {bug.name: {"link": bug.url, "fails": rows[bug.name]} for bug in ALL},

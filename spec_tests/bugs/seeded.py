@@ -1473,11 +1473,14 @@ MUTANTS = (
         '"rank_pattern": ranks}\n\n    def unload',
     ),
 )
+#: {name of a fault: the area's module that it was planted for}, as far as it was planted for one
+AREA: dict[str, str] = {}
 # the faults of one area each, in files of their own: BUGS with a link to a public report, MUTANTS without
 for _module in sorted(each.name for each in pkgutil.iter_modules([str(Path(__file__).parent)])):
     if _module.startswith("faults_"):
         _faults = importlib.import_module(f"{__package__}.{_module}")
         BUGS, MUTANTS = BUGS + _faults.BUGS, MUTANTS + _faults.MUTANTS
+        AREA |= dict.fromkeys((bug.name for bug in _faults.BUGS + _faults.MUTANTS), _module.removeprefix("faults_"))
 ALL = BUGS + MUTANTS
 # no requirement looks at what these change, yet
 NOT_FOUND: frozenset[str] = frozenset()  # names of bugs that no requirement finds yet
