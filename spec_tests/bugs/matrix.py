@@ -7,8 +7,9 @@ Hypothesis draws its examples without randomness, so the same sources give the s
 requirements that found it before and on those of its own area; on others until ENOUGH have found it; and on a
 requirement that finds nothing else. So a row is long enough to see who is alone, and not all that would fail.
 
-A requirement is tried on a bug only if, on the sound implementation, its examples run the statement that the bug changes; otherwise both implementations do
-the same thing on the same examples. Failures are not shrunk, which does not change what fails.
+A requirement is tried on a bug only if, on the sound implementation, its examples run the statement that the bug
+changes; otherwise both implementations do the same thing on the same examples. Failures are not shrunk, which does not
+change what fails.
 """
 
 from __future__ import annotations
