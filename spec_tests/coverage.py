@@ -10,11 +10,11 @@ from .registry import load
 
 STATEMENTS = Path(__file__).with_name("statements.md")
 WITHOUT = {
-    "Z1 Z3 Z4 N13 U10": "options that lora_ref refuses by name",
+    "Z1 Z3 Z4 U10": "options that lora_ref refuses by name",
     "X6": "looks at methods that only a transformers model has",
     "E2": "needs two layers that are given the same tensor, and the models of the contract are chains",
     "E4": "how soon EVA may stop reading is left open; what it must find is not",
-    "V1 V4": "how PEFT's script names folders; V2, V3 and V5 say what has to come out",
+    "V4": "how PEFT's script names folders; V2, V3 and V5 say what has to come out",
     "X7": "which keys a configuration has beyond those that are read",
 }
 
