@@ -51,8 +51,14 @@ ABOUT_REPORTS = (
     "--deselect=tests/book/test_readme.py::test_generated_tables_are_up_to_date[tests/README.md]",
 )
 SUITE = ("lora_ref", "spec_tests")
-#: The tests compare numbers by it. The suite takes nothing from it but the unit roundoffs.
-BESIDE_THE_SUITE = ("spec_tests/rounding.py",)
+#: The tests compare numbers by the first; the suite takes nothing from it but the unit roundoffs. The others show what
+#: the suite has found, or help to write a requirement: no result depends on them.
+SHOWN_BY = ("causes", "clauses", "command", "coverage", "markdown", "new", "peers")
+BESIDE_THE_SUITE = (
+    "spec_tests/rounding.py",
+    *(f"spec_tests/{name}.py" for name in SHOWN_BY),
+    *sorted((ROOT / "spec_tests" / "page").glob("*.py")),
+)
 MATRIX = "spec_tests/bugs/kill_matrix.json"
 LONG = (
     "02_scaling",
