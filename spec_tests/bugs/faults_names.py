@@ -63,16 +63,19 @@ MUTANTS: tuple[Bug, ...] = (
         "a_module_named_base_layer_trains",
         TRAINS,
         TRAINS + ' | {f"{n}.weight" for n in self.sites if "base_layer" in n}',
+        profile="default",
     ),
     Bug(
-        "a_module_named_base_layer_is_not_loaded",
+        "a_module_with_lora_in_its_name_is_not_loaded",
         WRITES,
-        'site.write(adapter, A, B.reshape(B.shape[:2]) * ("base_layer" not in name))',
+        'site.write(adapter, A, B.reshape(B.shape[:2]) * ("lora" not in name))',
+        profile="default",
     ),
     Bug(
         "a_module_named_base_layer_is_unloaded_without_its_update",
         "W, b = site.held if merge and site.merged else site.W, site.b",
         'W, b = site.held if merge and site.merged and "base_layer" not in name else site.W, site.b',
+        profile="default",
     ),
     Bug(
         "adapters_whose_names_go_on_are_set_too",

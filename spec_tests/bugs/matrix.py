@@ -2,6 +2,7 @@
 
     python -m spec_tests.bugs.matrix            compare with kill_matrix.json, and say what has changed
     python -m spec_tests.bugs.matrix --write    compute it anew, and write it
+    python -m spec_tests.bugs.matrix --write --only NAME ...    the rows of these faults, which alone have changed
 
 Hypothesis draws its examples without randomness, so the same sources give the same matrix. A bug is tried on the
 requirements that found it before and on those of its own area; on others until ENOUGH have found it; and on a
@@ -197,30 +198,40 @@ def _counts(names: list[str]) -> dict[str, dict[str, int]]:
     return {kind.__name__: bad.counts(kind) for kind in bad.COUNTED if kind.__name__ in names}
 
 
-def compute() -> dict[str, Any]:
-    """The matrix: {"bugs": {name: {"link", "fails"}}, "bad": {class: counts}, and what follows for requirements}."""
-    reached = [(bug.name, reach()[bug.name]) for bug in ALL]
-    rows = _in_processes(_rows, _dealt(sorted(reached, key=lambda item: len(item[1])), 16))
+def compute(only: Iterable[str] = ()) -> dict[str, Any]:
+    """The matrix: {"bugs": {name: {"link", "fails"}}, "bad": {class: counts}, and what follows for requirements}.
+
+    only: faults, whose rows are computed; the other rows, and what they have proved, are those of the file.
+    """
+    names = set(only) or {bug.name for bug in ALL}
+    before = committed() if only else {"bugs": {}}
+    reached = [(bug.name, reach()[bug.name]) for bug in ALL if bug.name in names]
+    rows = {name: about["fails"] for name, about in before["bugs"].items()} | _in_processes(
+        _rows, _dealt(sorted(reached, key=lambda item: len(item[1])), 16)
+    )
     left = {id: sorted((name for name, ids in reached if id in ids), key=lambda n: len(rows[n])) for id in idle(rows)}
     for id, name in _in_processes(_first_of, _dealt(list(left.items()), 8)).items():
         rows[name] = sorted([*rows[name], id])
-    only = only_killers(rows)
+    rows = {bug.name: rows[bug.name] for bug in ALL}
+    alone = only_killers(rows)
     return {
         "bugs": {bug.name: {"link": bug.url, "fails": rows[bug.name]} for bug in ALL},
-        "bad": _in_processes(_counts, [[kind.__name__] for kind in bad.COUNTED]),
-        "only": only,
-        "redundant": redundant.beside(rows, never_alone(only)),
+        "bad": before.get("bad") or _in_processes(_counts, [[kind.__name__] for kind in bad.COUNTED]),
+        "only": alone,
+        "redundant": redundant.beside(rows, never_alone(alone)),
         "idle": idle(rows),
-        "unproven": _unproven(rows),
+        "unproven": _unproven(rows, before.get("unproven")),
     }
 
 
-def _unproven(rows: dict[str, list[str]]) -> dict[str, list[int]]:
-    """{area's module: which of its `check` calls can be taken out without any bug getting through}."""
+def _unproven(rows: dict[str, list[str]], before: Mapping[str, list[int]] | None = None) -> dict[str, list[int]]:
+    """{area's module: which of its `check` calls can be taken out without any bug getting through}, of those of
+    `before`, or of all."""
     from . import removal
 
     found: dict[str, list[int]] = {}
-    parts = [(calls, rows) for calls in _dealt(removal.calls(), 8)]
+    tried = [call for call in removal.calls() if before is None or call.number in before.get(call.module, ())]
+    parts = [(calls, rows) for calls in _dealt(tried, 8)]
     for call, unseen in sorted(_in_processes(removal.unproven, parts).items()):
         if unseen:
             found.setdefault(call.module, []).append(call.number)
@@ -271,11 +282,13 @@ def text(matrix: Mapping[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m spec_tests.bugs.matrix", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write kill_matrix.json instead of comparing with it")
-    write = parser.parse_args(arguments).write
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=[bug.name for bug in ALL])
+    given = parser.parse_args(arguments)
+    write = given.write
     unsound = [result for result in engine.run("plain", Plain(), profile="quick") if result.outcome != "PASS"]
     for result in unsound:
         print(f"LEFT OUT, for the sound implementation does not pass it: {result.id} {result.outcome} {result.message}")
-    matrix = compute()
+    matrix = compute(given.only)
     alive = [name for name, about in matrix["bugs"].items() if not about["fails"]]
     print(f"{len(matrix['bugs'])} bugs, {len(matrix['bugs']) - len(alive)} found by {len(load())} requirements")
     if alive:

@@ -604,6 +604,7 @@ MUTANTS = (
         "layer_1_is_10",
         NUMBER,
         "return found is not None and any(found[1].startswith(str(w)) for w in ([wanted] if isinstance(wanted, int) else wanted))",
+        profile="default",
     ),
     Bug("layers_pattern_anywhere", "(?:^|.*?\\.)(?:{pattern})", ".*?(?:{pattern})"),
     Bug("pattern_needs_no_end", KEY, KEY.replace("$", "")),
@@ -1243,7 +1244,7 @@ MUTANTS = (
     Bug(
         "drops_until_it_has_been_trained",
         "        if rng is not None and p > 0:",
-        "        seen, self.seen = getattr(self, 'seen', False), getattr(self, 'seen', False) or rng is not None\n        rng = rng or (None if seen else np.random.default_rng(0))\n        if rng is not None and p > 0:",
+        "        seen, self.trained = getattr(self, 'trained', False), getattr(self, 'trained', False) or rng is not None\n        rng = rng or (None if seen else np.random.default_rng(0))\n        if rng is not None and p > 0:",
     ),
     Bug(
         "drops_once_it_has_been_trained",
@@ -1449,6 +1450,7 @@ MUTANTS = (
         "eva_s_shares_are_variances_and_no_ratios",
         "for share in (S**2 / (S**2).sum())[:most]]",
         "for share in (S**2 * (1 + len(offers)))[:most]]",
+        profile="default",
     ),
     Bug(
         "eva_gives_one_direction_more",
@@ -1465,6 +1467,7 @@ MUTANTS = (
         "eva_adjusts_alpha_by_the_rank_with_rslora_too",
         'alpha *= math.sqrt(rank / a.r) if c["use_rslora"] else rank / a.r',
         "alpha *= rank / a.r",
+        profile="default",
     ),
     Bug("eva_always_adjusts", 'if eva["adjust_scaling_factors"]:', "if True:"),
     Bug(
