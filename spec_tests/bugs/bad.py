@@ -84,7 +84,7 @@ REFUSED: dict[type[Implementation], str] = {
     WrongOrientation: r"read\(\)\.W",
     WrongPrecision: r"read\(\)\.A must be a float64",
     InventedBias: "so None is due",
-    Absent: "NotImplementedError",
+    Absent: "it has no method layer",
     Modest: "claims no kind of layer",
     UnknownClaim: "claims teleport",
     UnknownConvention: "conventions upside_down",

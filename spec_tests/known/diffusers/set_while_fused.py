@@ -29,5 +29,4 @@ model.fuse_lora()
 model.set_adapters("two")
 off = {name: float((model(x) - y).detach().abs().max()) for name, y in outputs.items()}
 print("active:", model.active_adapters(), "and the output is off that of each adapter alone by", off)
-assert torch.allclose(model(x), outputs["one"], atol=1e-5)
-assert not torch.allclose(model(x), outputs["two"], atol=1e-2)
+assert off["two"] > 1000 * off["one"]

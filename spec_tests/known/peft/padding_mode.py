@@ -11,4 +11,4 @@ before = model(x)
 model.merge_adapter()
 off = (model(x) - before).abs().flatten()
 print("merging changes the output by", [round(v, 4) for v in off.tolist()])
-assert off[1:-1].max() < 1e-5 < off[0]
+assert off[0] > 1000 * off[1:-1].max()

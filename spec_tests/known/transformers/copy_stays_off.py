@@ -27,4 +27,4 @@ model.disable_adapters()
 model.enable_adapters()
 after = model(x)
 print("the output before disable_adapters and enable_adapters:", before.tolist(), "and after them:", after.tolist())
-assert not torch.allclose(before, after)
+assert (before - after).abs().max() > 1e-3
