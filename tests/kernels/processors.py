@@ -1,7 +1,7 @@
-"""The tests and the pages as other processors would run them: `python tests/kernels/processors.py`.
+"""The tests that compare numbers, and the pages, as other processors would run them.
 
-    python tests/kernels/processors.py                             the tests, then the pages; writes results.json
-    python tests/kernels/processors.py --only haswell --numeric    one setting, on the tests that compare numbers
+    python tests/kernels/processors.py                             these tests, then the pages; writes results.json
+    python tests/kernels/processors.py --only haswell --numeric    one setting, and no pages
 
 A setting chooses the kernels of torch (ATen), of MKL and of NumPy's OpenBLAS, and a number of threads. Another kernel
 sums in another order, so every sum is rounded differently. Not every variable has an effect on every processor: MKL
@@ -99,6 +99,9 @@ def fingerprint(name: str) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
+SHORT_PAGES = "tests/book/test_tutorials.py"  # the pages that `make test` executes
+
+
 def numeric() -> list[str]:
     """The files of the tests that compare computed numbers."""
     found = [path.relative_to(ROOT / "tests").as_posix() for path in sorted((ROOT / "tests").glob("*/test_*.py"))]
@@ -161,7 +164,7 @@ def joined(before: dict[str, Any], sources: str, made: dict[str, Any]) -> dict[s
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="only these settings")
-    options.add_argument("--numeric", action="store_true", help="only the tests that compare numbers, and no pages")
+    options.add_argument("--numeric", action="store_true", help="no pages")
     options.add_argument("--check", action="store_true", help="leave results.json as it is")
     given, further = options.parse_known_args()
 
@@ -173,7 +176,7 @@ def main() -> int:
         print(f"==> {name}: {variables}", flush=True)
         print(f"    other bits than without it in: {', '.join(bits) or 'nothing'}", flush=True)
         began = time.monotonic()
-        found = tests(name, numeric() if given.numeric else [], further)
+        found = tests(name, [*numeric(), *[SHORT_PAGES] * (not given.numeric)], further)
         found["pages"] = None if given.numeric else pages(name)
         made[name] = {"bits": bits, **found, "minutes": round((time.monotonic() - began) / 60, 1)}
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
