@@ -2,7 +2,7 @@
 # make demo     the demo, in an environment of its own
 # make test     the tests of every function
 # make test-all the tests, and those that take longer: committed as a report
-# make kernels  the tests and the pages, with the kernels of other processors
+# make kernels  the tests that compare numbers, and the pages, with the kernels of other processors
 # make check    which requirements an implementation of LoRA keeps
 # make peers    the same for other libraries, each in an environment of its own
 # make zoo      model classes of transformers, tiny: adapted, trained, merged, saved, loaded here and in PEFT
@@ -25,7 +25,7 @@ help:
 	@echo "make test          run the tests (under 6 minutes on 2 quiet cores); ARGS='-k merge -x' passes options to pytest"
 	@echo "make test-all      the tests, then those that take longer (half an hour); writes tests/deep/results.json;"
 	@echo "                   ARGS='--only matrix pages': only these groups"
-	@echo "make kernels       the tests and the pages, with the kernels of other processors (half an hour); writes"
+	@echo "make kernels       the tests that compare numbers, and the pages, with the kernels of other processors; writes"
 	@echo "                   tests/kernels/results.json; ARGS='--only haswell --numeric': a part of it"
 	@echo "make check         test lora_ref on the requirements; ARGS=lora_ref_core: its core; ARGS='peft --html matrix.html'"
 	@echo "make peers         the same for other libraries (gigabytes in .peers/); writes reports and CONFORMANCE.md;"
