@@ -78,7 +78,7 @@ def attentions(draw: Any, implementation: Implementation) -> ModelSpec:
     "A layer whose parent reads its weight without calling it, as an attention's out_proj, is refused, or its adapter "
     "acts.",
     "PEFT's documentation of target_modules: modules that are named get an adapter (D6, D1)",
-    "model linear attention merge write",
+    "model linear attention merge write targets:regex",
     attentions,
     slow=2,
 )

@@ -108,7 +108,7 @@ def several_005(implementation: Implementation, case: Any, check: Check) -> None
 @requirement(
     "SEVERAL-006",
     "With one of two adapters merged both are saved as they are: loaded again, they add up.",
-    "PEFT, PeftModel.save_pretrained: it saves all adapters, each in a folder of its name (V1)",
+    "PEFT, PeftModel.save_pretrained: it saves all adapters, each in a folder of its name (X9)",
     "model write adapters summed merge files",
     lambda i: pairs(i).map(lambda case: (case[0], "second", case[2])),  # a name that no module has
     slow=2,

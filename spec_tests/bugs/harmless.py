@@ -17,13 +17,11 @@ DELTA = "return adapter.s * self.side(adapter.B @ adapter.A)"
 WRITE = "adapter.A, adapter.B = rounded(A, self.fine), rounded(B, self.fine)"
 OFF = 'return {"x": dx, "A": None, "B": None, "W": None, "b": None}'
 UNMERGE = "    def unmerge(self) -> None:\n        self.merged = []"
-SUBTRACT = (
+SUBTRACT = (  # what was added, as the finer dtype holds it
     "    def unmerge(self) -> None:\n"
-    "        for name in reversed(self.merged):\n"
-    "            self.held = rounded(self.held - self.delta(self.adapters[name]), self.dtype)\n"
-    "        self.W, self.merged = self.W if not self.merged else rounded(\n"
-    "            self.held + self.W - self.shifted(self.active), self.dtype\n"
-    "        ), []"
+    "        if self.merged:\n"
+    "            self.W = rounded(self.held - rounded(self.held - self.W, self.fine), self.dtype)\n"
+    "        self.merged = []"
 )
 
 # name: (what is replaced, by what), and the claims that it gives up
