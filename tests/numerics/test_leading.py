@@ -3,7 +3,6 @@
 import math
 import tracemalloc
 import warnings
-from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -287,8 +286,8 @@ def test_copies_that_every_pass_misses_but_one_are_found(copies, monkeypatch, wi
     """In exact arithmetic Lanczos sees one copy of each singular value. Here it is made to."""
     S = np.r_[np.ones(copies), 1 / (2.0 + np.arange(256 - copies))]
     W = with_values(np.random.default_rng(0), (300, 256), S)
-    if copies == 20 and tuple(map(int, version("scipy").split(".")[:2])) < (1, 12):
-        pytest.skip("with SciPy 1.11 the dense decomposition, which this test forbids, is used after so many passes")
+    if not leading.arpack()[1]:  # SciPy before 1.17 has no seed for an exhausted Krylov space, and may not converge
+        monkeypatch.setattr(leading, "svd", numerics.svd)
     arpack, calls = leading.arpack()[0], []
     eigsh = arpack.eigsh
 
