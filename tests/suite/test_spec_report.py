@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lora_ref.tools.cli import main
-from spec_tests import causes, markdown, page, report, repros, smoke
+from spec_tests import causes, markdown, page, parallel, report, repros, smoke
 from spec_tests.contract import (
     CLAIMS,
     Implementation,
@@ -484,6 +484,9 @@ def test_several_processes_find_what_one_finds_in_the_same_order(
         assert main(["check", *arguments, "--report", str(tmp_path / jobs)]) == 1
         texts.append((tmp_path / jobs).read_text())
     assert texts[0] == texts[1] and "SCALE-001" in texts[0]
+    ids = ["SCALE-002", "FORWARD-001", "SCALE-001"]  # a report sorts them, the runs keep this order
+    found = [result.id for result, _ in parallel.run(IMPL, Tiny(), ids, "quick", None, 2)]
+    assert found == ids
     assert main(["check", f"{__name__}:Transposing", "--jobs", "2"]) == 1  # refused before any process begins
     assert "adapter class" in capsys.readouterr().err
 
