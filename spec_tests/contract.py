@@ -55,6 +55,7 @@ CLAIMS = {
     "trainable": "says what trains",
     "disable": "switches the adapter off and on again",
     "rescale": "set_scale, scale_layer, unscale_layer",
+    "model:rescale": "sets s of one active adapter in all layers of a model, by a factor of its configured s",
     # initialisations: init_lora_weights
     "init:True": "the default: A uniform up to 1 / sqrt(in), B zero (an embedding: A zero, B standard normal)",
     "init:False": "both factors random",
@@ -155,6 +156,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "unmerge": ("Layer.unmerge", "Model.unmerge"),
     "disable": ("Layer.enable", "Model.enable"),
     "rescale": ("Layer.rescale",),
+    "model:rescale": ("Model.rescale",),
     "grad": ("Layer.grad",),
     "trainable": ("Layer.trainable", "Model.trainable"),
     "bias": ("Model.write_base",),
@@ -345,7 +347,8 @@ class ModuleSpec:
     "conv1d", "conv2d" and "conv3d" (claim "model:convolutions") have stride 1 and no padding.
 
     "attention" (claim "attention"): the out_proj of an attention over one token with identical values, so y = W x + b;
-    the attention's forward reads W and b, and never calls the module that holds them.
+    the attention's forward reads W and b, and never calls the module that holds them. Its parent has a bias of its own,
+    of zeros, which `Model.trainable` calls "<parent>.in_proj_bias".
     """
 
     kind: str
@@ -436,6 +439,10 @@ class Model:
         Whether s of adapters that are not active changes, too, is left open.
         """
         raise _missing("Model.scaled")
+
+    def rescale(self, adapter: str, factor: float) -> None:
+        """s of this active adapter becomes `factor` times what its configuration gives, in every layer."""
+        raise _missing("Model.rescale")
 
     def trainable(self) -> set[str]:
         """What trains: "module.weight", "module.bias" of the base, "module.A:adapter", "module.B:adapter",

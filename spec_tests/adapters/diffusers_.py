@@ -61,6 +61,10 @@ class DiffusersModel(PeftStyleModel):
     def set(self, adapters: Sequence[str]) -> None:
         self.peft.set_adapters(list(adapters))
 
+    def rescale(self, adapter: str, factor: float) -> None:
+        """set_adapters takes the factors of all active adapters: the others, which are never changed, have 1."""
+        self.peft.set_adapters(self.active(), [factor if name == adapter else 1.0 for name in self.active()])
+
     def active(self) -> list[str]:
         active = self.peft.active_adapters()
         return [active] if isinstance(active, str) else list(active)

@@ -21,6 +21,9 @@ class LoraRefModel(PeftStyleModel):
             return state
         return state._replace(W=to_numpy(layer.residual(adapter)).reshape(state.W.shape))
 
+    def rescale(self, adapter: str, factor: float) -> None:
+        self.lora_model.set_scale(adapter, factor)
+
 
 #: It merges in place: merge_and_unload gives the same layers back. It has no layer of which parts are adapted.
 NOT_OFFERED = {"merged_copy", "fused"}

@@ -343,6 +343,9 @@ class PeftStyleModel(Model):
         """Every parameter that could train, as "module.what", and what it is."""
         for name in self.spec.modules:
             module = self.module(name)
+            if self.kinds[name] == "attention":
+                holder = name.rpartition(".")[0]
+                yield f"{holder}.in_proj_bias", "in_proj_bias", bare(self.module(holder)).in_proj_bias
             if hasattr(module, "modules_to_save"):
                 for adapter, copy in module.modules_to_save.items():
                     for what, value in copy.named_parameters():

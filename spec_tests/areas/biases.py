@@ -387,3 +387,28 @@ def bias_016(implementation: Implementation, spec: ModelSpec, check: Check) -> N
         model.save(Path(place))
         loaded = implementation.load(spec, Path(place))
     check.equal(loaded.forward(x_of(spec)), want, "the output")
+
+
+@st.composite
+def attentions(draw: Any, implementation: Implementation) -> ModelSpec:
+    """A linear layer that is adapted, and an attention, which has a second bias under another name."""
+    rng = np.random.default_rng(draw(seeds))
+    name = draw(st.sampled_from(("attn.out_proj", "block.attn.out_proj", "layers.0.self_attn.out_proj")))
+    first, second = (ModuleSpec(kind, reals(rng, (4, 4)), reals(rng, (4,))) for kind in ("linear", "attention"))
+    config = {"r": 1, "target_modules": ["first"], "bias": draw(st.sampled_from(("none", "all", "lora_only")))}
+    return ModelSpec({"first": first, name: second}, config, seed=draw(seeds))
+
+
+@requirement(
+    "BIAS-017",
+    "'all' trains every bias of the model, also one that has a longer name; the other modes do not.",
+    "microsoft/LoRA, mark_only_lora_as_trainable: 'all' takes each parameter with bias in its name (B2)",
+    "model linear attention bias trainable",
+    attentions,
+)
+def bias_017(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    found = {name for name in implementation.model(spec).trainable() if ":" not in name}
+    first, attention = spec.modules
+    every = {f"{first}.bias", f"{attention}.bias", f"{attention.rpartition('.')[0]}.in_proj_bias"}
+    want = {"none": set(), "lora_only": {f"{first}.bias"}, "all": every}[spec.config["bias"]]
+    check.that(found == want, f"what trains of the base: {sorted(found)}, must be {sorted(want)}")

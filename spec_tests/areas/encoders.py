@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from .. import folder as folders
 from ..check import Check
 from ..contract import Implementation, ModelSpec, ModuleSpec
 from ..generate import model_inputs, reals, seeds
@@ -124,3 +127,22 @@ def encoder_007(implementation: Implementation, spec: ModelSpec, check: Check) -
     for row, name in enumerate(names):
         want, size = expected(spec, states[name], x[row : row + 1])
         check.close(y[row : row + 1], want, size, spec.dtype, f"the output of {name!r}", 8.0 * 7)
+
+
+@requirement(
+    "FILE-032",
+    "Where modules_to_save names a module and one inside of it, the file has each parameter once.",
+    "PEFT's documentation of modules_to_save and of its checkpoint format: they are saved under their own names (X5)",
+    "model linear model:encoder modules_to_save files",
+    lambda i: st.tuples(encoders(i), st.permutations(("enc", "linear1"))),
+    slow=3,
+)
+def file_032(implementation: Implementation, case: tuple[ModelSpec, list[str]], check: Check) -> None:
+    spec, names = case
+    spec = spec.but(target_modules=["first"], modules_to_save=names)
+    with tempfile.TemporaryDirectory() as place:
+        implementation.model(spec).save(Path(place))
+        tensors = folders.read(Path(place))[1]
+    found = sorted(key for key in tensors if "linear1" in key)
+    want = [f"base_model.model.enc.linear1.{what}" for what in ("bias", "weight")]
+    check.that(found == want, f"{', '.join(found)} in the file, must be {', '.join(want)}")

@@ -302,3 +302,22 @@ def merged_014(implementation: Implementation, case: Any, check: Check) -> None:
     model.merge([name])
     model.merge()
     near(check, model, spec, [first, second], [first, second], "the output with both merged")
+
+
+@requirement(
+    "MERGED-015",
+    "Setting s of a merged adapter of a model is refused, or unmerging restores W and the new s acts.",
+    f"{MERGED}; PEFT, LoraLayer.set_scale (S4)",
+    "model write merge unmerge model:rescale",
+    lambda i: st.tuples(small(i), st.sampled_from((-1.0, 0.5, 4.0))),
+)
+def merged_015(implementation: Implementation, case: Any, check: Check) -> None:
+    spec, factor = case
+    model = implementation.model(spec)
+    old = fill(model, spec)
+    model.merge()
+    accepted = check.accepted(lambda: model.rescale("default", factor))
+    new = {name: state._replace(scaling=factor * state.scaling) for name, state in old.items()} if accepted else old
+    near(check, model, spec, [new], [old, new], "the merged output")
+    model.unmerge()
+    near(check, model, spec, [new], [old, new], "the output after unmerging")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from .. import oracle
 from ..check import Check
 from ..contract import Implementation, LayerSpec
-from ..generate import MERGEABLE, inputs, layers, scaled
+from ..generate import MERGEABLE, inputs, layers, model_inputs, scaled
 from ..registry import requirement
+from .adapters_named import both, pairs
 from .forward import made
+from .operations import output
 
 RSLORA = "rsLoRA, arXiv 2312.03732, theorem 3.2 (S1)"
 
@@ -120,3 +124,22 @@ def scale_007(implementation: Implementation, spec: LayerSpec, check: Check) -> 
     layer.merge()
     D, size = oracle.delta(state.A, state.B, state.scaling), oracle.delta_bound(state.A, state.B, state.scaling)
     check.close(layer.read().W, spec.W + D, abs(spec.W) + size, spec.dtype, "the merged weight")
+
+
+@requirement(
+    "SCALE-008",
+    "Setting s of an adapter makes it the factor times its configured s in every layer, and leaves other adapters.",
+    "PEFT's documentation of LoraLayer.set_scale (S4)",
+    "model write adapters summed model:rescale",
+    lambda i: st.tuples(pairs(i), st.lists(st.sampled_from((-1.0, 0.0, 0.5, 4.0)), min_size=1, max_size=2)),
+)
+def scale_008(implementation: Implementation, case: tuple[Any, list[float]], check: Check) -> None:
+    pair, factors = case
+    model, spec, name, first, second = both(implementation, pair)
+    model.set(["default", name])
+    for factor in factors:
+        model.rescale(name, factor)
+    now = {module: state._replace(scaling=factors[-1] * state.scaling) for module, state in second.items()}
+    x = model_inputs(spec)
+    want, size = output(spec, [first, now], x)
+    check.close(model.forward(x), want, size, spec.dtype, "the output", 24.0 * len(spec.modules))

@@ -14,6 +14,15 @@ DELETED = "del self.configs[adapter]"
 COMBINED = "self.known(adapters)\n        if name in self.configs"
 SET = "names = self.known(adapters)\n        if not names:"
 EVERY = "for name in everything), held)"
+REFUSED = 'if any(adapter in site.merged for site in self.sites.values()):\n            raise ValueError(f"{adapter} is merged: unmerge first")\n        '
+RESCALED = "for a in [site.adapters[adapter] for site in self.sites.values() if adapter in site.adapters]:"
+IN_WEIGHTS = """here = [site for site in self.sites.values() if adapter in site.merged]
+        for site in here:
+            a = site.adapters[adapter]
+            site.held = rounded(site.W + factor * a.first_s / a.s * (site.held - site.W), self.dtype)
+        if here:
+            return
+        """
 OF_ALL = "for site in self.sites.values():"
 
 LOSES = "[setattr(site, 'held', site.W) for site in self.sites.values()]"
@@ -32,6 +41,19 @@ MUTANTS: tuple[Bug, ...] = (
         "unmerging_subtracts_the_update_of_now",
         UNMERGE,
         "def unmerge(self) -> None:\n        now = [self.delta(self.adapters[name]) for name in self.merged if name in self.adapters]\n        self.W = rounded(self.held - np.sum(now, 0), self.dtype) if now else self.W\n        self.merged = []",
+    ),
+    Bug("a_merged_model_is_rescaled_beside_its_weights", REFUSED + RESCALED, RESCALED),
+    Bug(
+        "a_merged_model_is_rescaled_in_its_weights_alone",
+        REFUSED + RESCALED,
+        IN_WEIGHTS + RESCALED,
+    ),
+    Bug("rescaling_a_model_begins_from_s_of_now", "a.s = factor * a.first_s", "a.s = factor * a.s"),
+    Bug("rescaling_a_model_reaches_one_layer", RESCALED, RESCALED.replace("]:", "][:1]:")),
+    Bug(
+        "rescaling_a_model_reaches_every_adapter",
+        RESCALED,
+        "for a in [a for site in self.sites.values() for a in site.adapters.values()]:",
     ),
     Bug("a_merged_layer_is_not_written", WRITE, "if not self.merged:\n            " + WRITE),
     Bug(

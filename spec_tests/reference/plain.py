@@ -796,6 +796,13 @@ class PlainModel(Model):
         finally:
             self.enable(before)
 
+    def rescale(self, adapter: str, factor: float) -> None:
+        self.known([adapter])
+        if any(adapter in site.merged for site in self.sites.values()):
+            raise ValueError(f"{adapter} is merged: unmerge first")
+        for a in [site.adapters[adapter] for site in self.sites.values() if adapter in site.adapters]:
+            a.s = factor * a.first_s
+
     @contextlib.contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
         if any(site.merged for site in self.sites.values()):
@@ -849,6 +856,9 @@ class PlainModel(Model):
         found = set()
         for adapter in self.trains if self.enabled else ():
             found |= {f"{name}.bias" for name in self.biased(adapter)}
+            if self.configs[adapter]["bias"] == "all":
+                holders = [name.rpartition(".")[0] for name, site in self.sites.items() if site.kind == "attention"]
+                found |= {f"{holder}.in_proj_bias" for holder in holders}
             for name, site in self.sites.items():
                 if adapter in site.adapters:
                     found |= {f"{name}.A:{adapter}"}
