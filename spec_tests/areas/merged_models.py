@@ -306,7 +306,7 @@ def merged_014(implementation: Implementation, case: Any, check: Check) -> None:
 
 @requirement(
     "MERGED-015",
-    "Setting s of a merged adapter of a model is refused, or unmerging restores W and the new s acts.",
+    "Setting s of a merged adapter of a model is refused, or the output follows, merged and unmerged.",
     f"{MERGED}; PEFT, LoraLayer.set_scale (S4)",
     "model write merge unmerge model:rescale",
     lambda i: st.tuples(small(i), st.sampled_from((-1.0, 0.5, 4.0))),
