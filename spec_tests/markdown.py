@@ -16,6 +16,7 @@ from typing import Any
 from .causes import DECISION, DEVIATIONS, Cause, causes, decided, order, share
 from .contract import CLAIMS, CONVENTIONS
 from .engine import OUTCOMES
+from .lives import lives, older, said
 from .report import Report, area_of, areas, example, merge, printable, read, titles
 
 HERE = Path(__file__).parent
@@ -135,21 +136,26 @@ def _releases(reports: Sequence[Report]) -> list[str]:
         return []
     scripts, known = len([*(HERE / "known" / FOLLOWED).glob("*.py")]), now["footer"]["counts"]["KNOWN"]
     outcomes = {result["id"]: result["outcome"] for result in now["results"]}
-    rows = []
-    for report in (made for path in (HERE / "reports" / "releases").glob("*.json") for made in read(path)):
+    before, rows = older(), []
+    for report in before:
         found = [(result["outcome"], outcomes.get(result["id"])) for result in report["results"]]
-        release = _release(report)
         claimed = sum(outcome != "UNSUPPORTED" for outcome, _ in found)
-        rows.append((release, [release, str(claimed), str(found.count(("FAIL", "PASS")))]))
-    rows.sort(key=lambda row: [int(part) for part in re.findall(r"\d+", row[0])])
+        rows.append([_release(report), str(claimed), str(found.count(("FAIL", "PASS")))])
+    lived = lives([*before, now])
     return [
         f"The {known} known deviations of {_release(now)} have {scripts} causes. For each of them a script in "
         f"[`spec_tests/known/{FOLLOWED}`](spec_tests/known/{FOLLOWED}) shows it with PEFT alone.",
         "## Older releases",
         f"The same requirements on older releases of PEFT (`make peers ARGS=--releases`). The last column counts those "
-        f"that the older release fails and {_release(now)} passes. PEFT 0.16 is left out: it cannot be imported beside "
-        "the transformers of `constraints.txt`.",
-        table(("release", "claimed", "fails, and is kept today"), (row for _, row in rows)),
+        f"that the older release fails and {_release(now)} passes. PEFT 0.16 and 0.17 are left out: they cannot be "
+        "imported beside the transformers of `constraints.txt`.",
+        table(("release", "claimed", "fails, and is kept today"), rows),
+        f"{len(lived)} requirements are kept by one of these releases and not by another:",
+        table(
+            ("requirement", "what it says", "releases"),
+            ([life.id, plain(life.sentence), said(life)] for life in lived),
+            False,
+        ),
     ]
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import command, markdown, page, report
+from . import command, lives, markdown, page, report
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -44,7 +44,7 @@ def python_of(name: str) -> Path:
 
 
 def releases(versions: Sequence[str]) -> int:
-    """The reports on older releases of PEFT."""
+    """The reports on older releases of PEFT, and the pages that show them."""
     for version in versions or RELEASES:
         place = PLACE / f"peft-{version}"
         if not (place / "peft").exists():
@@ -52,7 +52,7 @@ def releases(versions: Sequence[str]) -> int:
             subprocess.run([*pip, "--no-deps", "--target", str(place), f"peft=={version}"], check=True)
         print(f"==> peft {version}", flush=True)
         inside("peft", Path(sys.executable), HERE / "reports" / "releases" / f"peft-{version}.json", str(place))
-    return 0
+    return write()
 
 
 def inside(name: str, python: Path, where: Path, *folders: str) -> None:
@@ -82,7 +82,9 @@ def write() -> int:
     """CONFORMANCE.md and the matrix as a page, from the reports that there are."""
     reports = [made for path in sorted((HERE / "reports").glob("*.json")) for made in report.read(path)]
     (ROOT / "CONFORMANCE.md").write_text(markdown.page(reports), encoding="utf-8")
-    (HERE / "reports" / "matrix.html").write_text(page.page(reports), encoding="utf-8")
+    followed = [made for made in reports if made["implementation"]["name"] == markdown.FOLLOWED]
+    releases = [*lives.older(), *followed]
+    (HERE / "reports" / "matrix.html").write_text(page.page(reports, releases), encoding="utf-8")
     return 0
 
 

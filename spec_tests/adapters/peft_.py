@@ -30,13 +30,22 @@ OPTION_OF = {
     "parameter": "target_parameters",
     "experts": "target_parameters",
     "target_parameters": "target_parameters",
+    "layers_to_transform": "layers_to_transform",
     "init:corda": "corda_config",
     "init:eva": "eva_config",
     "eva_ranks": "eva_config",
     "init:lora_ga": "lora_ga_config",
 }  # claim: the option of LoraConfig that it needs
 CLASS_OF = {"conv1d": "Conv1d", "conv2d": "Conv2d", "conv3d": "Conv3d", "embedding": "Embedding"}
+CLASS_OF |= {f"update:{kind}": name for kind, name in CLASS_OF.items() if kind != "embedding"}
 SINCE = {
+    "delete": (0, 4),
+    "unload": (0, 4),
+    "files": (0, 4),  # before, they are no safetensors
+    "reads_peft": (0, 4),
+    "weighted": (0, 5),  # before, without "cat"
+    "rescale": (0, 6),
+    "summed": (0, 7),  # set_adapter and merge_adapter take several names
     "init:gaussian": (0, 6),
     "all-linear": (0, 7),
     "init:pissa": (0, 11),
@@ -78,6 +87,13 @@ class PeftModel(PeftStyleModel):
     def config(self, options: Mapping[str, Any]) -> Any:
         old = {"lora_dropout": 0.0} if RELEASE < (0, 4) else {}  # its default is None, which its layers cannot take
         return super().config(old | dict(options))
+
+    def active(self) -> list[str]:
+        return super().active() if hasattr(self.peft, "active_adapters") else [self.peft.active_adapter]
+
+    def save(self, folder: Path, **options: Any) -> None:
+        kept = {"safe_serialization": True} if (0, 4) <= RELEASE < (0, 7) else {}  # its default was pickle
+        super().save(folder, **(kept | options))
 
     def save_start(self, folder: Path) -> None:
         """As the README of PEFT's PiSSA example has it: the start is saved as that of an ordinary adapter."""

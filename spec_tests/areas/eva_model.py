@@ -49,11 +49,12 @@ def watched(draw: Any, implementation: Implementation, rho: float = 2.0, **optio
     config = {
         "r": r,
         "lora_alpha": draw(st.sampled_from((2, 8))),
-        "use_rslora": "rslora" in implementation.claims and draw(st.booleans()),
         "target_modules": ["first", "second", "third"],
         "init_lora_weights": "eva",
         "eva_config": {"rho": rho, **options},
     }
+    if "rslora" in implementation.claims:
+        config["use_rslora"] = draw(st.booleans())
     for attempt in range(100):
         rng = np.random.default_rng([seed, attempt])
         order = [np.array(PROFILES[i]) for i in rng.permutation(3)]
@@ -118,7 +119,7 @@ def _factors(implementation: Implementation, case: Any, check: Check) -> None:
 )
 def _scalings(implementation: Implementation, case: Any, check: Check) -> None:
     spec, x = case
-    s = spec.config["lora_alpha"] / spec.config["r"] ** (0.5 if spec.config["use_rslora"] else 1)
+    s = spec.config["lora_alpha"] / spec.config["r"] ** (0.5 if spec.config.get("use_rslora") else 1)
     for name, (_, found) in looked(implementation, spec, x).adapted().items():
         check.close(found, s, abs(s), "float32", f"s of {name}")
 
@@ -132,7 +133,7 @@ def _scalings(implementation: Implementation, case: Any, check: Check) -> None:
 def _unadjusted(implementation: Implementation, case: Any, check: Check) -> None:
     spec, x = case
     for name, (rank, found) in looked(implementation, spec, x).adapted().items():
-        s = spec.config["lora_alpha"] / rank ** (0.5 if spec.config["use_rslora"] else 1)
+        s = spec.config["lora_alpha"] / rank ** (0.5 if spec.config.get("use_rslora") else 1)
         check.close(found, s, abs(s), "float32", f"s of {name}")
 
 

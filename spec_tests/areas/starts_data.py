@@ -10,7 +10,7 @@ from ..check import Check
 from ..contract import Implementation
 from ..generate import claimed, model_inputs
 from ..registry import requirement
-from .starts_meet import STAYS, acting, alone, chained, runs, started
+from .starts_meet import STAYS, acting, alone, chained, runs, started, without_roots
 
 EVA = "EVA, arXiv 2410.07170: the base model stays as it is, A is replaced; PEFT's documentation of set_adapter (E6)"
 ROWS = 24
@@ -31,7 +31,7 @@ def drawn(implementation: Implementation) -> Any:
 )
 def meetdata_001(implementation: Implementation, case: Any, check: Check) -> None:
     spec, second = case
-    every = {"target_modules": ["proj", "up", "head"], "eva_config": {"rho": 1.0}, "use_rslora": False}
+    every = {"target_modules": ["proj", "up", "head"], "eva_config": {"rho": 1.0}} | without_roots(implementation)
     model = implementation.model(spec.but(init_lora_weights="eva", **every))
     model.look([model_inputs(spec, batch=ROWS, salt=3)])
     first = acting(model, spec, "default", "eva", True)
@@ -45,5 +45,5 @@ def meetdata_001(implementation: Implementation, case: Any, check: Check) -> Non
     runs(check, got[:1], spec, first, x[:1], "the row of EVA's adapter")
     model.set(["default"])
     model.enable(False)
-    want = alone(implementation, spec.but(use_rslora=False), x)
+    want = alone(implementation, spec.but(**without_roots(implementation)), x)
     check.equal(model.forward(x), want, "the output with EVA's adapter switched off")

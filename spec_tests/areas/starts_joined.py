@@ -13,7 +13,21 @@ from ..contract import Implementation, ModelSpec
 from ..generate import model_inputs
 from ..registry import requirement
 from .operations import holds, output
-from .starts_meet import FACTOR, OURS, OWN, STAYS, Acting, acting, both, chained, move, runs, started, stay
+from .starts_meet import (
+    FACTOR,
+    OURS,
+    OWN,
+    STAYS,
+    Acting,
+    acting,
+    both,
+    chained,
+    move,
+    runs,
+    started,
+    stay,
+    without_roots,
+)
 
 MERGED = "LoRA, arXiv 2106.09685, section 4.1: a merged model is a plain one (U1)"
 NO_PATTERNS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
@@ -96,7 +110,8 @@ def scaled(weight: float, states: Acting) -> Acting:
 
 def combined(implementation: Implementation, case: Any, check: Check) -> None:
     (spec, second_config, trained), how = case
-    plainly = spec.but(use_rslora=False), {**second_config, "use_rslora": False}, trained  # WEIGHT-018 combines rsLoRA
+    off = without_roots(implementation)  # WEIGHT-018 combines rsLoRA
+    plainly = spec.but(**off), second_config | off, trained
     model, spec, first, second = both(implementation, plainly)
     parents = ["default", "other"] if how == "cat" else ["other"]
     want = scaled(2.0, second) + (scaled(0.5, first) if how == "cat" else [])
@@ -215,13 +230,13 @@ def converting(draw: Any, implementation: Implementation, patterns: bool = False
     inits = [name for name in ("pissa", "pissa_niter", "olora") if f"init:{name}" in implementation.claims]
     spec = draw(chained(implementation, inits, ("linear",)))
     if patterns:  # PEFT's documentation leaves out rsLoRA here
-        spec = spec.but(rank_pattern={"proj": 3}, alpha_pattern={"up": 3, "down": 5}, use_rslora=False)
+        spec = spec.but(rank_pattern={"proj": 3}, alpha_pattern={"up": 3, "down": 5}, **without_roots(implementation))
     return spec, draw(started(implementation, ("True", "gaussian")))
 
 
 def converted(implementation: Implementation, case: Any, check: Check) -> None:
     spec, second = case
-    there = implementation.model(spec.but(**NO_PATTERNS, **second))
+    there = implementation.model(spec.but(**({**NO_PATTERNS, **second} if "rank_pattern" in spec.config else second)))
     own = acting(there, spec, "default", second["init_lora_weights"], True, salt=1)
     model = implementation.model(spec)
     with tempfile.TemporaryDirectory() as place:

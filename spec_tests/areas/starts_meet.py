@@ -49,6 +49,11 @@ def started(draw: Any, implementation: Implementation, inits: Sequence[str]) -> 
     return options
 
 
+def without_roots(implementation: Implementation) -> dict[str, bool]:
+    """The options that say that there is no rsLoRA; nothing where the implementation has none."""
+    return {"use_rslora": False} if "rslora" in implementation.claims else {}
+
+
 @st.composite
 def chained(draw: Any, implementation: Implementation, inits: Sequence[str], kinds: Sequence[str] = ()) -> ModelSpec:
     """A model of linear layers whose first adapter has one of these starts."""

@@ -17,6 +17,7 @@ from ..causes import order
 from ..engine import OUTCOMES
 from ..report import Report, merge, read, titles
 from .deviations import deviations
+from .history import history
 from .look import SCRIPT, STYLE
 from .overview import not_promised, overview
 from .rows import dialogs, rows
@@ -30,8 +31,12 @@ MEANING = {
 }
 
 
-def page(reports: Sequence[Report]) -> str:
-    """The whole page. The same reports always give the same text."""
+def page(reports: Sequence[Report], releases: Sequence[Report] = ()) -> str:
+    """The whole page. The same reports always give the same text.
+
+    Args:
+        releases: reports on releases of one library, the oldest first.
+    """
     reports = order(merge(reports))
     names = titles(reports)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -46,10 +51,12 @@ def page(reports: Sequence[Report]) -> str:
         "<h1>LoRA conformance</h1>\n"
         "<p>How much each implementation keeps of what it promises. "
         '<a href="#deviations">Deviations</a>, <a href="#requirements">requirements</a>, '
-        '<a href="#promised">what is not promised</a>.</p>\n'
+        '<a href="#promised">what is not promised</a>'
+        f"{', <a href=#releases>releases of PEFT</a>' if releases else ''}.</p>\n"
         f"{overview(reports, names)}"
         f'<h2 id="deviations">Deviations by cause</h2>\n{deviations(reports, names)}\n'
         f'<h2 id="promised">Not promised</h2>\n{not_promised(reports, names)}\n'
+        f"{history(releases)}"
         f'<h2 id="requirements">Requirements</h2>\n<ul class="legend" aria-label="Outcomes">{legend}</ul>\n'
         "<p>\u201cOwn decision\u201d: no other document says it; lora_ref decided so.</p>\n"
         f"{rows(reports, names)}"

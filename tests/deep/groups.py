@@ -53,7 +53,7 @@ ABOUT_REPORTS = (
 SUITE = ("lora_ref", "spec_tests")
 #: The tests compare numbers by the first; the suite takes nothing from it but the unit roundoffs. The others show what
 #: the suite has found, or help to write a requirement: no result depends on them.
-SHOWN_BY = ("causes", "clauses", "command", "coverage", "markdown", "new", "peers")
+SHOWN_BY = ("causes", "clauses", "command", "coverage", "lives", "markdown", "new", "peers")
 BESIDE_THE_SUITE = (
     "spec_tests/rounding.py",
     *(f"spec_tests/{name}.py" for name in SHOWN_BY),

@@ -39,6 +39,7 @@ OF_MODELS = BOTH | {
     ),
     "train": lambda _: {"modes"},
     "training": lambda: {"modes"},
+    "rescale": lambda *_: {"model:rescale"},
     "disabled": lambda: {"disable_context"},
     "scaled": lambda _: {"scale_context"},
     "add": lambda _, config: {"adapters"} | options(config),
@@ -67,7 +68,7 @@ OPERATIONS = (
     {"write", "trainable", "merge", "safe_merge", "unmerge", "merged_copy", "disable", "grad", "rescale", "unbatched"}
     | {"adapters", "summed", "delete", "weighted", "batch", "eva_ranks", "unload", "files", "bias", "alpha"}
     | {"targets:regex", "all-linear", "modes", "disable_context", "scale_context", *OPTIONS.values()}
-    | {"reads_peft", "own_files", "converts", "model_grad", "update"}
+    | {"reads_peft", "own_files", "converts", "model_grad", "update", "model:rescale"}
     | {claim for claim in CLAIMS if claim.startswith("init:")}
 )
 
@@ -79,9 +80,8 @@ def start(init: bool | str) -> set[str]:
 
 
 def options(config: Mapping[str, Any]) -> set[str]:
-    found = {claim for name, claim in OPTIONS.items() if config.get(name)} | start(
-        config.get("init_lora_weights", True)
-    )
+    """What is given needs its claim even where it has the default: a library may not know its name."""
+    found = {claim for name, claim in OPTIONS.items() if name in config} | start(config.get("init_lora_weights", True))
     if isinstance(target := config.get("target_modules"), str):
         found.add("all-linear" if target.lower() == "all-linear" else "targets:regex")
     return found | ({"bias"} if config.get("bias", "none") != "none" else set())

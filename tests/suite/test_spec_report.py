@@ -578,7 +578,7 @@ def test_the_page_and_the_markdown_open_with_areas_and_end_with_requirements(fou
     shown = page.page(reports)
     places = [shown.index(part) for part in ('id="areas"', 'id="deviations"', 'id="requirements"', 'id="rows"')]
     assert places == sorted(places)
-    assert "doubled, SCALE: keeps 1 of 4 tried, of 7 requirements" in shown
+    assert "doubled, SCALE: keeps 1 of 4 tried, of 8 requirements" in shown
     text = markdown.page(reports)
     heads = re.findall(r"^## (.*)", text, re.M)
     assert heads == ["Areas", "Deviations by cause", "Summary", "Requirements that do not hold"]
