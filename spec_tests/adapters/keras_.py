@@ -122,7 +122,7 @@ class KerasLayer(Layer):
             x = np.moveaxis(np.pad(x, [(0, 0), (0, 0)] + [(p, p)] * self.dims), 1, -1)
         given = x if x.dtype.kind == "i" else x.astype(np.float32)
         if isinstance(self.module, keras.layers.EinsumDense):  # its equation has one axis of tokens
-            return to_numpy(self.module(given.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
+            return to_numpy(self.module(given.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], len(self.spec.W))
         y = to_numpy(self.module(given, training=train) if self.dims else self.module(given))
         return np.moveaxis(y, -1, 1) if self.dims else y
 
@@ -133,12 +133,17 @@ class KerasLayer(Layer):
         return self.adapted.logical(to_numpy(saved["0"])), to_numpy(saved["1"]) if "1" in saved else None
 
 
+def called(name: str) -> str:
+    """A layer's name: on the torch backend it must not have dots."""
+    return name.replace(".", "-")
+
+
 class KerasModel(Model):
     def __init__(self, spec: ModelSpec, folder: Path | None = None) -> None:
         self.spec = spec
         keras.utils.set_random_seed(spec.seed)
         self.net = self.made() if folder is None else keras.models.load_model(folder / "model.keras")
-        self.layers = {name: Adapted(m.kind, self.net.get_layer(name)) for name, m in spec.modules.items()}
+        self.layers = {name: Adapted(m.kind, self.net.get_layer(called(name))) for name, m in spec.modules.items()}
         if folder is None:
             for name, module in spec.modules.items():
                 self.layers[name].fill(module.W, module.b)
@@ -153,8 +158,9 @@ class KerasModel(Model):
         x = start
         for name, module in self.spec.modules.items():
             targeted = any(f".{name}".endswith(f".{end}") for end in config["target_modules"])
-            options = {"data_format": "channels_first"} if MESH.get(module.kind) else {}
-            x = make(module.kind, module.W, module.b is not None, name=name, **options, **(lora if targeted else {}))(x)
+            options: dict[str, Any] = {"data_format": "channels_first"} if MESH.get(module.kind) else {}
+            options |= {"name": called(name)} | (lora if targeted else {})
+            x = make(module.kind, module.W, module.b is not None, **options)(x)
         return keras.Model(start, x)
 
     def loras(self) -> dict[str, Adapted]:
