@@ -24,6 +24,11 @@ def to_numpy(variable: Any) -> Array:
     return keras.ops.convert_to_numpy(variable).astype(np.float64)
 
 
+def to_keras(x: Array, dtype: str) -> Any:
+    """Indices stay integers."""
+    return x if x.dtype.kind == "i" else keras.ops.convert_to_tensor(x, dtype=dtype)
+
+
 @keras.saving.register_keras_serializable("spec_tests")
 class Norm(keras.layers.Layer):
     """y = W * x + b."""
@@ -105,8 +110,10 @@ class KerasLayer(Layer):
         self.spec, self.dims = spec, MESH[spec.kind]
         keras.utils.set_random_seed(spec.seed)
         kind = "einsum" if spec.kind == "linear" and spec.seed % 2 else spec.kind
-        options = {"strides": spec.stride, "dilation_rate": spec.dilation, "data_format": "channels_last"}
-        self.module = make(kind, spec.W, spec.b is not None, **(options if self.dims else {}))
+        options: dict[str, Any] = {"dtype": spec.dtype}
+        if self.dims:
+            options |= {"strides": spec.stride, "dilation_rate": spec.dilation, "data_format": "channels_last"}
+        self.module = make(kind, spec.W, spec.b is not None, **options)
         if spec.kind == "embedding":
             self.module.build()
         else:
@@ -120,9 +127,10 @@ class KerasLayer(Layer):
         if self.dims:
             p = self.spec.padding
             x = np.moveaxis(np.pad(x, [(0, 0), (0, 0)] + [(p, p)] * self.dims), 1, -1)
-        given = x if x.dtype.kind == "i" else x.astype(np.float32)
         if isinstance(self.module, keras.layers.EinsumDense):  # its equation has one axis of tokens
-            return to_numpy(self.module(given.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], len(self.spec.W))
+            y = to_numpy(self.module(to_keras(x.reshape(-1, x.shape[-1]), self.spec.dtype)))
+            return y.reshape(*x.shape[:-1], len(self.spec.W))
+        given = to_keras(x, self.spec.dtype)
         y = to_numpy(self.module(given, training=train) if self.dims else self.module(given))
         return np.moveaxis(y, -1, 1) if self.dims else y
 
@@ -154,12 +162,12 @@ class KerasModel(Model):
         if first.kind == "embedding":
             start = keras.Input((), dtype="int32")
         else:
-            start = keras.Input((first.W.shape[1], *[None] * MESH[first.kind]))
+            start = keras.Input((first.W.shape[1], *[None] * MESH[first.kind]), dtype=self.spec.dtype)
         x = start
         for name, module in self.spec.modules.items():
             targeted = any(f".{name}".endswith(f".{end}") for end in config["target_modules"])
             options: dict[str, Any] = {"data_format": "channels_first"} if MESH.get(module.kind) else {}
-            options |= {"name": called(name)} | (lora if targeted else {})
+            options |= {"name": called(name), "dtype": self.spec.dtype} | (lora if targeted else {})
             x = make(module.kind, module.W, module.b is not None, **options)(x)
         return keras.Model(start, x)
 
@@ -176,7 +184,7 @@ class KerasModel(Model):
         self.layers[module].write(A, B)
 
     def forward(self, x: Array, train: bool | None = False, seed: int = 0, adapter_names: Any = None) -> Array:
-        return to_numpy(self.net(x if x.dtype.kind == "i" else x.astype(np.float32), training=bool(train)))
+        return to_numpy(self.net(to_keras(x, self.spec.dtype), training=bool(train)))
 
     def base(self) -> dict[str, tuple[Array, Array | None]]:
         return {name: layer.base() for name, layer in self.layers.items()}
