@@ -26,6 +26,7 @@ mx.set_default_device(mx.cpu)
 
 
 def to_numpy(value: Any) -> Array:
+    mx.eval(value)  # an error raises here; where NumPy evaluates, it ends the process
     return np.array(value.astype(mx.float32)).astype(np.float64)
 
 
