@@ -1,5 +1,5 @@
-// LoRA in JavaScript. `node consumer.mjs` checks it against the vectors and the adapter folders; `node consumer.mjs FOLDER`
-// reads a model.json from standard input, and prints its output with the adapter of the folder.
+// LoRA in JavaScript. `node consumer.mjs` checks it against the vectors and the adapter folders.
+// `node consumer.mjs FOLDER` reads a model.json from standard input, and prints its output with the folder's adapter.
 import { readFileSync, readdirSync } from 'node:fs';
 import { pathToFileURL } from 'node:url';
 const json = (path) => JSON.parse(readFileSync(new URL(path, import.meta.url)));
