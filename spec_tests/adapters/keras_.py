@@ -85,6 +85,11 @@ class Adapted:
     def stored(self, value: Array) -> Array:
         return np.moveaxis(value, (0, 1), (-1, -2)) if self.dims else value.T
 
+    def named(self) -> list[tuple[str, Any]]:
+        """The variables by the contract's names."""
+        factors = zip(("A:default", "B:default"), self.factors if self.on else (), strict=False)
+        return [("weight", self.W), *([] if self.bias is None else [("bias", self.bias)]), *factors]
+
     def fill(self, W: Array, b: Array | None) -> None:
         self.W.assign(self.stored(W))
         if b is not None:
@@ -188,6 +193,30 @@ class KerasModel(Model):
 
     def base(self) -> dict[str, tuple[Array, Array | None]]:
         return {name: layer.base() for name, layer in self.layers.items()}
+
+    def grad(self, x: Array, dy: Array) -> dict[str, Array]:
+        """As Keras' guides to training loops do: stateless_call and jax.grad, or backward."""
+        variables, given, weights = self.net.trainable_variables, to_keras(x, self.spec.dtype), dy.astype(np.float32)
+        if keras.backend.backend() == "jax":
+            import jax
+
+            fixed = [variable.value for variable in self.net.non_trainable_variables]
+
+            def loss(values: Any) -> Any:
+                return (self.net.stateless_call(values, fixed, given)[0] * weights).sum()
+
+            grads = jax.grad(loss)([variable.value for variable in variables])
+        else:
+            self.net.zero_grad()
+            (self.net(given) * keras.ops.convert_to_tensor(weights)).sum().backward()
+            grads = [variable.value.grad for variable in variables]
+        names = {id(variable): (name, what) for name, layer in self.layers.items() for what, variable in layer.named()}
+        found = {}
+        for variable, value in zip(variables, grads, strict=True):
+            name, what = names[id(variable)]
+            turned = self.layers[name].logical if what in ("weight", "A:default") else np.transpose
+            found[f"{name}.{what}"] = turned(to_numpy(value))
+        return found
 
     def save_own(self, folder: Path) -> None:
         self.net.save(folder / "model.keras")
