@@ -46,6 +46,7 @@ BUNDLED = {
     "lora_pytorch": "spec_tests.adapters.lora_pytorch_:LoraPytorch",
     "adapters": "spec_tests.adapters.adapters_:Adapters",
     "diffusers": "spec_tests.adapters.diffusers_:Diffusers",
+    "javascript": "spec_tests.adapters.javascript_:Javascript",
 }
 
 

@@ -9,6 +9,7 @@ before the environment's own, and writes `reports/releases/peft-VERSION.json`.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ RELEASES = (  # 0.16 and 0.17 do not run: they import from transformers what is 
     *("0.3.0", "0.4.0", "0.5.0", "0.6.2", "0.7.1", "0.8.2", "0.9.0", "0.10.0", "0.11.1", "0.12.0"),
     *("0.13.2", "0.14.0", "0.15.2", "0.18.1", "0.19.0", "0.20.0"),
 )
-LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "parametrized", "transformers")
+LIGHT = ("lora_ref", "lora_ref_numpy", "peft", "loralib", "parametrized", "transformers", "javascript")
 
 
 def python_of(name: str) -> Path:
@@ -72,6 +73,9 @@ def main(names: Sequence[str]) -> int:
         print(f"{unknown[0]}: there are {', '.join((*LIGHT, *HEAVY))}", file=sys.stderr)
         return 2
     for name in names or (*LIGHT, *HEAVY):
+        if name == "javascript" and shutil.which("node") is None:
+            print("==> javascript: there is no Node.js here, so its report stays as it is", flush=True)
+            continue
         python = python_of(name) if name in HEAVY else Path(sys.executable)
         print(f"==> {name}", flush=True)
         inside(name, python, HERE / "reports" / f"{name}.json")

@@ -68,11 +68,15 @@ class Watched(Implementation):
 
     def model(self, spec: ModelSpec) -> Model:
         self.covered |= {(option, str(value)) for option, value in spec.config.items() if not _has_arrays(value)}
-        self.covered.add(("dtype", spec.dtype))
-        self.covered |= {("kind", module.kind) for module in spec.modules.values() if module.kind in self.claims}
+        self._note_modules(spec)
         return self.implementation.model(spec)
 
+    def _note_modules(self, spec: ModelSpec) -> None:
+        self.covered.add(("dtype", spec.dtype))
+        self.covered |= {("kind", module.kind) for module in spec.modules.values() if module.kind in self.claims}
+
     def load(self, spec: ModelSpec, folder: Path) -> Model:
+        self._note_modules(spec)
         return self.implementation.load(spec, folder)
 
     def load_own(self, spec: ModelSpec, folder: Path) -> Model:

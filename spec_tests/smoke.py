@@ -51,7 +51,7 @@ def check(implementation: Implementation) -> None:
     if has_layers(implementation):
         for kind in kinds:
             _layer(implementation, kind)
-    elif "model" not in implementation.claims:
+    elif not implementation.claims & {"model", "reads_peft"}:
         what = "it has no method layer: write layer(spec), or claim 'model' and write model(spec)"
         raise _wrong(implementation, kinds[0], what)
     chained = [kind for kind in CHAINED if kind in kinds]

@@ -228,7 +228,7 @@ def model_008(implementation: Implementation, spec: ModelSpec, check: Check) -> 
 
 
 @requirement(
-    "MODEL-009", "Unloading with merging gives plain modules with W + s B A.", UNLOAD, "model unload merge write", small
+    "MODEL-009", "Unloading with merging gives plain modules with W + s B A.", UNLOAD, "model unload write", small
 )
 def model_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
     model = implementation.model(spec)

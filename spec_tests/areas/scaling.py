@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from .. import oracle
 from ..check import Check
-from ..contract import Implementation, LayerSpec
-from ..generate import MERGEABLE, inputs, layers, model_inputs, scaled
-from ..registry import requirement
+from ..contract import Implementation, LayerSpec, ModelSpec
+from ..generate import MERGEABLE, inputs, layers, model_inputs, scaled, scales
+from ..registry import Unsupported, requirement
 from .adapters_named import both, pairs
 from .forward import made
-from .operations import output
+from .operations import output, small
 
 RSLORA = "rsLoRA, arXiv 2312.03732, theorem 3.2 (S1)"
 
@@ -143,3 +143,27 @@ def scale_008(implementation: Implementation, case: tuple[Any, list[float]], che
     x = model_inputs(spec)
     want, size = output(spec, [first, now], x)
     check.close(model.forward(x), want, size, spec.dtype, "the output", 24.0 * len(spec.modules))
+
+
+def models_with_s(implementation: Implementation) -> Any:
+    """Models of what has an s.
+
+    Raises:
+        Unsupported: its update is B A, by convention.
+    """
+    if not scales(implementation):
+        raise Unsupported("it has no scaling, by convention")
+    return small(implementation)
+
+
+@requirement(
+    "SCALE-009",
+    "In a model s of each adapted module is lora_alpha / r.",
+    "LoRA, arXiv 2106.09685, section 4.1: the update is scaled by alpha / r (S1)",
+    "model",
+    models_with_s,
+)
+def scale_009(implementation: Implementation, spec: ModelSpec, check: Check) -> None:
+    want = spec.config["lora_alpha"] / spec.config["r"]
+    for name, (_, s) in implementation.model(spec).adapted().items():
+        check.close(s, want, want, "float64", f"s of {name}")

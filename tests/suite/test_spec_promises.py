@@ -14,7 +14,7 @@ from spec_tests.contract import CLAIMS, DECISIONS, Layer, LayerSpec
 from spec_tests.engine import BUNDLED, HERE, find, run
 from spec_tests.reference.plain import Plain
 
-OWN = ("lora_ref", "lora_ref_core", "lora_ref_numpy", "plain", "parametrized")
+OWN = ("lora_ref", "lora_ref_core", "lora_ref_numpy", "plain", "parametrized", "javascript")
 LIBRARIES = sorted(BUNDLED.keys() - set(OWN))
 #: Read from peft.toml: {claim: why it is not promised}.
 NOT_OF_PEFT = {
