@@ -7,6 +7,7 @@ import torch
 
 
 def written_while_merged() -> None:
+    torch.manual_seed(0)
     layer = loralib.Embedding(5, 3, r=2, lora_alpha=4)
     layer.lora_B.data.normal_()
     layer.lora_A.data.normal_()
