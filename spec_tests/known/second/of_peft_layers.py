@@ -117,6 +117,18 @@ def max_norm() -> None:
     assert gap(found, base + (layer.lora_embedding_B["default"] @ before)[:, x].T) > 0.1
 
 
+def max_norm_merged() -> None:
+    model, layer = adapted(nn.Embedding(6, 8, max_norm=0.5), r=2)
+    layer.lora_embedding_A["default"].data *= 0.01
+    A, x = layer.lora_embedding_A["default"].detach().clone(), torch.arange(6)
+    before = model(x)
+    assert torch.equal(A, layer.lora_embedding_A["default"])  # it is short: the branch leaves it alone
+    model.merge_adapter()
+    lengths, found = before.norm(dim=1), model(x).norm(dim=1)
+    print("    the lengths", lengths.tolist(), "and merged", found.tolist())
+    assert gap(found, lengths.clamp(max=0.5)) < 1e-3 and int((lengths > 0.5).sum()) >= 1
+
+
 def sparse_embedding() -> None:
     model, layer = adapted(nn.Embedding(9, 3, sparse=True), r=2)
     loss = model(torch.tensor([[0, 3], [8, 8]])).square().sum()
