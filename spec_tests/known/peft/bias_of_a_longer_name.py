@@ -1,4 +1,4 @@
-"""bias="all" trains every bias, the documentation says; PEFT takes those that are called "bias"."""
+"""bias="all" trains the parameters that are called "bias" alone, where microsoft/LoRA trains each with it in its name."""
 
 import torch
 from peft import LoraConfig, get_peft_model
