@@ -1,4 +1,4 @@
-"""bias="all" trains the parameters that are called "bias" alone, where microsoft/LoRA trains each with it in its name."""
+"""bias="all" trains what is called "bias" alone; microsoft/LoRA trains each parameter that has it in its name."""
 
 import torch
 from peft import LoraConfig, get_peft_model
