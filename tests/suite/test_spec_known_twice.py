@@ -1,4 +1,4 @@
-"""Every known deviation was seen a second time, in an instance that was written from its reason alone."""
+"""Every known deviation was seen a second time, in another instance; those of PEFT were written from the reasons."""
 
 from __future__ import annotations
 

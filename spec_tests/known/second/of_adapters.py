@@ -1,4 +1,4 @@
-"""A second instance of the deviation of adapters: from its reason alone, with adapters and transformers alone."""
+"""A second instance of the deviation of adapters, on another model, with adapters and transformers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second instance of each deviation of diffusers: from its reason alone, with diffusers, PEFT and torch alone."""
+"""A second instance of each deviation of diffusers, on another model, with diffusers, PEFT and torch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second instance of each deviation of lora-pytorch: from its reason alone, with lora-pytorch and torch alone."""
+"""A second instance of each deviation of lora-pytorch, on another model, with lora-pytorch and torch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second instance of the deviation of loralib: from its reason alone, with loralib and torch alone."""
+"""A second instance of the deviation of loralib, on another model, with loralib and torch alone."""
 
 from __future__ import annotations
 

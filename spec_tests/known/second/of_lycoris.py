@@ -1,4 +1,4 @@
-"""A second instance of the deviation of LyCORIS: from its reason alone, with LyCORIS and torch alone."""
+"""A second instance of the deviation of LyCORIS, on another model, with LyCORIS and torch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second instance of each deviation of transformers: from its reason, with transformers and PEFT alone."""
+"""A second instance of each deviation of transformers, on another model, with transformers and PEFT alone."""
 
 from __future__ import annotations
 
