@@ -1,4 +1,4 @@
-"""After adapter_names of a wrong length was refused, the model refuses every batch of another size."""
+"""adapter_names of a wrong length is refused, and stays: the model refuses a batch without a list."""
 
 import torch
 from peft import LoraConfig, get_peft_model

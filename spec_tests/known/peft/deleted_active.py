@@ -1,4 +1,4 @@
-"""Deleting the active adapter: the model says that none is active; another one trains, and calls fail."""
+"""Deleting the active adapter, the only one of the first layer: none is active, another one trains, and calls fail."""
 
 import torch
 from peft import LoraConfig, get_peft_model

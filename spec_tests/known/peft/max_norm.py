@@ -1,4 +1,4 @@
-"""An embedding with max_norm: the branch shortens the vectors of A in place, and merging changes the output."""
+"""An embedding with max_norm: the branch shortens the vectors of A in place."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,10 +7,6 @@ from torch import nn
 model = get_peft_model(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), LoraConfig(r=2, target_modules=["0"])).eval()
 A = model.base_model.model[0].lora_embedding_A["default"]
 A.data = torch.tensor([[3.0, 0.0, 0.0], [4.0, 0.0, 0.0]])
-before = model(torch.tensor([0]))
+model(torch.tensor([0]))
 print("a column of A was [3, 4]; after a forward it is", A.data[:, 0].tolist())
 assert A.data[:, 0].norm() < 1.01
-model.merge_adapter()
-off = (model(torch.tensor([0])) - before).abs().max()
-print("merging changes the output by", round(float(off), 3))
-assert off > 1e-3

@@ -1,4 +1,4 @@
-"""set_adapter leaves the copies of modules_to_save training that belong to the adapter before."""
+"""A new adapter leaves the copies of modules_to_save of those before training, and setting it does not freeze them."""
 
 from peft import LoraConfig
 from torch import nn
