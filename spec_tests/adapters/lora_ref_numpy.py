@@ -102,6 +102,7 @@ class LoraRefNumpy(Implementation):
         [
             "linear",
             "embedding",
+            "padding_idx",
             "parameter",
             "experts",
             "rslora",

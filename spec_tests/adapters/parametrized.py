@@ -82,6 +82,7 @@ class Parametrized(Implementation):
             "linear",
             "transposed",
             "embedding",
+            "padding_idx",
             "conv1d",
             "conv2d",
             "conv3d",

@@ -403,7 +403,7 @@ def attentions(draw: Any, implementation: Implementation) -> ModelSpec:
     "BIAS-017",
     "'all' trains every bias of the model, also one that has a longer name; the other modes do not.",
     "microsoft/LoRA, mark_only_lora_as_trainable: 'all' takes each parameter with bias in its name (B2)",
-    "model linear attention bias trainable",
+    "model linear attention bias bias:every trainable",
     attentions,
 )
 def bias_017(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

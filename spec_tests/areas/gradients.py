@@ -185,7 +185,7 @@ def grad_014(implementation: Implementation, spec: LayerSpec, check: Check) -> N
     "GRAD-015",
     "An embedding's A gets no gradient at padding_idx, and the forward still uses its column there.",
     "torch.nn.Embedding's documentation of padding_idx (D4)",
-    "embedding write grad",
+    "embedding padding_idx write grad",
     lambda i: layers(i, ("embedding",), padding_idx=0),
 )
 def grad_015(implementation: Implementation, spec: LayerSpec, check: Check) -> None:

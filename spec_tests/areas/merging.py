@@ -225,7 +225,7 @@ def merge_031(implementation: Implementation, spec: LayerSpec, check: Check) -> 
     "MERGE-032",
     "Merging changes an embedding's row at padding_idx as any other.",
     "torch.nn.Embedding: padding_idx is about the gradient alone (D4)",
-    "embedding write merge",
+    "embedding padding_idx write merge",
     lambda i: layers(i, ("embedding",), padding_idx=0),
 )
 def merge_032(implementation: Implementation, spec: LayerSpec, check: Check) -> None:

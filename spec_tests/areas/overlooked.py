@@ -218,7 +218,7 @@ def overlook_009(implementation: Implementation, case: tuple[int, float], check:
     "OVERLOOK-010",
     "While the adapters of a model are switched off, no factor trains.",
     "PEFT, BaseTunerLayer.enable_adapters: it takes care of requires_grad for the adapter weights (U2)",
-    "model disable trainable",
+    "model adapters disable trainable",
     small,
 )
 def overlook_010(implementation: Implementation, spec: ModelSpec, check: Check) -> None:

@@ -20,6 +20,8 @@ LIBRARIES = sorted(BUNDLED.keys() - set(OWN))
 NOT_OF_PEFT = {
     "init:loftq": "it needs CUDA and bitsandbytes",
     "merged_copy": "it merges in place",
+    "model:rescale": "LoraLayer.set_scale is about one layer",
+    "bias:every": "its documentation says the corresponding biases, and not which",
     "model:held_twice": "its documentation does not say which of two names of a module gets the adapter",
     "model:tied": "its warning says that merging the adapters of tied modules can have complications",
     "fused": "it has no layer of which parts are adapted",

@@ -161,11 +161,3 @@ def combination_of_rslora() -> None:
         model.add_weighted_adapter(names, [1.0, 1.0], names[0] + "_first", combination_type="cat")
         whole = layer.get_delta_weight("default") + layer.get_delta_weight("b")
         assert gap(layer.get_delta_weight(names[0] + "_first"), factor * whole) < 1e-3
-
-
-def bias_of_a_longer_name() -> None:
-    base = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.MultiheadAttention(4, 2))
-    model = get_peft_model(base, config("0", bias="all"))
-    print("   ", [name for name in trains(model) if "lora" not in name])
-    biases = [name for name, _ in base.named_parameters() if "bias" in name]
-    assert len(biases) == 5 and sum("bias" in name for name in trains(model)) == 2
