@@ -14,7 +14,7 @@ DELETED = "del self.configs[adapter]"
 COMBINED = "self.known(adapters)\n        if name in self.configs"
 SET = "names = self.known(adapters)\n        if not names:"
 EVERY = "for name in everything), held)"
-REFUSED = 'if any(adapter in site.merged for site in self.sites.values()):\n            raise ValueError(f"{adapter} is merged: unmerge first")\n        '
+REFUSED = 'if adapter in [name for site in self.sites.values() for name in site.merged]:\n            raise ValueError(f"{adapter} is merged: its scaling cannot change")\n        '
 RESCALED = "for a in [site.adapters[adapter] for site in self.sites.values() if adapter in site.adapters]:"
 IN_WEIGHTS = """here = [site for site in self.sites.values() if adapter in site.merged]
         for site in here:

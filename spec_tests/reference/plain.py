@@ -798,8 +798,8 @@ class PlainModel(Model):
 
     def rescale(self, adapter: str, factor: float) -> None:
         self.known([adapter])
-        if any(adapter in site.merged for site in self.sites.values()):
-            raise ValueError(f"{adapter} is merged: unmerge first")
+        if adapter in [name for site in self.sites.values() for name in site.merged]:
+            raise ValueError(f"{adapter} is merged: its scaling cannot change")
         for a in [site.adapters[adapter] for site in self.sites.values() if adapter in site.adapters]:
             a.s = factor * a.first_s
 
