@@ -47,7 +47,7 @@ OF_MODELS = BOTH | {
     "delete": lambda _: {"delete"},
     "combine": lambda *_: {"weighted"},
     "look": lambda _: {"eva_ranks"},
-    "unload": lambda merge: {"unload", "merge"} if merge else {"unload"},
+    "unload": lambda merge: {"unload"},  # "gives the plain model back, merged or not"
     "save": lambda *_, **__: {"files"},
     "save_own": lambda _: {"own_files"},
     "save_converted": lambda *_: {"converts"},
